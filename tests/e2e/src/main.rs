@@ -1,0 +1,2 @@
+//! real-VM tests, demo and benchmarks.
+fn main() {}

@@ -1,0 +1,2 @@
+//! what runs inside the test guest.
+fn main() {}

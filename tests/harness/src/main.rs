@@ -1,0 +1,2 @@
+//! standalone vhost-user front end with a model guest.
+fn main() {}
