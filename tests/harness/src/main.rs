@@ -1,2 +1,3 @@
-//! standalone vhost-user front end with a model guest.
+//! Command line of the harness.
+
 fn main() {}
