@@ -1,0 +1,153 @@
+# shellcheck shell=bash
+# What the scripts have in common: where things are kept, how progress is
+# told, and how packages of other Debian suites are had without touching the
+# machine's own apt configuration.
+#
+# Sourced, never run.  The caller has `set -euo pipefail`.
+
+GEMINI_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+GEMINI_CACHE=${GEMINI_CACHE:-${XDG_CACHE_HOME:-${HOME:?is not set}/.cache}/virtio-gemini}
+export GEMINI_ROOT GEMINI_CACHE
+mkdir -p "$GEMINI_CACHE"
+
+# Progress goes to stderr: stdout belongs to a script's result.
+say() { printf '%s\n' "$*" >&2; }
+step() { printf '==> %s\n' "$*" >&2; }
+die() {
+	printf 'error: %s\n' "$*" >&2
+	exit 1
+}
+
+# have COMMAND...: are all of them there?
+have() {
+	local command
+	for command; do
+		command -v "$command" >/dev/null || return 1
+	done
+}
+
+need_root() {
+	[[ $(id -u) -eq 0 ]] || die "$1 needs root; run it as: sudo $0"
+}
+
+debian_codename() {
+	# shellcheck source=/dev/null
+	(. /etc/os-release && [[ ${ID:-} == debian ]] && printf '%s' "${VERSION_CODENAME:-}")
+}
+
+# quiet NAME COMMAND...: runs the command with its output in a log, which is
+# shown only if it fails.
+quiet() {
+	local log=$GEMINI_CACHE/logs/$1.log
+	shift
+	mkdir -p "${log%/*}"
+	if ! "$@" >"$log" 2>&1 </dev/null; then
+		tail -n 40 "$log" >&2
+		die "failed: $* (whole output: $log)"
+	fi
+}
+
+# with_lock NAME COMMAND...: one process at a time on this machine.
+with_lock() {
+	local lock=$GEMINI_CACHE/locks/$1
+	shift
+	mkdir -p "${lock%/*}"
+	(
+		flock 9
+		"$@"
+	) 9>"$lock"
+}
+
+# mirror_of LABEL: the URI and the keyring of the archive that this machine
+# takes Debian (or Debian-Security) from, as apt itself sees it, so that a
+# proxy or a local mirror is used here as well.
+mirror_of() {
+	local wanted=$1 label release uri
+	while IFS='|' read -r label release uri; do
+		# Before the first `apt-get update` apt knows no labels.
+		if [[ $label != Debian && $label != Debian-Security ]]; then
+			case $release in
+			*-security) label=Debian-Security ;;
+			bookworm | trixie | forky | sid) label=Debian ;;
+			esac
+		fi
+		if [[ $label == "$wanted" && $release != *-backports ]]; then
+			printf '%s' "$uri"
+			return
+		fi
+	# shellcheck disable=SC2016 # apt's own placeholders
+	done < <(apt-get indextargets --format '$(LABEL)|$(RELEASE)|$(REPO_URI)' \
+		'Created-By: Packages')
+	return 1
+}
+
+# The suites that the scripts take packages from, beside the machine's own:
+# QEMU's data files and Linux 6.12 are not in Debian 12 itself.
+extra_suites() {
+	case $1 in
+	bookworm) printf '%s\n' 'Debian bookworm-backports' 'Debian-Security bookworm-security' ;;
+	trixie) printf '%s\n' 'Debian-Security trixie-security' ;;
+	esac
+}
+
+# Writes a private apt configuration (sources, lists, package cache) and
+# leaves its file name in APT_CONFIG_PRIVATE.  The machine's own lists,
+# preferences and sources stay as they are.
+apt_private() {
+	local codename dir main label suite uri
+	codename=$(debian_codename) || die "this is not Debian: see README for what must be installed"
+	case $codename in
+	bookworm | trixie) ;;
+	*) die "Debian 12 (bookworm) or 13 (trixie) is needed, this is '$codename'" ;;
+	esac
+	dir=$GEMINI_CACHE/apt
+	mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/empty"
+	main=$(mirror_of Debian) || die "apt knows no Debian archive: check /etc/apt/sources.list.d"
+	{
+		stanza "$main" "$codename"
+		while read -r label suite; do
+			uri=$(mirror_of "$label") || uri=${main%/debian/}/debian-security/
+			stanza "$uri" "$suite"
+		done < <(extra_suites "$codename")
+	} >"$dir/gemini.sources.new"
+	if ! cmp -s "$dir/gemini.sources.new" "$dir/gemini.sources"; then
+		rm -f "$dir/updated"
+	fi
+	mv "$dir/gemini.sources.new" "$dir/gemini.sources"
+	cat >"$dir/apt.conf" <<-CONF
+		Dir::Etc::sourcelist "$dir/gemini.sources";
+		Dir::Etc::sourceparts "$dir/empty";
+		Dir::State::lists "$dir/lists";
+		Dir::Cache::archives "$dir/archives";
+		Dir::Cache::pkgcache "$dir/pkgcache.bin";
+		Dir::Cache::srcpkgcache "$dir/srcpkgcache.bin";
+		Acquire::Languages "none";
+		Acquire::Retries "3";
+		APT::Sandbox::User "root";
+	CONF
+	APT_CONFIG_PRIVATE=$dir/apt.conf
+	# A day-old list is good enough, and a run with a warm cache is quick.
+	if [[ -z $(find "$dir/updated" -mtime -1 2>/dev/null) ]]; then
+		step "fetching the package lists"
+		quiet apt-update apt-get -c "$APT_CONFIG_PRIVATE" -o APT::Update::Error-Mode=any update
+		touch "$dir/updated"
+	fi
+}
+
+stanza() {
+	local keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+	printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n\n' \
+		"$1" "$2" "$keyring"
+}
+
+# A short hash over the names and contents of files and directories, given
+# relative to the checkout; what a build leaves behind does not count.
+content_hash() {
+	local path
+	cd "$GEMINI_ROOT" || return
+	for path; do
+		find "$path" -type f -not -name '*.o' -not -name '*.ko' -not -name '.*.cmd' \
+			-not -name '*.mod' -not -name '*.mod.c' -not -name 'modules.order' \
+			-not -name 'Module.symvers' -print0
+	done | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
+}
