@@ -63,6 +63,7 @@ with_lock() {
 # proxy or a local mirror is used here as well.
 mirror_of() {
 	local wanted=$1 label release uri
+	# shellcheck disable=SC2016 # apt's own placeholders
 	while IFS='|' read -r label release uri; do
 		# Before the first `apt-get update` apt knows no labels.
 		if [[ $label != Debian && $label != Debian-Security ]]; then
@@ -75,7 +76,6 @@ mirror_of() {
 			printf '%s' "$uri"
 			return
 		fi
-	# shellcheck disable=SC2016 # apt's own placeholders
 	done < <(apt-get indextargets --format '$(LABEL)|$(RELEASE)|$(REPO_URI)' \
 		'Created-By: Packages')
 	return 1
