@@ -1,0 +1,156 @@
+//! Kernel modules, the kernel's log, and memory figures.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Instant;
+
+use anyhow::Context;
+
+use crate::protocol::{Elapsed, Message, Messages};
+
+/// Loads the module in the file `path`.
+///
+/// # Errors
+/// If there is no such file, or the kernel refuses it (see its log).
+pub fn load_module(path: &str, parameters: &str) -> anyhow::Result<Elapsed> {
+    let file = File::open(path).with_context(|| format!("cannot open {path}"))?;
+    let parameters = CString::new(parameters).context("parameters hold a zero byte")?;
+    let start = Instant::now();
+    // SAFETY: the descriptor is open and the string ends with a zero; the call
+    // keeps neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            parameters.as_ptr(),
+            0,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("cannot load {path}"));
+    }
+    Ok(elapsed(start))
+}
+
+/// Unloads the module `name`, and returns when its exit function has returned.
+///
+/// # Errors
+/// If it is not loaded, or in use.
+pub fn unload_module(name: &str) -> anyhow::Result<Elapsed> {
+    let text = CString::new(name).context("the name holds a zero byte")?;
+    let start = Instant::now();
+    // SAFETY: the string ends with a zero; the call does not keep it.
+    let result = unsafe { libc::syscall(libc::SYS_delete_module, text.as_ptr(), libc::O_NONBLOCK) };
+    if result != 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("cannot unload {name}"));
+    }
+    Ok(elapsed(start))
+}
+
+/// The time since `start`.
+#[must_use]
+pub fn elapsed(start: Instant) -> Elapsed {
+    Elapsed {
+        seconds: start.elapsed().as_secs_f64(),
+    }
+}
+
+/// The messages of the kernel's log from sequence number `since` on.
+///
+/// # Errors
+/// If `/dev/kmsg` cannot be read.
+pub fn messages(since: u64) -> anyhow::Result<Messages> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/kmsg")
+        .context("cannot open /dev/kmsg")?;
+    let mut result = Messages {
+        messages: Vec::new(),
+        next: since,
+    };
+    let mut buffer = vec![0; 8192];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(result),
+            Ok(count) => {
+                let record = String::from_utf8_lossy(&buffer[..count]);
+                if let Some((sequence, message)) = parse_record(&record) {
+                    if sequence >= since {
+                        result.messages.push(message);
+                        result.next = sequence + 1;
+                    }
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(result),
+            // Messages were overwritten while they were read: the next read
+            // goes on with the oldest that is left.
+            Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
+            Err(error) => return Err(error).context("cannot read /dev/kmsg"),
+        }
+    }
+}
+
+/// "level,sequence,time,flags;text", with the facility above the level's three
+/// bits.
+fn parse_record(record: &str) -> Option<(u64, Message)> {
+    let (prefix, text) = record.split_once(';')?;
+    let mut fields = prefix.split(',');
+    let priority: u32 = fields.next()?.parse().ok()?;
+    let sequence = fields.next()?.parse().ok()?;
+    Some((
+        sequence,
+        Message {
+            level: u8::try_from(priority & 7).ok()?,
+            text: text.lines().next().unwrap_or("").to_owned(),
+        },
+    ))
+}
+
+/// `/proc/meminfo`, in bytes where the kernel tells kB.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn memory() -> anyhow::Result<BTreeMap<String, u64>> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    Ok(text.lines().filter_map(parse_meminfo).collect())
+}
+
+fn parse_meminfo(line: &str) -> Option<(String, u64)> {
+    let (name, rest) = line.split_once(':')?;
+    let mut words = rest.split_whitespace();
+    let value: u64 = words.next()?.parse().ok()?;
+    let unit = if words.next() == Some("kB") { 1024 } else { 1 };
+    Some((name.to_owned(), value * unit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_record_gives_level_and_first_line() {
+        let (sequence, message) =
+            parse_record("12,345,678900,-;hello; world\n SUBSYSTEM=x\n").expect("a record");
+        assert_eq!(sequence, 345);
+        assert_eq!(message.level, 4);
+        assert_eq!(message.text, "hello; world");
+        assert_eq!(parse_record("no record"), None);
+    }
+
+    #[test]
+    fn meminfo_is_in_bytes_except_for_counts() {
+        assert_eq!(
+            parse_meminfo("MemTotal:  16 kB"),
+            Some(("MemTotal".into(), 16384))
+        );
+        assert_eq!(
+            parse_meminfo("HugePages_Total:   3"),
+            Some(("HugePages_Total".into(), 3))
+        );
+    }
+}

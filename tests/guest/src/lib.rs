@@ -1,0 +1,14 @@
+//! The guest's side of the real-VM tests.
+//!
+//! One static program is the whole user space of a test guest: as process 1 it
+//! sets the guest up, as the agent it does what the host asks for over a
+//! virtio-serial port. What it tells the host about huge pages comes from
+//! `/proc/kpageflags` alone: neither the driver nor the daemon has a part in it,
+//! so that it can confirm or contradict both.
+
+pub mod agent;
+pub mod blocks;
+pub mod init;
+pub mod kernel;
+pub mod protocol;
+pub mod workload;

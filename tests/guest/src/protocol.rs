@@ -1,0 +1,311 @@
+//! What host and guest say to each other on the channel.
+//!
+//! The host writes one [`Request`] a line, the guest answers with one
+//! [`Answer`] a line. Requests run at the same time; answers carry the number
+//! of their request and come in any order.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Name of the virtio-serial port that carries the channel.
+pub const PORT_NAME: &str = "gemini.channel";
+
+/// Where the initramfs keeps the driver.
+pub const DRIVER_PATH: &str = "/lib/gemini/virtio_gemini.ko";
+
+/// The driver's name as a module.
+pub const DRIVER_NAME: &str = "virtio_gemini";
+
+/// One request of the host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// Chosen by the host; the answer repeats it.
+    pub id: u64,
+    /// What is to be done.
+    #[serde(flatten)]
+    pub command: Command,
+}
+
+/// One answer of the guest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The request's number; 0 where the request could not be read.
+    pub id: u64,
+    /// The command's result, where it succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ok: Option<Value>,
+    /// What went wrong, where it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Which page size the guest kernel is asked to use for a workload's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PageSize {
+    /// `MADV_HUGEPAGE`.
+    Huge,
+    /// `MADV_NOHUGEPAGE`.
+    Base,
+    /// No advice: the system's setting decides.
+    System,
+}
+
+/// How a workload's huge pages are broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Break {
+    /// The kernel splits the huge page into base pages, contents kept
+    /// (`split_huge_pages` of debugfs).
+    Split,
+    /// The second half is dropped (`MADV_DONTNEED`); the kernel splits the rest
+    /// when it wants the memory.
+    DropHalf,
+    /// The second half becomes read-only: two mappings of base pages, while the
+    /// page itself stays whole.
+    ProtectHalf,
+}
+
+/// What the host can ask for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "cmd", rename_all = "snake_case")]
+pub enum Command {
+    /// Is the agent there? Answered by [`Pong`].
+    Ping,
+    /// Runs a shell command. Answered by [`Output`].
+    Exec {
+        /// Given to `sh -c`.
+        command: String,
+    },
+    /// Loads a kernel module from a file. Answered by [`Elapsed`].
+    LoadModule {
+        /// The module's file.
+        path: String,
+        /// `name=value` words, or nothing.
+        #[serde(default)]
+        parameters: String,
+    },
+    /// Unloads a kernel module. Answered by [`Elapsed`].
+    UnloadModule {
+        /// The module's name.
+        name: String,
+    },
+    /// Maps memory and fills it with a pattern. Answered by [`Filled`].
+    Fill {
+        /// Names the memory in later commands; must be new.
+        name: String,
+        /// Size in bytes, rounded up to whole 2 MiB.
+        bytes: u64,
+        /// Seed of the pattern.
+        seed: u64,
+        /// What the kernel is told about huge pages.
+        pages: PageSize,
+    },
+    /// Reads words of a workload's memory at random. Answered by [`Elapsed`].
+    Read {
+        /// The memory.
+        name: String,
+        /// Number of reads.
+        reads: u64,
+        /// Seed of the order.
+        seed: u64,
+    },
+    /// Compares all of a workload's memory with its pattern. Answered by
+    /// [`Verified`].
+    Verify {
+        /// The memory.
+        name: String,
+    },
+    /// Breaks huge pages of a workload. Answered by [`Broken`].
+    Break {
+        /// The memory.
+        name: String,
+        /// How.
+        how: Break,
+        /// Every how many'th 2 MiB of the memory; 1 is all of it.
+        every: u64,
+    },
+    /// Unmaps a workload's memory. Answered by null.
+    Free {
+        /// The memory.
+        name: String,
+    },
+    /// Starts to map, fill, verify and unmap memory over and over. Answered by
+    /// null.
+    StartChurn {
+        /// Names the churn.
+        name: String,
+        /// Most bytes mapped at a time.
+        bytes: u64,
+        /// Seed of sizes and patterns.
+        seed: u64,
+    },
+    /// Ends a churn. Answered by [`Churned`].
+    StopChurn {
+        /// The churn.
+        name: String,
+    },
+    /// The state of every block, from `/proc/kpageflags`. Answered by
+    /// [`BlockStates`].
+    Blocks,
+    /// The kernel's log. Answered by [`Messages`].
+    Messages {
+        /// Leaves out messages before this sequence number.
+        since: u64,
+    },
+    /// `/proc/meminfo` in bytes. Answered by an object of numbers.
+    Memory,
+    /// The text of a file. Answered by a string.
+    ReadFile {
+        /// The file.
+        path: String,
+    },
+    /// Writes text to an existing file. Answered by null.
+    WriteFile {
+        /// The file.
+        path: String,
+        /// What is written, in one write.
+        text: String,
+    },
+}
+
+/// Answer to [`Command::Ping`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pong {
+    /// Seconds since the guest kernel started.
+    pub uptime: f64,
+    /// The kernel's release.
+    pub release: String,
+}
+
+/// Answer to [`Command::Exec`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Output {
+    /// Exit code; 128 + N where signal N ended the command.
+    pub code: i32,
+    /// Both output streams, as they came.
+    pub output: String,
+}
+
+/// How long something took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Elapsed {
+    /// Wall-clock seconds.
+    pub seconds: f64,
+}
+
+/// Answer to [`Command::Fill`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// Bytes mapped and filled.
+    pub bytes: u64,
+}
+
+/// Answer to [`Command::Verify`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Words of 8 bytes compared.
+    pub words: u64,
+    /// Words that differ from the pattern.
+    pub bad_words: u64,
+    /// Offset of the first such word in bytes.
+    pub first_bad: Option<u64>,
+}
+
+/// Answer to [`Command::Break`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Broken {
+    /// Ranges of 2 MiB that were treated.
+    pub ranges: u64,
+}
+
+/// Answer to [`Command::StopChurn`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Churned {
+    /// Times that memory was mapped, filled, verified and unmapped.
+    pub rounds: u64,
+    /// Bytes filled and verified in all.
+    pub bytes: u64,
+    /// Words that differed from their pattern.
+    pub bad_words: u64,
+}
+
+/// Answer to [`Command::Messages`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Messages {
+    /// The messages in order.
+    pub messages: Vec<Message>,
+    /// The sequence number after the last one.
+    pub next: u64,
+}
+
+/// One message of the kernel's log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Severity: 0 emergency .. 4 warning .. 7 debug.
+    pub level: u8,
+    /// The text, without its time.
+    pub text: String,
+}
+
+/// Answer to [`Command::Blocks`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockStates {
+    /// Runs of blocks that are alike, ascending; blocks without memory are in
+    /// none.
+    pub runs: Vec<BlockRun>,
+}
+
+/// What the pages of a block are, as `/proc/kpageflags` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockState {
+    /// Every page is in the page allocator.
+    Free,
+    /// Pages of several owners, or base pages.
+    Base,
+    /// One huge page of user memory.
+    Huge,
+    /// One compound page that is no user memory: held by a driver.
+    Held,
+}
+
+/// Neighbouring blocks that are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockRun {
+    /// Number of the first block (physical address >> 21).
+    pub first: u64,
+    /// Number of blocks.
+    pub count: u64,
+    /// State of each of them.
+    pub state: BlockState,
+    /// Base pages of user memory in each of them, 0 to 512.
+    pub user: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_is_one_flat_object() {
+        let request = Request {
+            id: 7,
+            command: Command::Fill {
+                name: "w".into(),
+                bytes: 1 << 21,
+                seed: 3,
+                pages: PageSize::Huge,
+            },
+        };
+        let text = serde_json::to_string(&request).expect("plain data");
+        assert_eq!(
+            text,
+            r#"{"id":7,"cmd":"fill","name":"w","bytes":2097152,"seed":3,"pages":"huge"}"#
+        );
+        let back: Request = serde_json::from_str(&text).expect("what was written");
+        assert_eq!(back, request);
+    }
+}

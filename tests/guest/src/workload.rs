@@ -1,0 +1,323 @@
+//! Memory that is filled with a known pattern, read, broken and verified.
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::Context;
+
+use crate::protocol::{Break, Broken, Churned, PageSize, Verified};
+
+/// Size of a huge page in bytes.
+pub const HUGE: usize = 2 << 20;
+
+const HALF: usize = HUGE / 2;
+
+/// The pattern's word number `index`: every word differs, and any word can be
+/// checked alone.
+#[must_use]
+pub fn word(seed: u64, index: u64) -> u64 {
+    // The finisher of splitmix64: neighbouring inputs give unrelated outputs.
+    let mut value = seed.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+/// Anonymous memory of whole huge pages, aligned to one, filled with a pattern.
+pub struct Memory {
+    /// Start of the mapping, before alignment.
+    base: NonNull<libc::c_void>,
+    /// Length of the mapping in bytes.
+    mapped: usize,
+    /// First aligned word.
+    start: NonNull<u64>,
+    /// Huge pages.
+    count: usize,
+    seed: u64,
+    /// Huge pages whose second half was dropped.
+    dropped: Vec<bool>,
+}
+
+// SAFETY: the mapping belongs to this value alone, and nothing about it is tied
+// to a thread.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    /// Maps memory for at least `bytes` and fills it with the pattern of
+    /// `seed`.
+    ///
+    /// # Errors
+    /// If the memory cannot be mapped or the advice is refused.
+    pub fn fill(bytes: u64, seed: u64, pages: PageSize) -> anyhow::Result<Self> {
+        let bytes = usize::try_from(bytes).context("more memory than addresses")?;
+        let count = bytes.div_ceil(HUGE).max(1);
+        let mapped = count
+            .checked_add(1)
+            .and_then(|count| count.checked_mul(HUGE))
+            .context("more memory than addresses")?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                mapped,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error())
+                .with_context(|| format!("cannot map {bytes} bytes"));
+        }
+        let base = NonNull::new(base).context("the kernel mapped address 0")?;
+        let offset = base.as_ptr().align_offset(HUGE);
+        // SAFETY: one huge page more than needed was mapped, so the aligned
+        // address and `count` huge pages from it on lie inside the mapping.
+        let start = unsafe { base.byte_add(offset) }.cast();
+        let memory = Memory {
+            base,
+            mapped,
+            start,
+            count,
+            seed,
+            dropped: vec![false; count],
+        };
+        let advice = match pages {
+            PageSize::Huge => Some(libc::MADV_HUGEPAGE),
+            PageSize::Base => Some(libc::MADV_NOHUGEPAGE),
+            PageSize::System => None,
+        };
+        if let Some(advice) = advice {
+            memory.advise(0, memory.bytes(), advice)?;
+        }
+        for index in 0..memory.words() {
+            // SAFETY: `index` is below the number of words of the mapping.
+            unsafe { memory.start.add(index).write(word(seed, index as u64)) };
+        }
+        Ok(memory)
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.count * HUGE
+    }
+
+    fn words(&self) -> usize {
+        self.bytes() / 8
+    }
+
+    /// Reads `reads` words in an order that `seed` decides, and returns their
+    /// sum so that the reads cannot be left out.
+    #[must_use]
+    pub fn read_random(&self, reads: u64, seed: u64) -> u64 {
+        let words = self.words() as u64;
+        let mut state = seed | 1;
+        let mut sum = 0_u64;
+        for _ in 0..reads {
+            // xorshift64: cheaper than the memory access that it chooses.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let index = usize::try_from(state % words).unwrap_or(0);
+            // SAFETY: `index` is below the number of words of the mapping.
+            sum = sum.wrapping_add(unsafe { self.start.add(index).read_volatile() });
+        }
+        sum
+    }
+
+    /// Compares every word that was not dropped with the pattern.
+    #[must_use]
+    pub fn verify(&self) -> Verified {
+        let mut result = Verified {
+            words: 0,
+            bad_words: 0,
+            first_bad: None,
+        };
+        for (page, dropped) in self.dropped.iter().enumerate() {
+            let kept = if *dropped { HALF } else { HUGE };
+            let first = page * HUGE / 8;
+            for index in first..first + kept / 8 {
+                // SAFETY: `index` is below the number of words of the mapping.
+                let found = unsafe { self.start.add(index).read_volatile() };
+                result.words += 1;
+                if found != word(self.seed, index as u64) {
+                    result.bad_words += 1;
+                    result.first_bad.get_or_insert(index as u64 * 8);
+                }
+            }
+        }
+        result
+    }
+
+    /// Breaks every `every`'th huge page.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn break_up(&mut self, how: Break, every: u64) -> anyhow::Result<Broken> {
+        let step = usize::try_from(every.max(1)).unwrap_or(usize::MAX);
+        let mut ranges = 0;
+        for page in (0..self.count).step_by(step) {
+            let offset = page * HUGE;
+            match how {
+                Break::Split => self.split(offset)?,
+                Break::DropHalf => {
+                    self.advise(offset + HALF, HALF, libc::MADV_DONTNEED)?;
+                    self.dropped[page] = true;
+                }
+                Break::ProtectHalf => self.protect(offset + HALF, HALF)?,
+            }
+            ranges += 1;
+        }
+        Ok(Broken { ranges })
+    }
+
+    fn split(&self, offset: usize) -> anyhow::Result<()> {
+        let start = self.start.as_ptr() as usize + offset;
+        let request = format!("{},{start:#x},{:#x}", std::process::id(), start + HUGE);
+        std::fs::write("/sys/kernel/debug/split_huge_pages", request)
+            .context("the kernel does not split huge pages on request")
+    }
+
+    fn advise(&self, offset: usize, length: usize, advice: libc::c_int) -> anyhow::Result<()> {
+        // SAFETY: the range lies inside the mapping, which this value owns; no
+        // reference to its words exists outside of single reads and writes.
+        let result =
+            unsafe { libc::madvise(self.start.as_ptr().byte_add(offset).cast(), length, advice) };
+        if result != 0 {
+            return Err(io::Error::last_os_error())
+                .with_context(|| format!("madvise({advice}) is refused"));
+        }
+        Ok(())
+    }
+
+    fn protect(&self, offset: usize, length: usize) -> anyhow::Result<()> {
+        // SAFETY: as in `advise`; after the fill nothing writes to the memory.
+        let result = unsafe {
+            libc::mprotect(
+                self.start.as_ptr().byte_add(offset).cast(),
+                length,
+                libc::PROT_READ,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error()).context("mprotect is refused");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own and nothing uses it any more.
+        unsafe { libc::munmap(self.base.as_ptr(), self.mapped) };
+    }
+}
+
+/// A thread that maps, fills, verifies and unmaps memory until it is told to
+/// stop.
+pub struct Churn {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<anyhow::Result<Churned>>,
+}
+
+impl Churn {
+    /// Starts a thread that uses at most `bytes` at a time.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn start(bytes: u64, seed: u64) -> anyhow::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("churn".into())
+            .spawn(move || churn(bytes, seed, &stopped))
+            .context("cannot start a thread")?;
+        Ok(Churn { stop, thread })
+    }
+
+    /// Ends the thread after its current round.
+    ///
+    /// # Errors
+    /// What went wrong in the thread.
+    pub fn stop(self) -> anyhow::Result<Churned> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("the churning thread panicked"))?
+    }
+}
+
+fn churn(bytes: u64, seed: u64, stop: &AtomicBool) -> anyhow::Result<Churned> {
+    let mut done = Churned::default();
+    while !stop.load(Ordering::Relaxed) {
+        let random = word(seed, done.rounds);
+        let size = random % bytes.max(1) + 1;
+        // Mostly huge pages, and base pages to break free blocks up.
+        let pages = if random >> 62 == 0 {
+            PageSize::Base
+        } else {
+            PageSize::Huge
+        };
+        let memory = Memory::fill(size, random, pages)?;
+        let verified = memory.verify();
+        done.rounds += 1;
+        done.bytes += memory.bytes() as u64;
+        done.bad_words += verified.bad_words;
+    }
+    Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filled_memory_verifies_and_a_changed_word_is_found() {
+        let memory = Memory::fill(1, 42, PageSize::System).expect("2 MiB");
+        assert_eq!(memory.bytes(), HUGE);
+        assert_eq!(memory.verify().bad_words, 0);
+        // SAFETY: word 1000 lies inside the 2 MiB.
+        unsafe { memory.start.add(1000).write(0) };
+        let found = memory.verify();
+        assert_eq!(found.bad_words, 1);
+        assert_eq!(found.first_bad, Some(8000));
+    }
+
+    #[test]
+    fn dropped_halves_are_not_compared_and_the_rest_is() {
+        let mut memory = Memory::fill(2 * HUGE as u64, 1, PageSize::System).expect("4 MiB");
+        let broken = memory.break_up(Break::DropHalf, 2).expect("own memory");
+        assert_eq!(broken.ranges, 1);
+        let verified = memory.verify();
+        assert_eq!(verified.bad_words, 0);
+        assert_eq!(verified.words, (HUGE + HALF) as u64 / 8);
+    }
+
+    #[test]
+    fn protected_halves_keep_their_contents() {
+        let mut memory = Memory::fill(HUGE as u64, 1, PageSize::System).expect("2 MiB");
+        memory.break_up(Break::ProtectHalf, 1).expect("own memory");
+        assert_eq!(memory.verify().bad_words, 0);
+    }
+
+    #[test]
+    fn random_reads_depend_on_the_seed_alone() {
+        let memory = Memory::fill(1, 9, PageSize::System).expect("2 MiB");
+        assert_eq!(memory.read_random(100, 5), memory.read_random(100, 5));
+        assert_ne!(memory.read_random(100, 5), memory.read_random(100, 7));
+    }
+
+    #[test]
+    fn churn_counts_what_it_verified() {
+        let churn = Churn::start(4 << 20, 3).expect("a thread");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let done = churn.stop().expect("nothing refused");
+        assert!(done.rounds > 0 && done.bytes > 0);
+        assert_eq!(done.bad_words, 0);
+    }
+}
