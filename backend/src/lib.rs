@@ -1,1 +1,32 @@
-//! backend
+//! The vhost-user back end of virtio-gemini: guest and host tell each other where their huge
+//! pages are, and the host puts its own under the guest's.
+//!
+//! Layers, each knowing only those below it:
+//!
+//! | module | knows |
+//! |---|---|
+//! | [`server`] | the daemon's life: sockets, signals, one VMM after the other |
+//! | [`device`] | virtio: features, queues, wire records and their validation |
+//! | [`engine`] | what is known, what to do next, what it may cost |
+//! | [`policy`] | which blocks the host should make huge: pure functions |
+//! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
+//!
+//! Beside them: [`block_map`] (both states of every block), [`bitmap`], [`budget`],
+//! [`protocol`] (the wire format), [`control`] (status as JSON), [`config`], [`logging`] and
+//! [`fault`] (places for tests to kill the daemon).
+
+#![deny(unsafe_code)]
+
+pub mod backing;
+pub mod bitmap;
+pub mod block_map;
+pub mod budget;
+pub mod config;
+pub mod control;
+pub mod device;
+pub mod engine;
+pub mod fault;
+pub mod logging;
+pub mod policy;
+pub mod protocol;
+pub mod server;

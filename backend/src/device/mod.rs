@@ -1,0 +1,190 @@
+//! The virtio device: features, configuration, queues and memory tables, in the frame of
+//! vhost-user-backend. It validates and carries; it decides nothing.
+
+mod queues;
+mod vring;
+mod wire;
+
+pub use queues::Queues;
+pub use vring::GuestMemory;
+
+use crate::backing::{Finding, Memory, RegionDesc, Severity};
+use crate::engine::{lock, Engine, RELEASE_MAX};
+use crate::protocol::{
+    Config, F_PREPARE, F_RELEASE, F_STATS, VERSION, VQ_COUNT, VQ_RELEASE,
+};
+use std::io;
+use std::sync::{Arc, Mutex};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VHOST_USER_F_PROTOCOL_FEATURES};
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vhost_user_backend::VhostUserBackend;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier};
+use vring::Vring;
+
+/// Largest queue that the driver may choose.
+const QUEUE_SIZE: usize = 256;
+/// Threads of the frame: one for releases, which never wait for anything else, one for the rest.
+const RELEASE_THREAD: usize = 1;
+
+/// The device of one connection.
+pub struct Device {
+    queues: Arc<Queues>,
+    engine: Arc<Engine>,
+    /// What was said of the memory last, so that the same is not said at every memory table.
+    said: Arc<Mutex<Vec<Finding>>>,
+}
+
+impl Device {
+    /// A device for a new connection. `said` outlives connections.
+    pub fn new(memory: GuestMemory, engine: Arc<Engine>, said: Arc<Mutex<Vec<Finding>>>) -> Self {
+        let queues = Arc::new(Queues::new(memory, Arc::clone(&engine)));
+        Self { queues, engine, said }
+    }
+
+    /// The queues, for the engine's way to the driver.
+    pub fn queues(&self) -> &Arc<Queues> {
+        &self.queues
+    }
+
+    /// Says what makes aligning pointless, or less than it could be, with its remedy.
+    fn say(&self, findings: Vec<Finding>) {
+        let mut said = lock(&self.said);
+        if *said == findings {
+            return;
+        }
+        for finding in &findings {
+            match finding.severity {
+                Severity::Error => log::error!("{}", finding.message),
+                Severity::Warning => log::warn!("{}", finding.message),
+                Severity::Info => log::info!("{}", finding.message),
+            }
+        }
+        *said = findings;
+    }
+
+    /// The regions of the frame's memory map, with descriptors of their own.
+    fn regions(memory: &GuestMemory) -> io::Result<Vec<RegionDesc>> {
+        let memory = memory.memory();
+        memory
+            .iter()
+            .map(|region| {
+                let file = region
+                    .file_offset()
+                    .ok_or_else(|| io::Error::other("a memory region without a file"))?;
+                Ok(RegionDesc {
+                    guest_addr: region.start_addr().0,
+                    size: region.len(),
+                    file: file.file().try_clone()?,
+                    file_offset: file.start(),
+                })
+            })
+            .collect()
+    }
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = BitmapMmapRegion;
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        VQ_COUNT
+    }
+
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << VHOST_USER_F_PROTOCOL_FEATURES
+            | 1 << F_RELEASE
+            | 1 << F_STATS;
+        if self.engine.settings().policy.prepares() {
+            features |= 1 << F_PREPARE;
+        }
+        features
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.queues.set_features(features);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        self.queues.stop_all();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The frame tells the rings themselves.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let config = Config {
+            version: VERSION,
+            block_shift: self.engine.settings().block_shift,
+            generation: self.engine.generation(),
+            release_max: RELEASE_MAX,
+            ..Config::default()
+        };
+        let bytes = config.encode();
+        let start = offset as usize;
+        // An empty answer tells the VMM that the read failed.
+        bytes.get(start..start.saturating_add(size as usize)).unwrap_or_default().to_vec()
+    }
+
+    fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
+        let regions = Self::regions(&memory)?;
+        let block_shift = self.engine.settings().block_shift;
+        let memory = Memory::new(regions, block_shift).map_err(|error| {
+            log::error!("the VMM's memory table is refused: {error}");
+            io::Error::other(error)
+        })?;
+        self.say(memory.findings());
+        self.queues.quiesced(|| self.engine.set_memory(Arc::new(memory)));
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        let release = 1 << VQ_RELEASE;
+        vec![((1 << VQ_COUNT) - 1) & !release, release]
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
+            .inspect_err(|error| log::error!("cannot make an event descriptor: {error}"))
+            .ok()
+    }
+
+    fn stop_vring(&self, queue: u32) -> io::Result<()> {
+        self.queues.stop(queue as usize);
+        Ok(())
+    }
+
+    fn handle_event(
+        &self,
+        event: u16,
+        _events: EventSet,
+        vrings: &[Vring],
+        thread: usize,
+    ) -> io::Result<()> {
+        // An error returned from here would end the frame's thread: there is none.
+        if let Some(vring) = vrings.get(usize::from(event)) {
+            let queue = if thread == RELEASE_THREAD { VQ_RELEASE } else { usize::from(event) };
+            self.queues.kicked(queue, vring);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,570 @@
+//! The deciding thread: takes what the device learnt, asks the policy, spends the budgets and
+//! publishes hints. System calls that may block run on two workers (one looks, one acts);
+//! discards run on the release queue's own thread, in [`Engine::release`].
+
+mod hints;
+mod repair;
+mod scan;
+mod state;
+mod worker;
+
+pub use hints::{HintBatch, HintBody};
+pub use state::{GuestSync, State, Totals};
+
+use crate::backing::{process_cpu_time, Memory};
+use crate::budget::{CopyBudget, CpuBudget};
+use crate::fault;
+use crate::policy::Policy;
+use crate::protocol::{
+    Advice, Batch, Record, Request, Stats, REQ_RENEW, S_BUSY, S_FAILED, S_INVALID, S_OK,
+    S_UNSUPPORTED, S_VOID,
+};
+use repair::Work;
+use scan::Reason;
+use std::ops::Range;
+use std::sync::mpsc::{sync_channel, SyncSender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use worker::Job;
+
+/// Most unanswered blocks on `releaseq`: what a stopped daemon can cost a guest, 64 MiB.
+pub const RELEASE_MAX: u32 = 32;
+/// Longest sleep of the deciding thread; it is woken for everything that matters.
+const SLEEP_MAX: Duration = Duration::from_secs(60);
+/// Pause of whoever serves the guest while the CPU budget is overdrawn.
+const THROTTLE: Duration = Duration::from_millis(10);
+
+/// The engine's way to the driver; the device implements it.
+pub trait Port: Send + Sync {
+    /// Offers the next free `hintq` buffer: `fill` is called with the number of records that it
+    /// holds, and what it returns is published. False if there is no buffer.
+    fn send_hint(&self, fill: &mut dyn FnMut(usize) -> Option<(u64, HintBatch)>) -> bool;
+
+    /// Answers the PREPARE `id`, if it is still waiting.
+    fn answer_prepare(&self, id: u64, status: u32, records: &[Record]);
+}
+
+/// What the engine may spend, and by which policy.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Which blocks the host makes huge.
+    pub policy: Policy,
+    /// Bytes that collapses may copy per second.
+    pub copy_rate: u64,
+    /// Share of one CPU, 1.0 being all of it.
+    pub cpu_share: f64,
+    /// log2 of the block size.
+    pub block_shift: u32,
+}
+
+/// How the device is to answer a request of `ctrlq`.
+#[derive(Debug)]
+pub enum Answer {
+    /// At once, with this status and these records.
+    Now(u32, Vec<Record>),
+    /// When the engine calls [`Port::answer_prepare`].
+    Later,
+}
+
+struct Inner {
+    state: State,
+    port: Option<Arc<dyn Port>>,
+    /// A worker is out looking, or acting.
+    looking: bool,
+    acting: bool,
+    woken: bool,
+    stopping: bool,
+    next_prepare: u64,
+}
+
+/// One guest's engine: shared by the device's threads, the deciding thread and the workers.
+pub struct Engine {
+    settings: Settings,
+    inner: Mutex<Inner>,
+    wake: Condvar,
+    cpu: Mutex<CpuBudget>,
+    copy: Mutex<CopyBudget>,
+}
+
+/// The engine's threads; they end when this is dropped.
+pub struct Threads {
+    engine: Arc<Engine>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Locks, also after a panic elsewhere: the daemon's state is soft, and a guest is better served
+/// by a slightly stale one than by none.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// Starts the engine's threads.
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn start(settings: Settings) -> std::io::Result<Threads> {
+        let now = Instant::now();
+        let engine = Arc::new(Self {
+            inner: Mutex::new(Inner {
+                state: State::new(settings.policy, now),
+                port: None,
+                looking: false,
+                acting: false,
+                woken: false,
+                stopping: false,
+                next_prepare: 1,
+            }),
+            wake: Condvar::new(),
+            cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
+            copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
+            settings,
+        });
+        // One place each: the deciding thread never sends to a busy worker.
+        let (look, looks) = sync_channel(1);
+        let (act, acts) = sync_channel(1);
+        let mut threads = Vec::new();
+        for (name, jobs) in [("look", looks), ("act", acts)] {
+            let engine = Arc::clone(&engine);
+            threads.push(
+                std::thread::Builder::new()
+                    .name(name.into())
+                    .spawn(move || worker::run(&engine, &jobs))?,
+            );
+        }
+        let deciding = Arc::clone(&engine);
+        threads.push(
+            std::thread::Builder::new()
+                .name("engine".into())
+                .spawn(move || deciding.run(&look, &act))?,
+        );
+        Ok(Threads { engine, threads })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+
+    /// What the engine was started with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Wakes the deciding thread: something changed.
+    pub fn wake(&self) {
+        self.lock().woken = true;
+        self.wake.notify_one();
+    }
+
+    /// A VMM connected (or left: `None`): what was known of the former one is forgotten.
+    pub fn attach(&self, port: Option<Arc<dyn Port>>) {
+        let mut inner = self.lock();
+        inner.state.connected = port.is_some();
+        inner.port = port;
+        inner.state.set_memory(None, Instant::now());
+        drop(inner);
+        self.wake();
+    }
+
+    /// Takes a new memory table. The caller has made sure that no request is in flight.
+    pub fn set_memory(&self, memory: Arc<Memory>) {
+        self.lock().state.set_memory(Some(memory), Instant::now());
+        self.wake();
+    }
+
+    /// The driver (re)started: a new generation begins.
+    pub fn restart(&self) {
+        self.lock().state.new_generation();
+        self.wake();
+    }
+
+    /// The generation in force.
+    pub fn generation(&self) -> u64 {
+        self.lock().state.generation
+    }
+
+    /// Reads the state, for status output.
+    pub fn inspect<T>(&self, read: impl FnOnce(&State) -> T) -> T {
+        read(&self.lock().state)
+    }
+
+    /// Counts a chain that could not be understood.
+    pub fn refuse(&self) {
+        self.lock().state.totals.bad_records += 1;
+    }
+
+    /// Waits while the CPU budget is overdrawn, a few milliseconds at a time; whoever serves the
+    /// guest calls it, so that no flood of requests exceeds the share. True if it waited.
+    pub fn throttle(&self) -> bool {
+        let over = {
+            let now = Instant::now();
+            let mut cpu = lock(&self.cpu);
+            cpu.update(process_cpu_time(), now);
+            !cpu.foreground_ok(now)
+        };
+        if over {
+            std::thread::sleep(THROTTLE);
+        }
+        over
+    }
+
+    /// Takes a report of the driver.
+    pub fn report(&self, batch: &Batch, records: &[Record]) {
+        let mut inner = self.lock();
+        let refused = inner.state.apply_report(batch, records);
+        inner.state.totals.bad_records += refused;
+        drop(inner);
+        if refused > 0 {
+            log::warn!("{refused} record(s) of a report refused: unknown state or no such block");
+        }
+        self.wake();
+    }
+
+    /// Takes a PREPARE; the device serves one at a time.
+    pub fn prepare(&self, request: &Request, ranges: &[(u64, u32)]) -> (u64, Answer) {
+        let mut inner = self.lock();
+        if let Some(status) = inner.state.refusal(request, ranges) {
+            return (0, Answer::Now(status, Vec::new()));
+        }
+        if !inner.state.policy.prepares() {
+            return (0, Answer::Now(S_UNSUPPORTED, Vec::new()));
+        }
+        let id = inner.next_prepare;
+        inner.next_prepare += 1;
+        inner.state.repair.prepare(id, ranges.to_vec());
+        fault::point("prepare.fetched");
+        drop(inner);
+        self.wake();
+        (id, Answer::Later)
+    }
+
+    /// The queue stops: the PREPARE `id` will not be answered by the engine.
+    pub fn cancel_prepare(&self, id: u64) {
+        self.lock().state.repair.end_prepare(id);
+    }
+
+    /// Answers a QUERY from what is known.
+    pub fn query(&self, request: &Request, ranges: &[(u64, u32)]) -> Answer {
+        let inner = self.lock();
+        match inner.state.refusal(request, ranges) {
+            Some(status) => Answer::Now(status, Vec::new()),
+            None => Answer::Now(S_OK, inner.state.host_records(ranges)),
+        }
+    }
+
+    /// Answers a STATS request.
+    pub fn stats(&self) -> Stats {
+        self.lock().state.stats()
+    }
+
+    /// Does a RELEASE or a RENEW, on the release queue's thread: returns its status. Never
+    /// waits for a collapse. The caller holds the release queue, so that a stop of it, and a
+    /// new memory table, wait for the end of this.
+    pub fn release(&self, request: &Request, ranges: &[(u64, u32)]) -> u32 {
+        let renew = request.kind == REQ_RENEW;
+        let memory = {
+            let inner = self.lock();
+            if let Some(status) = inner.state.refusal(request, ranges) {
+                return status;
+            }
+            let Some(memory) = inner.state.memory.clone() else { return S_BUSY };
+            if !memory.may_discard() {
+                return S_UNSUPPORTED;
+            }
+            memory
+        };
+        fault::point(if renew { "renew.fetched" } else { "release.fetched" });
+        let mut status = S_OK;
+        let mut dropped = 0;
+        for &(first, count) in ranges {
+            match memory.discard(first, u64::from(count)) {
+                Ok(()) => dropped += u64::from(count),
+                Err(error) => {
+                    log::warn!("cannot drop {count} block(s) from {first:#x} on: {error}");
+                    status = S_FAILED;
+                    break;
+                }
+            }
+        }
+        fault::point(if renew { "renew.done" } else { "release.done" });
+        let mut inner = self.lock();
+        let state = &mut inner.state;
+        for &(first, count) in ranges {
+            for index in indices(state, first, count) {
+                state.repair.forget_fill(index);
+                if renew && status == S_OK && state.policy.prepares() {
+                    state.repair.fill(index);
+                }
+                state.scan.look_at(index);
+            }
+        }
+        if renew {
+            state.totals.renewed += dropped;
+        } else {
+            state.totals.released += dropped;
+        }
+        drop(inner);
+        self.wake();
+        status
+    }
+
+    /// What the host would like of the driver.
+    fn advice(&self) -> Advice {
+        Advice { release_max: RELEASE_MAX, ..Advice::default() }
+    }
+
+    /// The deciding thread.
+    fn run(&self, look: &SyncSender<Job>, act: &SyncSender<Job>) {
+        loop {
+            let now = Instant::now();
+            lock(&self.cpu).update(process_cpu_time(), now);
+            let mut sleep = SLEEP_MAX;
+            {
+                let mut inner = self.lock();
+                if inner.stopping {
+                    return;
+                }
+                self.dispatch_look(&mut inner, look, now, &mut sleep);
+                self.dispatch_act(&mut inner, act, now, &mut sleep);
+            }
+            self.publish_hints(now, &mut sleep);
+            let inner = self.lock();
+            if !inner.woken && !inner.stopping {
+                let waited = self.wake.wait_timeout_while(inner, sleep, |i| !i.woken);
+                waited.unwrap_or_else(PoisonError::into_inner).0.woken = false;
+            } else {
+                let mut inner = inner;
+                inner.woken = false;
+            }
+        }
+    }
+
+    fn dispatch_look(
+        &self,
+        inner: &mut Inner,
+        look: &SyncSender<Job>,
+        now: Instant,
+        sleep: &mut Duration,
+    ) {
+        let Inner { state, looking, .. } = inner;
+        let Some(memory) = state.memory.clone() else { return };
+        if *looking {
+            return;
+        }
+        let Some(reason) = state.scan.due(now) else {
+            *sleep = (*sleep).min(state.scan.round_robin_at().saturating_duration_since(now));
+            return;
+        };
+        let mut cpu = lock(&self.cpu);
+        let allowed = match reason {
+            Reason::First => cpu.foreground_ok(now),
+            Reason::Touched | Reason::RoundRobin => cpu.background_ok(now),
+        };
+        if !allowed {
+            *sleep = (*sleep).min(cpu.background_wait(now).max(THROTTLE));
+            return;
+        }
+        if let Some(next) = state.scan.next(&state.map, now) {
+            let job = Job::Look { memory, generation: state.generation, look: next };
+            *looking = look.try_send(job).is_ok();
+        }
+    }
+
+    fn dispatch_act(
+        &self,
+        inner: &mut Inner,
+        act: &SyncSender<Job>,
+        now: Instant,
+        sleep: &mut Duration,
+    ) {
+        let Inner { state, acting, .. } = inner;
+        for index in state.repair.wake(now) {
+            state.reconsider(index);
+        }
+        let Some(memory) = state.memory.clone() else { return };
+        if *acting {
+            return;
+        }
+        if state.repair.pending() {
+            let block_size = 1 << self.settings.block_shift;
+            let mut copy = lock(&self.copy);
+            let mut cpu = lock(&self.cpu);
+            let allowance =
+                if cpu.background_ok(now) { copy.blocks(block_size, now) } else { 0 };
+            if let Some(work) = state.repair.next(&state.map, allowance) {
+                let blocks = match &work {
+                    Work::Collapse { count, .. } | Work::Populate { count, .. } => *count,
+                    Work::Settle { .. } => 0,
+                };
+                // Spent in advance; the worker gives back what was not copied.
+                copy.spend(u64::from(blocks) * block_size, now);
+                let job = Job::Act { memory, generation: state.generation, work };
+                *acting = act.try_send(job).is_ok();
+            } else {
+                let wait = copy.wait(block_size, now).unwrap_or(SLEEP_MAX);
+                *sleep = (*sleep).min(wait.max(cpu.background_wait(now)).max(THROTTLE));
+            }
+        }
+        if let Some(at) = state.repair.wakes_at() {
+            *sleep = (*sleep).min(at.saturating_duration_since(now));
+        }
+    }
+
+    /// Tells the driver what it does not know, as far as it has posted buffers.
+    fn publish_hints(&self, now: Instant, sleep: &mut Duration) {
+        let advice = self.advice();
+        loop {
+            let port = {
+                let inner = self.lock();
+                let state = &inner.state;
+                if !state.scan.complete() || !state.hints.pending(&advice) {
+                    return;
+                }
+                inner.port.clone()
+            };
+            let Some(port) = port else { return };
+            if !lock(&self.cpu).foreground_ok(now) {
+                *sleep = (*sleep).min(THROTTLE);
+                return;
+            }
+            let sent = port.send_hint(&mut |room| {
+                let mut inner = self.lock();
+                let state = &mut inner.state;
+                // A new generation may have begun since: then the host is looked at first.
+                if !state.scan.complete() {
+                    return None;
+                }
+                let batch = state.hints.next(&state.map, &advice, room)?;
+                state.totals.hint_batches += 1;
+                Some((state.generation, batch))
+            });
+            if !sent {
+                return; // a kick of the hint queue wakes us
+            }
+        }
+    }
+
+    /// A look came back.
+    fn looked(&self, job: worker::Looked) {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        inner.looking = false;
+        let state = &mut inner.state;
+        if state.generation == job.generation {
+            state.apply_scan(&job.runs);
+            state.scan.done(&job.look, job.took, now);
+        } else if state.memory.as_ref().is_some_and(|m| Arc::ptr_eq(m, &job.memory)) {
+            // The driver restarted meanwhile; what was seen of the host is still true.
+            state.apply_scan(&job.runs);
+            state.scan.done(&job.look, job.took, now);
+        }
+        drop(inner);
+        self.wake();
+    }
+
+    /// An action ended.
+    fn acted(&self, done: worker::Acted) {
+        let now = Instant::now();
+        lock(&self.copy).refund(done.not_copied, now);
+        let mut inner = self.lock();
+        inner.acting = false;
+        let port = inner.port.clone();
+        let state = &mut inner.state;
+        state.totals.collapse_bytes += done.copied_bytes;
+        state.totals.collapses += done.copied;
+        state.totals.populated += done.populated;
+        state.totals.collapse_failures += done.failed;
+        let mut answer = None;
+        if state.generation == done.generation {
+            for &(block, outcome) in &done.outcomes {
+                let Some(index) = state.map.index_of(block) else { continue };
+                let failures = state.map.get(index).map_or(0, |b| b.failures);
+                let failures = state.repair.ended(index, outcome, failures, now);
+                state.map.set_failures(index, failures);
+                state.scan.look_at(index);
+            }
+            if let Some(id) = done.settled {
+                state.apply_scan(&done.runs);
+                if state.repair.end_prepare(id) {
+                    let records = state.host_records(&done.ranges);
+                    let huge = records.iter().all(is_huge);
+                    answer = Some((id, if huge { S_OK } else { S_FAILED }, records));
+                }
+            }
+        }
+        drop(inner);
+        if let (Some(port), Some((id, status, records))) = (port, answer) {
+            fault::point("prepare.done");
+            port.answer_prepare(id, status, &records);
+        }
+        self.wake();
+    }
+}
+
+fn is_huge(record: &Record) -> bool {
+    crate::backing::HostState::from_wire(record.state).is_some_and(|s| s.is_huge())
+}
+
+fn indices(state: &State, first: u64, count: u32) -> Vec<usize> {
+    let ranges: Vec<Range<usize>> = state.map.index_ranges(first, count).collect();
+    ranges.into_iter().flatten().collect()
+}
+
+impl State {
+    /// Why a request is refused, before anything is done; `None` if it is not.
+    fn refusal(&self, request: &Request, ranges: &[(u64, u32)]) -> Option<u32> {
+        if request.generation != self.generation {
+            return Some(S_VOID);
+        }
+        // Each block once at most: bounds the cost of one request by the size of the guest.
+        let blocks: u64 = ranges.iter().map(|(_, count)| u64::from(*count)).sum();
+        let valid = !ranges.is_empty()
+            && blocks <= self.map.len() as u64
+            && ranges.iter().all(|&(first, count)| self.map.is_managed(first, count));
+        (!valid).then_some(S_INVALID)
+    }
+
+    /// The known host states of ranges, as records.
+    fn host_records(&self, ranges: &[(u64, u32)]) -> Vec<Record> {
+        let mut records: Vec<Record> = Vec::new();
+        for &(first, count) in ranges {
+            let end = first.saturating_add(u64::from(count));
+            let Some(from) = self.map.index_of(first) else { continue };
+            for (run, length, host, _) in self.map.runs(from, |b| b.host) {
+                if run >= end {
+                    break;
+                }
+                let length = u64::from(length).min(end - run);
+                records.push(Record {
+                    first: run,
+                    count: u32::try_from(length).unwrap_or(u32::MAX),
+                    state: host as u8,
+                    ..Record::default()
+                });
+            }
+        }
+        records
+    }
+}
+
+impl Threads {
+    /// The engine that the threads serve.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.engine.lock().stopping = true;
+        self.engine.wake();
+        for thread in self.threads.drain(..).rev() {
+            // The deciding thread was started last and ends first; with it the workers' channels
+            // close. A thread that panicked was reported by the panic hook.
+            if thread.join().is_err() {
+                log::error!("a thread of the engine had panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Where the host is looked at next: everything once, then what the guest touched, and
+//! round-robin, so slowly that an idle guest costs next to nothing, for what nobody told us.
+
+use crate::bitmap::Bitmap;
+use crate::block_map::BlockMap;
+use std::time::{Duration, Instant};
+
+/// Most blocks in one look; a look at this many takes some milliseconds.
+const CHUNK: usize = 8192;
+/// The round-robin look rests this many times as long as it took: 0.2 % of one CPU.
+const REST_FACTOR: u32 = 500;
+/// Shortest rest of the round-robin look.
+const REST_MIN: Duration = Duration::from_millis(500);
+/// Untouched blocks between two touched ones that are looked at along with them.
+const GAP: usize = 16;
+
+/// Why a look is made; it decides what it may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The first pass over everything: the driver waits for it.
+    First,
+    /// The guest reported something there, or we did something there.
+    Touched,
+    /// Nobody told us anything.
+    RoundRobin,
+}
+
+/// Blocks to look at, by first block number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// First block number.
+    pub first: u64,
+    /// Number of blocks.
+    pub count: u32,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// The order of looks.
+#[derive(Debug)]
+pub struct ScanPlan {
+    len: usize,
+    /// Blocks below this index were looked at in the first pass.
+    first_pass: usize,
+    /// Looks of the first pass that have not come back.
+    first_pass_out: bool,
+    touched: Bitmap,
+    round_robin: usize,
+    round_robin_at: Instant,
+}
+
+impl ScanPlan {
+    /// A plan for `len` blocks that nobody looked at yet.
+    pub fn new(len: usize, now: Instant) -> Self {
+        Self {
+            len,
+            first_pass: 0,
+            first_pass_out: false,
+            touched: Bitmap::new(len),
+            round_robin: 0,
+            round_robin_at: now,
+        }
+    }
+
+    /// Whether the whole host state was seen once.
+    pub fn complete(&self) -> bool {
+        self.first_pass >= self.len && !self.first_pass_out
+    }
+
+    /// Something happened to a block.
+    pub fn look_at(&mut self, index: usize) {
+        if index < self.first_pass {
+            self.touched.assign(index, true);
+        }
+    }
+
+    /// Why the next look would be made, if one is due.
+    pub fn due(&self, now: Instant) -> Option<Reason> {
+        if self.first_pass < self.len {
+            Some(Reason::First)
+        } else if self.touched.ones() > 0 {
+            Some(Reason::Touched)
+        } else if self.len > 0 && now >= self.round_robin_at {
+            Some(Reason::RoundRobin)
+        } else {
+            None
+        }
+    }
+
+    /// When the round-robin look is due.
+    pub fn round_robin_at(&self) -> Instant {
+        self.round_robin_at
+    }
+
+    /// Takes the next look out of the plan.
+    pub fn next(&mut self, map: &BlockMap, now: Instant) -> Option<Look> {
+        let reason = self.due(now)?;
+        let (start, count) = match reason {
+            Reason::First => {
+                let start = self.first_pass;
+                let count = map.block_at(start)?.1.min(CHUNK);
+                self.first_pass += count;
+                self.first_pass_out = true;
+                (start, count)
+            }
+            Reason::Touched => {
+                let start = self.touched.next(0)?;
+                let room = map.block_at(start)?.1.min(CHUNK);
+                let mut last = start;
+                while let Some(index) = self.touched.next(last + 1) {
+                    if index - start >= room || index - last > GAP {
+                        break;
+                    }
+                    last = index;
+                }
+                for index in start..=last {
+                    self.touched.assign(index, false);
+                }
+                (start, last - start + 1)
+            }
+            Reason::RoundRobin => {
+                let start = if self.round_robin < self.len { self.round_robin } else { 0 };
+                let count = map.block_at(start)?.1.min(CHUNK);
+                self.round_robin = start + count;
+                (start, count)
+            }
+        };
+        let (first, _) = map.block_at(start)?;
+        Some(Look { first, count: u32::try_from(count).ok()?, reason })
+    }
+
+    /// A look came back after `took`.
+    pub fn done(&mut self, look: &Look, took: Duration, now: Instant) {
+        match look.reason {
+            Reason::First => {
+                self.first_pass_out = false;
+                self.round_robin_at = now + REST_MIN;
+            }
+            Reason::Touched => {}
+            Reason::RoundRobin => {
+                self.round_robin_at = now + (took * REST_FACTOR).max(REST_MIN);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_pass_covers_everything_before_it_is_complete() {
+        let now = Instant::now();
+        let map = BlockMap::new(&[0..10, 20..30_000]);
+        let mut plan = ScanPlan::new(map.len(), now);
+        let mut seen = 0;
+        while !plan.complete() {
+            let look = plan.next(&map, now).unwrap();
+            assert_eq!(look.reason, Reason::First);
+            assert!(map.is_managed(look.first, look.count));
+            seen += look.count as usize;
+            plan.done(&look, Duration::ZERO, now);
+        }
+        assert_eq!(seen, map.len());
+        assert_eq!(plan.due(now), None);
+    }
+
+    #[test]
+    fn touched_blocks_are_looked_at_together_and_once() {
+        let now = Instant::now();
+        let map = BlockMap::new(&[0..1000]);
+        let mut plan = ScanPlan::new(map.len(), now);
+        let look = plan.next(&map, now).unwrap();
+        plan.done(&look, Duration::ZERO, now);
+        plan.look_at(100);
+        plan.look_at(110);
+        plan.look_at(500);
+        let look = plan.next(&map, now).unwrap();
+        assert_eq!((look.first, look.count, look.reason), (100, 11, Reason::Touched));
+        let look = plan.next(&map, now).unwrap();
+        assert_eq!((look.first, look.count), (500, 1));
+        assert_eq!(plan.next(&map, now), None);
+    }
+
+    #[test]
+    fn round_robin_rests_in_proportion_to_its_cost() {
+        let now = Instant::now();
+        let map = BlockMap::new(&[0..100]);
+        let mut plan = ScanPlan::new(map.len(), now);
+        let look = plan.next(&map, now).unwrap();
+        plan.done(&look, Duration::ZERO, now);
+        let later = now + REST_MIN;
+        let look = plan.next(&map, later).unwrap();
+        assert_eq!(look.reason, Reason::RoundRobin);
+        plan.done(&look, Duration::from_millis(10), later);
+        assert_eq!(plan.due(later + Duration::from_millis(4_999)), None);
+        assert_eq!(plan.due(later + Duration::from_millis(5_000)), Some(Reason::RoundRobin));
+    }
+}

@@ -1,0 +1,209 @@
+//! Everything the daemon knows of one guest, changed under one lock and without system calls.
+
+use super::hints::Hints;
+use super::repair::Repair;
+use super::scan::ScanPlan;
+use crate::backing::{HostRun, Memory};
+use crate::block_map::BlockMap;
+use crate::policy::Policy;
+use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// How much of the driver's state is known in this generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GuestSync {
+    /// Nothing yet: reports are dropped until one with SYNC_START.
+    #[default]
+    Waiting,
+    /// SYNC_START was seen.
+    Running,
+    /// SYNC_END was seen.
+    Done,
+}
+
+/// Totals since the daemon started.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Totals {
+    /// Bytes that collapses copied.
+    pub collapse_bytes: u64,
+    /// Blocks collapsed with a copy.
+    pub collapses: u64,
+    /// Attempts to collapse or populate that failed.
+    pub collapse_failures: u64,
+    /// Blocks made host-huge without a copy.
+    pub populated: u64,
+    /// Blocks dropped by RELEASE.
+    pub released: u64,
+    /// Blocks dropped by RENEW.
+    pub renewed: u64,
+    /// Records, requests and chains refused.
+    pub bad_records: u64,
+    /// Batches sent on `hintq`.
+    pub hint_batches: u64,
+    /// Batches received on `reportq`.
+    pub report_batches: u64,
+}
+
+/// A nonzero number that no other run of the daemon is likely to have used.
+pub fn random_generation() -> u64 {
+    RandomState::new().build_hasher().finish().max(1)
+}
+
+/// The state of one guest.
+pub struct State {
+    /// In force now.
+    pub policy: Policy,
+    /// Names everything that was said since the last start or memory table.
+    pub generation: u64,
+    /// The memory table in force.
+    pub memory: Option<Arc<Memory>>,
+    /// What is known of every block.
+    pub map: BlockMap,
+    /// How much of the driver's state is known.
+    pub guest_sync: GuestSync,
+    /// What the driver still has to be told.
+    pub hints: Hints,
+    /// Where the host is looked at next.
+    pub scan: ScanPlan,
+    /// What the host should do next.
+    pub repair: Repair,
+    /// Totals since the daemon started.
+    pub totals: Totals,
+    /// Whether a VMM is connected.
+    pub connected: bool,
+}
+
+impl State {
+    /// No VMM, no memory.
+    pub fn new(policy: Policy, now: Instant) -> Self {
+        Self {
+            policy,
+            generation: random_generation(),
+            memory: None,
+            map: BlockMap::default(),
+            guest_sync: GuestSync::default(),
+            hints: Hints::default(),
+            scan: ScanPlan::new(0, now),
+            repair: Repair::new(0),
+            totals: Totals::default(),
+            connected: false,
+        }
+    }
+
+    /// Takes a new memory table (or none): everything is learnt anew in a new generation.
+    pub fn set_memory(&mut self, memory: Option<Arc<Memory>>, now: Instant) {
+        self.map = memory.as_ref().map_or_else(BlockMap::default, |m| BlockMap::new(m.spans()));
+        self.memory = memory;
+        self.scan = ScanPlan::new(self.map.len(), now);
+        self.new_generation();
+    }
+
+    /// Starts a new generation: the driver's state is forgotten, what is known of the host is
+    /// kept and told again in full.
+    pub fn new_generation(&mut self) {
+        self.generation = random_generation();
+        self.guest_sync = GuestSync::Waiting;
+        self.hints = Hints::new(self.map.len());
+        self.repair = Repair::new(self.map.len());
+        self.forget_guest();
+    }
+
+    fn forget_guest(&mut self) {
+        for index in 0..self.map.len() {
+            self.map.set_guest(index, GuestState::Unknown, 0);
+            self.reconsider(index);
+        }
+    }
+
+    /// Asks the policy about a block again.
+    pub fn reconsider(&mut self, index: usize) {
+        let wanted = self.map.get(index).is_some_and(|b| self.policy.wants_collapse(b));
+        self.repair.consider(index, wanted);
+    }
+
+    /// Sets a block's guest state and lets everything that follows from it follow.
+    fn set_guest(&mut self, index: usize, state: GuestState, used: u16) {
+        if self.map.set_guest(index, state, used).is_none() {
+            return;
+        }
+        self.reconsider(index);
+        // The guest did something there: what the host has may have changed with it.
+        if matches!(state, GuestState::Base | GuestState::Huge) {
+            self.scan.look_at(index);
+        }
+    }
+
+    /// Takes a report of the driver. Returns how many of its records were refused.
+    pub fn apply_report(&mut self, batch: &Batch, records: &[Record]) -> u64 {
+        if batch.generation != self.generation || batch.kind != BATCH_STATE {
+            // A report of an older generation is ordinary; it is simply no news.
+            return u64::from(batch.kind != BATCH_STATE);
+        }
+        if batch.flags & SYNC_START != 0 {
+            self.forget_guest();
+            self.guest_sync = GuestSync::Running;
+        } else if self.guest_sync == GuestSync::Waiting {
+            return 0;
+        }
+        let mut refused = 0;
+        // A batch names each block at most once; this bounds what one batch can cost.
+        let mut allowance = self.map.len();
+        for record in records {
+            let Some(state) = GuestState::from_wire(record.state) else {
+                refused += 1;
+                continue;
+            };
+            let ranges: Vec<_> = self.map.index_ranges(record.first, record.count).collect();
+            let blocks: usize = ranges.iter().map(ExactSizeIterator::len).sum();
+            if blocks == 0 || blocks > allowance {
+                refused += 1;
+                continue;
+            }
+            allowance -= blocks;
+            let used = u16::try_from(record.used).unwrap_or(u16::MAX);
+            for index in ranges.into_iter().flatten() {
+                self.set_guest(index, state, used);
+            }
+        }
+        if batch.flags & SYNC_END != 0 {
+            self.guest_sync = GuestSync::Done;
+        }
+        self.totals.report_batches += 1;
+        refused
+    }
+
+    /// Takes what a look at the host found.
+    pub fn apply_scan(&mut self, runs: &[HostRun]) {
+        for run in runs {
+            let ranges: Vec<_> = self.map.index_ranges(run.first, run.count).collect();
+            for index in ranges.into_iter().flatten() {
+                if self.map.set_host(index, run.state).is_none() {
+                    continue;
+                }
+                if run.state.is_huge() {
+                    self.map.set_failures(index, 0);
+                }
+                self.hints.changed(index);
+                self.reconsider(index);
+            }
+        }
+    }
+
+    /// The answer of a STATS request.
+    pub fn stats(&self) -> Stats {
+        let counters = self.map.counters();
+        Stats {
+            blocks: self.map.len() as u64,
+            aligned: counters.aligned,
+            guest_only: counters.guest_only,
+            host_only: counters.host_only,
+            collapse_bytes: self.totals.collapse_bytes,
+            populated: self.totals.populated,
+            released: self.totals.released + self.totals.renewed,
+            bad_records: self.totals.bad_records,
+        }
+    }
+}

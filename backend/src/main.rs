@@ -1,0 +1,25 @@
+//! `vhost-device-gemini`: see the library for how it works.
+
+use clap::Parser;
+use std::process::ExitCode;
+use vhost_device_gemini::config::Args;
+use vhost_device_gemini::{logging, server};
+
+/// The device is none of the types that vhost-user's conventions name.
+const CAPABILITIES: &str = r#"{"type":"gemini","features":[]}"#;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.print_capabilities {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
+    logging::init(args.log_level);
+    match server::run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

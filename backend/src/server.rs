@@ -1,0 +1,256 @@
+//! The life of the daemon: waits for a VMM, serves it, survives its exit, serves the next one,
+//! and ends on SIGTERM or SIGINT.
+
+use crate::config::Args;
+use crate::control;
+use crate::device::{Device, GuestMemory};
+use crate::engine::{Engine, Port, Settings, Threads};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use vhost::vhost_user::Listener;
+use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::event::{new_event_consumer_and_notifier, EventConsumer, EventFlag};
+
+/// Size of the blocks that are managed: 2 MiB, the huge page of x86-64.
+const BLOCK_SHIFT: u32 = 21;
+/// Pause after a connection that failed at once, so that a broken peer cannot make us spin.
+const AFTER_FAILURE: Duration = Duration::from_millis(50);
+
+/// Why the daemon cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A socket cannot be listened on.
+    #[error("cannot listen on {path}: {source}; {remedy}")]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// The inherited descriptor is none that can be listened on.
+    #[error("file descriptor {fd} is not a listening unix socket: {source}; pass one that is, \
+             for example from a systemd .socket unit")]
+    Inherited {
+        /// The descriptor's number.
+        fd: i32,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The system refuses something basic.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::System { what, source }
+}
+
+/// A socket path that we created, removed when dropped.
+struct Created(PathBuf);
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            if error.kind() != io::ErrorKind::NotFound {
+                log::warn!("cannot remove {}: {error}", self.0.display());
+            }
+        }
+    }
+}
+
+/// Listens on `path`. A socket that a dead daemon left there is replaced; a live one is not.
+fn listen(path: &Path) -> Result<(UnixListener, Created), Error> {
+    let failed = |source, remedy| Error::Listen { path: path.to_owned(), source, remedy };
+    match UnixListener::bind(path) {
+        Ok(listener) => return Ok((listener, Created(path.to_owned()))),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        Err(error) => {
+            return Err(failed(error, "check that its directory exists and may be written to"))
+        }
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => {
+            let source = io::Error::from(io::ErrorKind::AddrInUse);
+            return Err(failed(source, "another process serves it: stop that one, or take another path"));
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+        Err(error) => return Err(failed(error, "it exists and is not a socket of ours: move it away")),
+    }
+    std::fs::remove_file(path)
+        .and_then(|()| UnixListener::bind(path))
+        .map(|listener| (listener, Created(path.to_owned())))
+        .map_err(|error| failed(error, "a stale socket is there that cannot be replaced: remove it"))
+}
+
+/// Set by the first signal; tells the running connection, and whoever waits for the next one.
+struct Ending {
+    asked: AtomicBool,
+    connection: Mutex<Option<ShutdownHandle>>,
+}
+
+impl Ending {
+    fn asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    /// Makes `connection` the running one (or none); ends it at once if the end was asked for.
+    fn watch(&self, connection: Option<ShutdownHandle>) {
+        let mut running = crate::engine::lock(&self.connection);
+        if let (Some(connection), true) = (&connection, self.asked()) {
+            connection.shutdown();
+        }
+        *running = connection;
+    }
+}
+
+/// Handles signals on a thread of its own. The consumer becomes readable when the end is asked
+/// for.
+fn handle_signals() -> Result<(Arc<Ending>, EventConsumer), Error> {
+    let (consumer, notifier) =
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
+            .map_err(system("make an event descriptor"))?;
+    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(system("handle signals"))?;
+    let ending =
+        Arc::new(Ending { asked: AtomicBool::new(false), connection: Mutex::new(None) });
+    let theirs = Arc::clone(&ending);
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                theirs.asked.store(true, Ordering::SeqCst);
+                if let Some(connection) = &*crate::engine::lock(&theirs.connection) {
+                    connection.shutdown();
+                }
+                if let Err(error) = notifier.notify() {
+                    log::debug!("asked to end more than once: {error}");
+                }
+            }
+        })
+        .map_err(system("start a thread"))?;
+    Ok((ending, consumer))
+}
+
+/// Runs the daemon until it is asked to end.
+///
+/// # Errors
+/// If it cannot start; once it serves, nothing that a VMM does ends it.
+pub fn run(args: &Args) -> Result<(), Error> {
+    crate::backing::survive_truncated_memory().map_err(system("handle SIGBUS"))?;
+    let (ending, end) = handle_signals()?;
+    let (listener, _created) = match (&args.socket_path, args.fd) {
+        (Some(path), _) => listen(path).map(|(listener, created)| (listener, Some(created)))?,
+        (None, Some(fd)) => (
+            crate::backing::inherit_listener(fd)
+                .map_err(|source| Error::Inherited { fd, source })?,
+            None,
+        ),
+        (None, None) => unreachable_socket()?,
+    };
+    let settings = Settings {
+        policy: args.policy,
+        copy_rate: args.copy_rate,
+        cpu_share: f64::from(args.cpu_share) / 100.0,
+        block_shift: BLOCK_SHIFT,
+    };
+    let threads = Engine::start(settings).map_err(system("start a thread"))?;
+    let _control = args
+        .control_socket
+        .as_deref()
+        .map(|path| {
+            let (listener, created) = listen(path)?;
+            control::serve(listener, Arc::clone(threads.engine()))
+                .map_err(system("start a thread"))?;
+            Ok(created)
+        })
+        .transpose()?;
+    serve(listener, &threads, &ending, &end)
+}
+
+/// The command line demands a socket; this is for callers that build [`Args`] themselves.
+fn unreachable_socket<T>() -> Result<T, Error> {
+    let source = io::Error::new(io::ErrorKind::InvalidInput, "neither --socket-path nor --fd");
+    Err(Error::System { what: "listen", source })
+}
+
+fn serve(
+    listener: UnixListener,
+    threads: &Threads,
+    ending: &Ending,
+    end: &EventConsumer,
+) -> Result<(), Error> {
+    let epoll = Epoll::new().map_err(system("wait for a VMM"))?;
+    for fd in [listener.as_raw_fd(), end.as_raw_fd()] {
+        epoll
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
+            .map_err(system("wait for a VMM"))?;
+    }
+    let mut listener = Listener::from(listener);
+    let said = Arc::new(Mutex::new(Vec::new()));
+    log::info!("waiting for a VMM");
+    loop {
+        let mut events = [EpollEvent::default()];
+        match epoll.wait(-1, &mut events) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(system("wait for a VMM")(error)),
+        }
+        if ending.asked() {
+            log::info!("asked to end; the guest's memory stays as it is");
+            return Ok(());
+        }
+        serve_one(&mut listener, threads.engine(), &said, ending);
+    }
+}
+
+/// Serves one VMM until it leaves.
+fn serve_one(
+    listener: &mut Listener,
+    engine: &Arc<Engine>,
+    said: &Arc<Mutex<Vec<crate::backing::Finding>>>,
+    ending: &Ending,
+) {
+    let memory: GuestMemory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let device = Arc::new(Device::new(memory.clone(), Arc::clone(engine), Arc::clone(said)));
+    let queues = Arc::clone(device.queues());
+    // Before the first message is read, which may be a memory table.
+    engine.attach(Some(Arc::clone(&queues) as Arc<dyn Port>));
+    let result = VhostUserDaemon::new("gemini".into(), device, memory).and_then(|mut daemon| {
+        daemon.start(listener)?;
+        log::info!("a VMM connected");
+        ending.watch(daemon.shutdown_handle());
+        let result = daemon.wait();
+        ending.watch(None);
+        queues.close();
+        // Ends the frame's threads, and with them the last discard.
+        drop(daemon);
+        result
+    });
+    queues.stop_all();
+    engine.attach(None);
+    match result {
+        Ok(()) => log::info!("the VMM left; waiting for the next one"),
+        Err(vhost_user_backend::Error::HandleRequest(
+            vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage,
+        )) => log::info!("the VMM left; waiting for the next one"),
+        Err(error) => {
+            log::warn!("the VMM's connection ended: {error}");
+            std::thread::sleep(AFTER_FAILURE);
+        }
+    }
+}
