@@ -4,5 +4,15 @@
 //! real daemon process, over the real socket, with virtqueues that lie in real
 //! shared memory. Only the guest is a model: there is no virtual machine.
 
+pub mod daemon;
+pub mod driver;
 pub mod figures;
+pub mod frontend;
+pub mod guest;
+pub mod memory;
+pub mod outside;
 pub mod report;
+pub mod ring;
+pub mod rng;
+pub mod sys;
+pub mod wire;

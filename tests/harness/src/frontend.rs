@@ -1,0 +1,269 @@
+//! A vhost-user session of a well-behaved monitor, on the front end of the vhost
+//! crate.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use crate::memory::GuestMemory;
+use crate::ring::{Ring, RingLayout};
+use crate::wire::{self, Config};
+
+/// Feature bit of virtio 1.x devices.
+pub const F_VERSION_1: u64 = 1 << 32;
+
+/// Longest wait for the answer to a message. A stopping queue may have to wait
+/// for a discard in flight, and nothing longer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A virtqueue with the events of both its sides.
+#[derive(Debug)]
+pub struct Queue {
+    /// The ring in guest memory.
+    pub ring: Ring,
+    /// Signalled by the driver.
+    pub kick: EventFd,
+    /// Signalled by the device.
+    pub call: EventFd,
+}
+
+impl Queue {
+    /// A queue with new events.
+    ///
+    /// # Errors
+    /// Those of `eventfd`.
+    pub fn new(ring: Ring) -> anyhow::Result<Self> {
+        Ok(Queue {
+            ring,
+            kick: EventFd::new(EFD_NONBLOCK)?,
+            call: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+}
+
+/// A connection to the daemon.
+pub struct Session {
+    frontend: Frontend,
+    features: u64,
+    config: Config,
+}
+
+impl Session {
+    /// Connects to `socket`, trying again for `patience` while nobody listens,
+    /// and negotiates all that the device offers (reply acknowledgement
+    /// included, so that every later message is known to be carried out).
+    ///
+    /// # Errors
+    /// If nobody listens in time, or the daemon does not offer what the
+    /// device specification demands.
+    pub fn connect(socket: &Path, patience: Duration) -> anyhow::Result<Self> {
+        let stream = connect(socket, patience)?;
+        Self::negotiate(stream, u64::MAX)
+    }
+
+    /// Like [`Session::connect`], acknowledging only device features of `wanted`.
+    ///
+    /// # Errors
+    /// As [`Session::connect`].
+    pub fn connect_with(socket: &Path, patience: Duration, wanted: u64) -> anyhow::Result<Self> {
+        let stream = connect(socket, patience)?;
+        Self::negotiate(stream, wanted)
+    }
+
+    fn negotiate(stream: UnixStream, wanted: u64) -> anyhow::Result<Self> {
+        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let mut frontend = Frontend::from_stream(stream, wire::QUEUES as u64);
+        frontend.set_owner().context("SET_OWNER")?;
+        let offered = frontend.get_features().context("GET_FEATURES")?;
+        ensure!(
+            offered & F_VERSION_1 != 0,
+            "daemon does not offer VERSION_1 (features {offered:#x})"
+        );
+        let protocol = frontend
+            .get_protocol_features()
+            .context("GET_PROTOCOL_FEATURES")?;
+        let needed = VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::MQ;
+        ensure!(
+            protocol.contains(needed),
+            "daemon offers protocol features {protocol:?}, not all of {needed:?}"
+        );
+        let optional = VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        frontend
+            .set_protocol_features(needed | (protocol & optional))
+            .context("SET_PROTOCOL_FEATURES")?;
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let queues = frontend.get_queue_num().context("GET_QUEUE_NUM")?;
+        ensure!(
+            queues >= wire::QUEUES as u64,
+            "daemon has {queues} queues, not {}",
+            wire::QUEUES
+        );
+
+        let device = wire::F_PREPARE | wire::F_RELEASE | wire::F_STATS;
+        let transport = F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let features = offered & ((device & wanted) | transport);
+        frontend.set_features(features).context("SET_FEATURES")?;
+
+        let mut session = Session {
+            frontend,
+            features,
+            config: Config::parse(&[]),
+        };
+        session.config = session.read_config()?;
+        ensure!(
+            session.config.version == 1,
+            "device has version {}, this driver knows 1",
+            session.config.version
+        );
+        Ok(session)
+    }
+
+    /// The acknowledged features.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The configuration as read at the start.
+    #[must_use]
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    /// Reads the configuration space.
+    ///
+    /// # Errors
+    /// If the daemon does not answer with it.
+    pub fn read_config(&mut self) -> anyhow::Result<Config> {
+        let size = u32::try_from(wire::CONFIG_LEN)?;
+        let (_, bytes) = self
+            .frontend
+            .get_config(
+                0,
+                size,
+                VhostUserConfigFlags::empty(),
+                &[0; wire::CONFIG_LEN],
+            )
+            .context("GET_CONFIG")?;
+        Ok(Config::parse(&bytes))
+    }
+
+    /// Hands the memory over.
+    ///
+    /// # Errors
+    /// If the daemon refuses it.
+    pub fn set_memory(&self, memory: &GuestMemory) -> anyhow::Result<()> {
+        self.frontend
+            .set_mem_table(&memory.table())
+            .context("SET_MEM_TABLE")?;
+        Ok(())
+    }
+
+    /// Starts queue `index` at `base`, the index of the first buffer that the
+    /// device is to use.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn start_queue(
+        &mut self,
+        index: usize,
+        queue: &Queue,
+        memory: &GuestMemory,
+        base: u16,
+    ) -> anyhow::Result<()> {
+        let RingLayout {
+            size,
+            desc,
+            avail,
+            used,
+        } = queue.ring.layout();
+        let address = |gpa| memory.host_address(memory.offset(gpa));
+        let frontend = &mut self.frontend;
+        frontend
+            .set_vring_num(index, size)
+            .context("SET_VRING_NUM")?;
+        frontend
+            .set_vring_base(index, base)
+            .context("SET_VRING_BASE")?;
+        let config = VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: 0,
+            desc_table_addr: address(desc),
+            used_ring_addr: address(used),
+            avail_ring_addr: address(avail),
+            log_addr: None,
+        };
+        frontend
+            .set_vring_addr(index, &config)
+            .context("SET_VRING_ADDR")?;
+        frontend
+            .set_vring_call(index, &queue.call)
+            .context("SET_VRING_CALL")?;
+        frontend
+            .set_vring_kick(index, &queue.kick)
+            .context("SET_VRING_KICK")?;
+        frontend
+            .set_vring_enable(index, true)
+            .context("SET_VRING_ENABLE")?;
+        // What was offered before the start has been kicked in vain.
+        queue.kick.write(1)?;
+        Ok(())
+    }
+
+    /// Stops queue `index` and returns the index of the next buffer that the
+    /// device would have used.
+    ///
+    /// # Errors
+    /// If the daemon does not answer.
+    pub fn stop_queue(&mut self, index: usize) -> anyhow::Result<u16> {
+        self.frontend
+            .set_vring_enable(index, false)
+            .context("SET_VRING_ENABLE")?;
+        let base = self
+            .frontend
+            .get_vring_base(index)
+            .context("GET_VRING_BASE")?;
+        u16::try_from(base).context("GET_VRING_BASE answered no ring index")
+    }
+
+    /// Stops all queues as a monitor does when the guest resets the device.
+    ///
+    /// # Errors
+    /// If the daemon does not answer.
+    pub fn stop_queues(&mut self) -> anyhow::Result<()> {
+        for index in 0..wire::QUEUES {
+            self.stop_queue(index)?;
+        }
+        Ok(())
+    }
+}
+
+/// Connects to a listening socket, trying again for `patience`.
+///
+/// # Errors
+/// If nobody listens in time.
+pub fn connect(socket: &Path, patience: Duration) -> anyhow::Result<UnixStream> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() >= deadline => {
+                return Err(error)
+                    .with_context(|| format!("cannot connect to {}", socket.display()));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! The system calls that no safe interface offers. All `unsafe` code of the
+//! harness is here.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+/// Size of a base page in bytes. The harness runs on machines with 4 KiB pages.
+pub const PAGE_SIZE: u64 = 4096;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn to_usize(value: u64) -> io::Result<usize> {
+    usize::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn to_off(value: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// An anonymous shared memory file of `size` bytes, without any page in it.
+///
+/// # Errors
+/// Those of `memfd_create` and `ftruncate`.
+pub fn memfd(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a valid C string; the call touches no other memory.
+    let fd = check(unsafe { libc::memfd_create(c"gemini-guest".as_ptr(), libc::MFD_CLOEXEC) })?;
+    // SAFETY: the descriptor was just created and nobody else owns it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// A shared mapping of a whole memory file. Another process writes to it too,
+/// so it is only ever copied from and to, never borrowed as a slice.
+#[derive(Debug)]
+pub struct Mapping {
+    base: *mut u8,
+    len: usize,
+    reserved: (*mut u8, usize),
+}
+
+// SAFETY: the mapping lives until it is dropped, whichever thread holds it, and
+// is accessed by copies and atomics only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent access is what shared memory is for, and no
+// reference into it is ever handed out.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `file` at an address that is `skew` bytes above a
+    /// multiple of `align`.
+    ///
+    /// # Errors
+    /// Those of `mmap`.
+    pub fn new(file: &File, len: u64, align: u64, skew: u64) -> io::Result<Self> {
+        let (len, align, skew) = (to_usize(len)?, to_usize(align)?, to_usize(skew)?);
+        let reserve = len
+            .checked_add(2 * align)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let reserved = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                reserve,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let reserved = reserved.cast::<u8>();
+        let base = reserved.wrapping_add(reserved.align_offset(align) + skew);
+        // SAFETY: [base, base + len) lies inside the reservation made above,
+        // which nobody else uses.
+        let mapped = unsafe {
+            libc::mmap(
+                base.cast(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        let mapping = Mapping {
+            base,
+            len,
+            reserved: (reserved, reserve),
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(mapping)
+    }
+
+    /// Address of the first byte.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.base as u64
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether it has no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn at(&self, offset: u64, len: usize) -> *mut u8 {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        assert!(
+            offset <= self.len && len <= self.len - offset,
+            "access of {len} bytes at {offset:#x} outside of {:#x} bytes",
+            self.len
+        );
+        self.base.wrapping_add(offset)
+    }
+
+    /// Copies `bytes` to `offset`.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn write(&self, offset: u64, bytes: &[u8]) {
+        let target = self.at(offset, bytes.len());
+        // SAFETY: `at` checked the range; source and mapping cannot overlap
+        // because no slice of the mapping exists.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+    }
+
+    /// Copies from `offset` into `bytes`.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) {
+        let source = self.at(offset, bytes.len());
+        // SAFETY: as in `write`.
+        unsafe { ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) };
+    }
+
+    /// Reads a little-endian u16 that another process may be writing.
+    ///
+    /// # Panics
+    /// If `offset` is odd or outside.
+    #[must_use]
+    pub fn load_u16(&self, offset: u64) -> u16 {
+        u16::from_le(self.atomic(offset).load(Ordering::Acquire))
+    }
+
+    /// Writes a little-endian u16; what was written before is visible to whoever
+    /// reads it.
+    ///
+    /// # Panics
+    /// If `offset` is odd or outside.
+    pub fn store_u16(&self, offset: u64, value: u16) {
+        self.atomic(offset).store(value.to_le(), Ordering::Release);
+    }
+
+    fn atomic(&self, offset: u64) -> &AtomicU16 {
+        assert!(offset % 2 == 0, "unaligned u16 at {offset:#x}");
+        let address = self.at(offset, 2);
+        // SAFETY: in range and aligned (the base is page-aligned); the mapping
+        // outlives the borrow of self.
+        unsafe { AtomicU16::from_ptr(address.cast()) }
+    }
+
+    /// Applies `advice` to `len` bytes at `offset`.
+    ///
+    /// # Errors
+    /// Those of `madvise`.
+    pub fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+        assert!(
+            !matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE),
+            "advice that drops contents is not for this function"
+        );
+        let len = to_usize(len)?;
+        let address = self.at(offset, len);
+        // SAFETY: the range is ours, and the advice changes only how it is backed.
+        check(unsafe { libc::madvise(address.cast(), len, advice) }).map(|_| ())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the reservation, and the mapping inside it, are ours, and no
+        // pointer into them outlives self.
+        unsafe { libc::munmap(self.reserved.0.cast(), self.reserved.1) };
+    }
+}
+
+/// Takes the pages of a range out of a memory file; it then reads as zeros.
+///
+/// # Errors
+/// Those of `fallocate`.
+pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: a call on a descriptor that we own; no pointers.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, to_off(offset)?, to_off(len)?) })
+        .map(|_| ())
+}
+
+/// The next offset at or after `offset` where the file has (`data`) or has not
+/// (`!data`) a page; `None` after the last.
+///
+/// # Errors
+/// Those of `lseek`.
+pub fn seek(file: &File, offset: u64, data: bool) -> io::Result<Option<u64>> {
+    let whence = if data {
+        libc::SEEK_DATA
+    } else {
+        libc::SEEK_HOLE
+    };
+    // SAFETY: a call on a descriptor that we own; no pointers.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), to_off(offset)?, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ScanRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const PAGE_IS_HUGE: u64 = 1 << 6;
+/// `_IOWR('f', 16, struct pm_scan_arg)`
+const PAGEMAP_SCAN: libc::c_ulong =
+    (3 << 30) | ((size_of::<ScanArg>() as libc::c_ulong) << 16) | (0x66 << 8) | 16;
+
+/// The address ranges in `[start, end)` that a process maps with huge pages,
+/// ascending; `pagemap` is its `/proc/PID/pagemap`.
+///
+/// # Errors
+/// Those of the ioctl, which Linux has from 6.7 on.
+pub fn huge_ranges(pagemap: &File, start: u64, end: u64) -> io::Result<Vec<(u64, u64)>> {
+    let mut regions = vec![ScanRegion::default(); 1024];
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    let mut position = start;
+    while position < end {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start: position,
+            end,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            category_mask: PAGE_IS_HUGE,
+            return_mask: PAGE_IS_HUGE,
+            ..ScanArg::default()
+        };
+        // SAFETY: the argument and the vector it points to live across the call,
+        // and their sizes are given.
+        let count = check(unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) })?;
+        let count = usize::try_from(count).unwrap_or(0);
+        for region in regions.iter().take(count) {
+            match found.last_mut() {
+                Some(last) if last.1 == region.start => last.1 = region.end,
+                _ => found.push((region.start, region.end)),
+            }
+        }
+        if arg.walk_end <= position {
+            return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+        }
+        position = arg.walk_end;
+    }
+    Ok(found)
+}
+
+/// Waits until one of `fds` is readable or `timeout` has passed.
+///
+/// # Errors
+/// Those of `poll`, an interrupted call apart, which counts as a timeout.
+pub fn wait_readable(fds: &[RawFd], timeout: Duration) -> io::Result<()> {
+    let mut polled: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|&fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let timeout = libc::timespec {
+        tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(timeout.subsec_nanos()),
+    };
+    let count = polled.len() as libc::nfds_t;
+    // SAFETY: the array and the timeout live across the call; its length is given.
+    let result = unsafe { libc::ppoll(polled.as_mut_ptr(), count, &timeout, ptr::null()) };
+    match check(result) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Sends `signal` to the process `pid`.
+///
+/// # Errors
+/// Those of `kill`.
+pub fn kill(pid: u32, signal: libc::c_int) -> io::Result<()> {
+    let pid = libc::pid_t::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::kill(pid, signal) }).map(|_| ())
+}
+
+/// Has `command` die with the thread that starts it, so that a harness that is
+/// itself killed leaves no daemon behind.
+pub fn die_with_parent(command: &mut Command) -> &mut Command {
+    // SAFETY: prctl is safe to call between fork and exec.
+    unsafe {
+        command.pre_exec(|| check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL)).map(|_| ()))
+    }
+}
+
+/// Has `command` inherit `fd` under the number `target`.
+pub fn inherit<'a>(command: &'a mut Command, fd: BorrowedFd<'_>, target: RawFd) -> &'a mut Command {
+    let fd = fd.as_raw_fd();
+    // SAFETY: dup2 is safe to call between fork and exec, and clears
+    // close-on-exec of the new descriptor.
+    unsafe { command.pre_exec(move || check(libc::dup2(fd, target)).map(|_| ())) }
+}
+
+/// Clock ticks a second in which /proc counts CPU time.
+#[must_use]
+pub fn clock_ticks() -> f64 {
+    // SAFETY: no pointers.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    if ticks > 0 {
+        ticks as f64
+    } else {
+        100.0
+    }
+}
+
+/// Whether this process runs as the superuser.
+#[must_use]
+pub fn is_root() -> bool {
+    // SAFETY: no pointers.
+    unsafe { libc::geteuid() == 0 }
+}
