@@ -207,3 +207,98 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::HostState;
+    use crate::protocol::BATCH_ADVICE;
+
+    fn state_of(blocks: u64) -> State {
+        let now = Instant::now();
+        let mut state = State::new(Policy::Gemini, now);
+        state.map = BlockMap::new(&[0..blocks]);
+        state.scan = ScanPlan::new(state.map.len(), now);
+        state.new_generation();
+        state
+    }
+
+    fn batch(state: &State, flags: u16) -> Batch {
+        Batch { generation: state.generation, count: 0, kind: BATCH_STATE, flags }
+    }
+
+    fn record(first: u64, count: u32, guest: GuestState) -> Record {
+        Record { first, count, state: guest as u8, ..Record::default() }
+    }
+
+    #[test]
+    fn reports_count_only_after_sync_start_and_in_their_generation() {
+        let mut state = state_of(8);
+        let huge = [record(2, 3, GuestState::Huge)];
+        let early = batch(&state, 0);
+        state.apply_report(&early, &huge);
+        assert_eq!(state.map.counters().guest_only, 0);
+        let old = Batch { generation: state.generation ^ 1, ..batch(&state, SYNC_START) };
+        state.apply_report(&old, &huge);
+        assert_eq!(state.guest_sync, GuestSync::Waiting);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &huge);
+        assert_eq!(state.map.counters().guest_only, 3);
+        assert_eq!(state.guest_sync, GuestSync::Done);
+    }
+
+    #[test]
+    fn sync_start_forgets_what_was_reported() {
+        let mut state = state_of(8);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(0, 8, GuestState::Huge)]);
+        state.apply_report(&start, &[record(1, 1, GuestState::Base)]);
+        assert_eq!(state.map.counters().guest[GuestState::Huge as usize], 0);
+        assert_eq!(state.map.counters().guest[GuestState::Unknown as usize], 7);
+    }
+
+    #[test]
+    fn hostile_records_are_refused_and_cost_no_more_than_the_guest_is_large() {
+        let mut state = state_of(8);
+        let start = batch(&state, SYNC_START);
+        let records = [
+            record(u64::MAX, u32::MAX, GuestState::Huge), // nowhere
+            record(0, 0, GuestState::Huge),               // nothing
+            Record { state: 77, ..record(0, 1, GuestState::Huge) },
+            record(0, u32::MAX, GuestState::Base), // all of it
+            record(0, 1, GuestState::Huge),        // and once more: over the allowance
+        ];
+        assert_eq!(state.apply_report(&start, &records), 4);
+        assert_eq!(state.map.counters().guest[GuestState::Base as usize], 8);
+        let advice = Batch { kind: BATCH_ADVICE, ..start };
+        assert_eq!(state.apply_report(&advice, &[]), 1);
+    }
+
+    #[test]
+    fn guest_huge_on_host_base_is_wanted_until_the_host_is_huge() {
+        let mut state = state_of(8);
+        let run = |host| [HostRun { first: 0, count: 8, state: host, resident: 0 }];
+        state.apply_scan(&run(HostState::Base));
+        assert!(!state.repair.pending());
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(5, 1, GuestState::Huge)]);
+        assert!(state.repair.pending());
+        state.apply_scan(&run(HostState::Huge));
+        assert!(!state.repair.pending());
+        assert_eq!(state.map.counters().aligned, 1);
+    }
+
+    #[test]
+    fn new_generation_forgets_the_guest_and_keeps_the_host() {
+        let mut state = state_of(8);
+        state.apply_scan(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(0, 8, GuestState::Huge)]);
+        let before = state.generation;
+        state.new_generation();
+        assert_ne!(state.generation, before);
+        assert_eq!(state.map.counters().guest[GuestState::Unknown as usize], 8);
+        assert_eq!(state.map.counters().host[HostState::Base as usize], 8);
+        assert!(!state.repair.pending());
+    }
+}
