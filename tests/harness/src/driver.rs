@@ -205,6 +205,12 @@ impl Driver {
         Ok(())
     }
 
+    /// Notes that a new generation must come: the full host state that is known
+    /// is an old one from here on.
+    pub fn expect_resync(&mut self) {
+        self.host_synced = false;
+    }
+
     /// The generation, once a full host state began.
     #[must_use]
     pub fn generation(&self) -> Option<u64> {
@@ -262,13 +268,12 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes whatever the device has used by now. Returns whether there was
+    /// Takes what the device has told on hintq. Returns whether there was
     /// anything.
     ///
     /// # Errors
     /// If the device did what it must not.
-    pub fn poll(&mut self) -> anyhow::Result<bool> {
-        let mut any = false;
+    pub fn poll_hints(&mut self) -> anyhow::Result<bool> {
         let mut refilled = false;
         while let Some((_, len)) = self.queues[HINTQ].ring.take_used().context("hintq")? {
             let slot = self.hint_slots.pop_front().context("hintq: no slot")?;
@@ -278,8 +283,17 @@ impl Driver {
         }
         if refilled {
             self.queues[HINTQ].kick.write(1)?;
-            any = true;
         }
+        Ok(refilled)
+    }
+
+    /// Takes whatever the device has used by now. Returns whether there was
+    /// anything.
+    ///
+    /// # Errors
+    /// If the device did what it must not.
+    pub fn poll(&mut self) -> anyhow::Result<bool> {
+        let mut any = self.poll_hints()?;
         while let Some((_, len)) = self.queues[REPORTQ].ring.take_used().context("reportq")? {
             ensure!(len == 0, "reportq: device says it wrote {len} bytes");
             let slot = self.report_slots.pop_front().context("reportq: no slot")?;

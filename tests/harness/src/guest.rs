@@ -78,6 +78,14 @@ impl fmt::Display for Damage {
     }
 }
 
+/// What a block held before a drop of it was asked for.
+#[derive(Clone, Debug)]
+pub struct Stake {
+    /// The block.
+    pub block: u64,
+    contents: Vec<Content>,
+}
+
 /// The model guest.
 #[derive(Debug)]
 pub struct Guest {
@@ -333,6 +341,22 @@ impl Guest {
     /// Notes that a drop of `block` was answered with success.
     pub fn contents_dropped(&mut self, block: u64) {
         self.set_contents(block, Content::Zero);
+    }
+
+    /// Notes that a drop of `block` was asked for, and returns what the block
+    /// held before, in case the answer is that nothing was dropped.
+    pub fn put_at_stake(&mut self, block: u64) -> Stake {
+        let start = index(block) * PAGES;
+        let contents = self.contents[start..start + PAGES].to_vec();
+        self.contents_undefined(block);
+        Stake { block, contents }
+    }
+
+    /// Notes that nothing was dropped after all: the block must hold what it
+    /// held before.
+    pub fn put_back(&mut self, stake: &Stake) {
+        let start = index(stake.block) * PAGES;
+        self.contents[start..start + PAGES].copy_from_slice(&stake.contents);
     }
 
     fn set_contents(&mut self, block: u64, content: Content) {

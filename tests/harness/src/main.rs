@@ -1,3 +1,155 @@
 //! Command line of the harness.
 
-fn main() {}
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use gemini_harness::figures::Scenario;
+use gemini_harness::{report, restart, run, scale, settings};
+
+/// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
+#[derive(Debug, Parser)]
+#[command(name = "gemini-harness", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Write the result as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// Do less: for tests and demos.
+    #[arg(long)]
+    quick: bool,
+
+    /// The daemon's program [default: beside this one].
+    #[arg(long, value_name = "PATH")]
+    daemon: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The same workload under each policy: the table and the block map.
+    Run {
+        #[command(flatten)]
+        common: Common,
+
+        /// Guest memory in MiB; less is taken where the machine has less.
+        #[arg(long, value_name = "MIB", default_value_t = 1024)]
+        mem: u64,
+
+        /// Policies, in this order.
+        #[arg(long, value_delimiter = ',', default_value = "none,always,gemini")]
+        policy: Vec<String>,
+    },
+    /// A guest of 1 TiB and one of 4 GiB: time of a resync, cost of the daemon.
+    Scale {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// The daemon is killed at each step of a request and started again.
+    Restart {
+        #[command(flatten)]
+        common: Common,
+
+        /// A daemon that was built with the feature fault-points
+        /// [default: target/fault-points/PROFILE/vhost-device-gemini].
+        #[arg(long, value_name = "PATH")]
+        fault_daemon: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Run {
+            common,
+            mem,
+            policy,
+        } => run_policies(&common, mem, &policy),
+        Command::Scale { common } => scale(&common),
+        Command::Restart {
+            common,
+            fault_daemon,
+        } => restart(&common, fault_daemon.as_deref()),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("gemini-harness: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run_policies(common: &Common, mem: u64, policies: &[String]) -> anyhow::Result<bool> {
+    let start = Instant::now();
+    let (shmem_enabled, _changed) = settings::daemon_decides()?;
+    let wanted = mem.checked_mul(1 << 20).context("--mem is too large")?;
+    let memory = run::fitting_memory(wanted)?;
+    let plan = run::Plan {
+        program: run::program(common.daemon.as_deref())?,
+        memory,
+        seed: common.seed,
+        reads: if common.quick { 2_000_000 } else { 20_000_000 },
+    };
+    println!(
+        "model guest, no virtual machine: {} MiB of memory",
+        memory >> 20
+    );
+    if memory < wanted {
+        println!("({mem} MiB do not fit this machine)");
+    }
+    println!("shmem_enabled: {shmem_enabled}");
+    let mut document = report::RunsDocument::default();
+    for policy in policies {
+        let outcome = run::run(&plan, policy).with_context(|| format!("policy {policy}"))?;
+        println!("\npolicy {policy}");
+        for finding in &outcome.findings {
+            println!("daemon says: {finding}");
+        }
+        print!("{}", report::picture(&outcome.map));
+        document.runs.push(outcome.figures);
+    }
+    println!("\nmodel guest, no virtual machine; seen from outside and by the daemon alike");
+    report::print_table(&document.runs);
+    println!("took {:.1} s", start.elapsed().as_secs_f64());
+    if let Some(path) = &common.json {
+        report::write_json(path, &document)?;
+    }
+    Ok(true)
+}
+
+fn scale(common: &Common) -> anyhow::Result<bool> {
+    let plan = scale::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
+    finish(&scale::measure(&plan)?, common.json.as_deref())
+}
+
+fn restart(common: &Common, fault_daemon: Option<&Path>) -> anyhow::Result<bool> {
+    let plan = restart::Plan {
+        program: run::program(common.daemon.as_deref())?,
+        fault_program: restart::fault_program(fault_daemon)?,
+        seed: common.seed,
+        passages: if common.quick { vec![2] } else { vec![1, 2, 5] },
+    };
+    finish(&restart::measure(&plan)?, common.json.as_deref())
+}
+
+/// Prints a scenario against its bars, writes it, and tells whether it passed.
+fn finish(scenario: &Scenario, json: Option<&Path>) -> anyhow::Result<bool> {
+    print!("{scenario}");
+    if let Some(path) = json {
+        report::write_json(path, &scenario.document()?)?;
+    }
+    Ok(scenario.passed())
+}

@@ -361,6 +361,20 @@ pub fn inherit<'a>(command: &'a mut Command, fd: BorrowedFd<'_>, target: RawFd) 
     unsafe { command.pre_exec(move || check(libc::dup2(fd, target)).map(|_| ())) }
 }
 
+/// Waits for an exclusive lock on `file`, held until it is closed.
+///
+/// # Errors
+/// Those of `flock`.
+pub fn lock(file: &File) -> io::Result<()> {
+    loop {
+        // SAFETY: a call on a descriptor that we own; no pointers.
+        match check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other.map(|_| ()),
+        }
+    }
+}
+
 /// Clock ticks a second in which /proc counts CPU time.
 #[must_use]
 pub fn clock_ticks() -> f64 {
