@@ -1,2 +1,39 @@
-//! real-VM tests, demo and benchmarks.
-fn main() {}
+//! `gemini-lab`: what `scripts/demo`, `scripts/vm` and `scripts/bench` call.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use gemini_e2e::{bench, demo, shell};
+
+#[derive(Parser)]
+#[command(version, about = "Real guests under vhost-device-gemini")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot the same guest and workload under each policy; print one table
+    Demo(demo::DemoArgs),
+    /// Boot one guest to log into
+    Vm(shell::ShellArgs),
+    /// Measure one scenario against its bar
+    Bench(bench::BenchArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args).map(|()| true),
+        Command::Vm(args) => shell::run(&args).map(|()| true),
+        Command::Bench(args) => bench::run(&args),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! Tells the guest's agent what to do.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context};
+use gemini_guest::protocol::{
+    Answer, BlockStates, Break, Broken, Churned, Command, Elapsed, Filled, Message, Messages,
+    Output, PageSize, Pong, Request, Verified, DRIVER_NAME, DRIVER_PATH,
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// How long an ordinary command may take, in an emulated guest on a busy
+/// machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a command may take that works through memory.
+const LONG_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Most severe level that is no reason to worry: 5 is a notice, 4 a warning.
+const NOTICE: u8 = 5;
+
+/// The channel to the agent of one guest. Several requests may be under way.
+#[derive(Debug)]
+pub struct Guest {
+    writer: Mutex<UnixStream>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<Received>,
+    arrived: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Received {
+    next_id: u64,
+    answers: HashMap<u64, Answer>,
+    closed: bool,
+}
+
+/// A request that is under way.
+#[derive(Debug)]
+#[must_use]
+pub struct Pending<T> {
+    id: u64,
+    shared: Arc<Shared>,
+    result: std::marker::PhantomData<T>,
+}
+
+impl Guest {
+    /// Connects to the QEMU end of the channel; the guest may still be booting.
+    ///
+    /// # Errors
+    /// If QEMU does not listen there.
+    pub fn connect(path: &Path) -> anyhow::Result<Self> {
+        let stream = UnixStream::connect(path)
+            .with_context(|| format!("cannot connect to {}", path.display()))?;
+        let shared = Arc::new(Shared::default());
+        let reader = BufReader::new(stream.try_clone()?);
+        let receiver = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("guest-channel".into())
+            .spawn(move || receive(reader, &receiver))
+            .context("cannot start a thread")?;
+        Ok(Guest {
+            writer: Mutex::new(stream),
+            shared,
+        })
+    }
+
+    /// Waits until the agent answers: the guest is up.
+    ///
+    /// # Errors
+    /// If it does not in time, or `alive` fails meanwhile.
+    pub fn wait_ready(
+        &self,
+        timeout: Duration,
+        mut alive: impl FnMut() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Pong> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            // What was sent before a reset is lost with the port's buffers, so
+            // a new ping goes out now and then.
+            let pending = self.start::<Pong>(Command::Ping)?;
+            for _ in 0..20 {
+                alive()?;
+                if let Some(pong) = pending.poll(Duration::from_millis(100))? {
+                    return Ok(pong);
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("the guest was not up within {timeout:?}");
+            }
+        }
+    }
+
+    /// Sends a request without waiting for its answer.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn start<T>(&self, command: Command) -> anyhow::Result<Pending<T>> {
+        let id = {
+            let mut state = self.shared.lock();
+            state.next_id += 1;
+            state.next_id
+        };
+        let mut text = serde_json::to_string(&Request { id, command })?;
+        text.push('\n');
+        self.writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write_all(text.as_bytes())
+            .context("the channel to the guest is closed")?;
+        Ok(Pending {
+            id,
+            shared: Arc::clone(&self.shared),
+            result: std::marker::PhantomData,
+        })
+    }
+
+    fn call<T: DeserializeOwned>(&self, command: Command, timeout: Duration) -> anyhow::Result<T> {
+        self.start(command)?.wait(timeout)
+    }
+
+    /// Runs a shell command and returns its output.
+    ///
+    /// # Errors
+    /// If it exits with anything but 0.
+    pub fn shell(&self, command: &str) -> anyhow::Result<String> {
+        let output: Output = self.call(
+            Command::Exec {
+                command: command.into(),
+            },
+            LONG_TIMEOUT,
+        )?;
+        if output.code != 0 {
+            bail!("`{command}` exits with {}: {}", output.code, output.output);
+        }
+        Ok(output.output)
+    }
+
+    /// Loads the driver.
+    ///
+    /// # Errors
+    /// If the kernel refuses it.
+    pub fn load_driver(&self) -> anyhow::Result<Elapsed> {
+        self.call(
+            Command::LoadModule {
+                path: DRIVER_PATH.into(),
+                parameters: String::new(),
+            },
+            TIMEOUT,
+        )
+    }
+
+    /// Unloads the driver.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn unload_driver(&self) -> anyhow::Result<Elapsed> {
+        self.call(
+            Command::UnloadModule {
+                name: DRIVER_NAME.into(),
+            },
+            TIMEOUT,
+        )
+    }
+
+    /// Maps memory and fills it with the pattern of `seed`.
+    ///
+    /// # Errors
+    /// If the guest cannot.
+    pub fn fill(
+        &self,
+        name: &str,
+        bytes: u64,
+        seed: u64,
+        pages: PageSize,
+    ) -> anyhow::Result<Filled> {
+        self.call(
+            Command::Fill {
+                name: name.into(),
+                bytes,
+                seed,
+                pages,
+            },
+            LONG_TIMEOUT,
+        )
+    }
+
+    /// Reads words at random.
+    ///
+    /// # Errors
+    /// If there is no such memory.
+    pub fn read(&self, name: &str, reads: u64, seed: u64) -> anyhow::Result<Elapsed> {
+        let name = name.into();
+        self.call(Command::Read { name, reads, seed }, LONG_TIMEOUT)
+    }
+
+    /// Compares memory with its pattern.
+    ///
+    /// # Errors
+    /// If a single word differs.
+    pub fn verify(&self, name: &str) -> anyhow::Result<Verified> {
+        let found: Verified = self.call(Command::Verify { name: name.into() }, LONG_TIMEOUT)?;
+        if found.bad_words != 0 {
+            bail!(
+                "{} of {} words of {name} are not what was written, the first at offset {:?}",
+                found.bad_words,
+                found.words,
+                found.first_bad
+            );
+        }
+        Ok(found)
+    }
+
+    /// Breaks every `every`'th huge page.
+    ///
+    /// # Errors
+    /// If the guest's kernel refuses.
+    pub fn break_pages(&self, name: &str, how: Break, every: u64) -> anyhow::Result<Broken> {
+        let name = name.into();
+        self.call(Command::Break { name, how, every }, LONG_TIMEOUT)
+    }
+
+    /// Unmaps memory.
+    ///
+    /// # Errors
+    /// If there is no such memory.
+    pub fn free(&self, name: &str) -> anyhow::Result<()> {
+        let name = name.into();
+        self.call::<Value>(Command::Free { name }, TIMEOUT)
+            .map(drop)
+    }
+
+    /// Starts memory load in the background.
+    ///
+    /// # Errors
+    /// If the guest cannot.
+    pub fn start_churn(&self, name: &str, bytes: u64, seed: u64) -> anyhow::Result<()> {
+        let name = name.into();
+        self.call::<Value>(Command::StartChurn { name, bytes, seed }, TIMEOUT)
+            .map(drop)
+    }
+
+    /// Ends a background load.
+    ///
+    /// # Errors
+    /// If something failed in it, or a word that it read was not what it had
+    /// written.
+    pub fn stop_churn(&self, name: &str) -> anyhow::Result<Churned> {
+        let done: Churned = self.call(Command::StopChurn { name: name.into() }, LONG_TIMEOUT)?;
+        if done.bad_words != 0 {
+            bail!("churn {name} found {} words changed", done.bad_words);
+        }
+        Ok(done)
+    }
+
+    /// State of every block as the guest's kernel tells it.
+    ///
+    /// # Errors
+    /// If `/proc/kpageflags` cannot be read there.
+    pub fn blocks(&self) -> anyhow::Result<BlockStates> {
+        self.call(Command::Blocks, LONG_TIMEOUT)
+    }
+
+    /// Sequence number that the next kernel message will have.
+    ///
+    /// # Errors
+    /// If the log cannot be read there.
+    pub fn log_position(&self) -> anyhow::Result<u64> {
+        Ok(self.messages(0)?.next)
+    }
+
+    /// Kernel messages from `since` on.
+    ///
+    /// # Errors
+    /// If the log cannot be read there.
+    pub fn messages(&self, since: u64) -> anyhow::Result<Messages> {
+        self.call(Command::Messages { since }, TIMEOUT)
+    }
+
+    /// Kernel messages from `since` on that a healthy guest does not have.
+    ///
+    /// # Errors
+    /// If the log cannot be read there.
+    pub fn complaints(&self, since: u64) -> anyhow::Result<Vec<Message>> {
+        let mut messages = self.messages(since)?.messages;
+        messages.retain(is_complaint);
+        Ok(messages)
+    }
+
+    /// `/proc/meminfo` in bytes.
+    ///
+    /// # Errors
+    /// If it cannot be read there.
+    pub fn memory(&self) -> anyhow::Result<BTreeMap<String, u64>> {
+        self.call(Command::Memory, TIMEOUT)
+    }
+
+    /// The text of a file.
+    ///
+    /// # Errors
+    /// If it cannot be read there.
+    pub fn read_file(&self, path: &str) -> anyhow::Result<String> {
+        self.call(Command::ReadFile { path: path.into() }, TIMEOUT)
+    }
+
+    /// Writes to a file that exists.
+    ///
+    /// # Errors
+    /// If the guest's kernel refuses.
+    pub fn write_file(&self, path: &str, text: &str) -> anyhow::Result<()> {
+        let (path, text) = (path.into(), text.into());
+        self.call::<Value>(Command::WriteFile { path, text }, LONG_TIMEOUT)
+            .map(drop)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Ends the receiving thread; fails only if the other end is gone.
+        let stream = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+impl<T: DeserializeOwned> Pending<T> {
+    /// Waits for the answer.
+    ///
+    /// # Errors
+    /// What the guest says, or that it says nothing in time.
+    pub fn wait(self, timeout: Duration) -> anyhow::Result<T> {
+        self.poll(timeout)?
+            .with_context(|| format!("the guest does not answer within {timeout:?}"))
+    }
+
+    /// Waits for the answer, but no longer than `timeout`.
+    ///
+    /// # Errors
+    /// What the guest says, or that the channel is closed.
+    pub fn poll(&self, timeout: Duration) -> anyhow::Result<Option<T>> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(answer) = state.answers.remove(&self.id) {
+                return value_of(answer).map(Some);
+            }
+            if state.closed {
+                bail!("the channel to the guest is closed: QEMU has ended");
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            state = self
+                .shared
+                .arrived
+                .wait_timeout(state, left)
+                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
+    }
+}
+
+fn value_of<T: DeserializeOwned>(answer: Answer) -> anyhow::Result<T> {
+    if let Some(error) = answer.error {
+        bail!("the guest says: {error}");
+    }
+    serde_json::from_value(answer.ok.unwrap_or(Value::Null))
+        .context("the guest's answer has another form")
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Received> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn receive(mut reader: BufReader<UnixStream>, shared: &Shared) {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let open = matches!(reader.read_until(b'\n', &mut line), Ok(count) if count > 0);
+        let mut state = shared.lock();
+        if !open {
+            state.closed = true;
+            shared.arrived.notify_all();
+            return;
+        }
+        if let Some(answer) = parse_answer(&String::from_utf8_lossy(&line)) {
+            state.answers.insert(answer.id, answer);
+            shared.arrived.notify_all();
+        }
+    }
+}
+
+/// The answer in a line. A guest that is reset in the middle of an answer
+/// leaves a torn one, which the next answer then follows on the same line.
+fn parse_answer(line: &str) -> Option<Answer> {
+    serde_json::from_str(line).ok().or_else(|| {
+        let start = line.rfind("{\"id\":")?;
+        serde_json::from_str(&line[start..]).ok()
+    })
+}
+
+/// Whether a kernel message tells of trouble. Warnings count by their level,
+/// except those that an out-of-tree module brings by being one.
+fn is_complaint(message: &Message) -> bool {
+    const TROUBLE: [&str; 9] = [
+        "BUG:",
+        "WARNING:",
+        "Oops",
+        "general protection",
+        "Call Trace",
+        "blocked for more than",
+        "stall",
+        "lockup",
+        "use-after-free",
+    ];
+    const EXPECTED: [&str; 2] = [
+        "loading out-of-tree module taints kernel",
+        "module verification failed",
+    ];
+    if EXPECTED.iter().any(|text| message.text.contains(text)) {
+        return false;
+    }
+    message.level < NOTICE || TROUBLE.iter().any(|text| message.text.contains(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(level: u8, text: &str) -> Message {
+        Message {
+            level,
+            text: text.into(),
+        }
+    }
+
+    #[test]
+    fn warnings_and_traces_are_complaints_and_the_taint_is_not() {
+        assert!(is_complaint(&message(4, "something is odd")));
+        assert!(is_complaint(&message(6, "BUG: sleeping function")));
+        assert!(!is_complaint(&message(6, "virtio_gemini: 512 blocks")));
+        assert!(!is_complaint(&message(
+            5,
+            "virtio_gemini: loading out-of-tree module taints kernel."
+        )));
+    }
+
+    #[test]
+    fn answer_behind_a_torn_one_is_found() {
+        let answer = parse_answer("{\"id\":3,\"ok\":{\"ru{\"id\":4,\"ok\":7}\n").expect("one");
+        assert_eq!((answer.id, answer.ok), (4, Some(7.into())));
+        assert_eq!(parse_answer("garbage\n"), None);
+    }
+}

@@ -1,0 +1,293 @@
+//! One QEMU with a test guest in it.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context};
+use gemini_guest::protocol::PORT_NAME;
+
+use crate::accel::Accel;
+use crate::assets::{self, Assets};
+use crate::guest::Guest;
+use crate::process::{self, Guarded};
+use crate::qmp::Qmp;
+
+/// Where Debian's packages put the firmware that a QEMU built from the stripped
+/// source does not bring.
+const FIRMWARE: [&str; 3] = [
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/lib/ipxe/qemu",
+];
+
+/// How long QEMU may take to open its sockets.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How a guest is booted.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// Names the log directory.
+    pub name: String,
+    /// What it runs on.
+    pub accel: Accel,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Socket of the daemon; none for a guest without the device.
+    pub device: Option<PathBuf>,
+    /// Whether the driver is loaded at boot.
+    pub driver: bool,
+    /// The guest's `transparent_hugepage=`.
+    pub guest_thp: String,
+    /// Further words for the kernel's command line.
+    pub kernel_arguments: Vec<String>,
+    /// Further arguments for QEMU.
+    pub qemu_arguments: Vec<String>,
+    /// How long until the agent answers.
+    pub boot_timeout: Duration,
+}
+
+impl VmConfig {
+    /// A guest of 1 GiB and two CPUs with huge pages on, without the device.
+    #[must_use]
+    pub fn new(name: &str, accel: Accel) -> Self {
+        VmConfig {
+            name: name.to_owned(),
+            accel,
+            memory: 1 << 30,
+            cpus: 2,
+            device: None,
+            driver: false,
+            guest_thp: "always".into(),
+            kernel_arguments: Vec::new(),
+            qemu_arguments: Vec::new(),
+            boot_timeout: Duration::from_secs(90),
+        }
+    }
+
+    /// The same guest with the device of the daemon at `socket`, and the driver.
+    #[must_use]
+    pub fn with_device(mut self, socket: &Path) -> Self {
+        self.device = Some(socket.to_owned());
+        self.driver = true;
+        self
+    }
+
+    /// QEMU's arguments that make the machine, its memory and its devices.
+    #[must_use]
+    pub fn machine_arguments(&self, assets: &Assets) -> Vec<String> {
+        let mut arguments: Vec<String> = Vec::new();
+        let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
+        add(&["-nodefaults", "-no-user-config", "-display", "none"]);
+        for directory in FIRMWARE {
+            if Path::new(directory).is_dir() {
+                add(&["-L", directory]);
+            }
+        }
+        add(&self.accel.arguments());
+        add(&["-smp", &self.cpus.to_string()]);
+        add(&["-m", &format!("{}M", self.memory >> 20)]);
+        let memory = format!(
+            "memory-backend-memfd,id=mem,size={}M,share=on",
+            self.memory >> 20
+        );
+        add(&["-object", &memory, "-machine", "q35,memory-backend=mem"]);
+        add(&["-kernel", &assets.guest.kernel.to_string_lossy()]);
+        add(&["-initrd", &assets.guest.initrd.to_string_lossy()]);
+        add(&["-append", &self.command_line()]);
+        if let Some(socket) = &self.device {
+            // Without a daemon at the start QEMU goes on trying, as it does
+            // when the daemon dies later.
+            let chardev = format!(
+                "socket,id=gem,path={},reconnect-ms=500",
+                socket.to_string_lossy()
+            );
+            add(&["-chardev", &chardev]);
+            add(&["-device", "vhost-user-gemini-pci,chardev=gem"]);
+        }
+        arguments.extend(self.qemu_arguments.iter().cloned());
+        arguments
+    }
+
+    fn command_line(&self) -> String {
+        let mut words = vec![
+            "console=ttyS0".to_owned(),
+            "quiet".to_owned(),
+            "panic=-1".to_owned(),
+            format!("transparent_hugepage={}", self.guest_thp),
+        ];
+        if self.driver {
+            words.push("gemini.driver=1".to_owned());
+        }
+        words.extend(self.kernel_arguments.iter().cloned());
+        words.join(" ")
+    }
+}
+
+/// A running QEMU whose guest is up.
+#[derive(Debug)]
+pub struct Vm {
+    /// QEMU.
+    pub process: Guarded,
+    /// The guest's agent.
+    pub guest: Guest,
+    /// QEMU's monitor.
+    pub qmp: Qmp,
+    /// How it was started.
+    pub config: VmConfig,
+    /// From QEMU's start to the agent's first answer.
+    pub boot_time: Duration,
+    serial_log: PathBuf,
+    // Last, so that the sockets outlive their users.
+    directory: RunDirectory,
+}
+
+impl Vm {
+    /// Starts QEMU and waits until the guest's agent answers.
+    ///
+    /// # Errors
+    /// If QEMU ends or the guest does not come up in time; the error shows the
+    /// end of both logs.
+    pub fn boot(assets: &Assets, config: VmConfig) -> anyhow::Result<Self> {
+        let directory = RunDirectory::new()?;
+        let logs = log_directory(&config.name)?;
+        let serial_log = logs.join("serial.log");
+        let qmp_path = directory.path().join("qmp");
+        let channel_path = directory.path().join("guest");
+
+        let mut command = Command::new(&assets.qemu);
+        command
+            .args(config.machine_arguments(assets))
+            .args(["-serial", &format!("file:{}", serial_log.display())])
+            .args(["-device", "virtio-serial-pci"])
+            .arg("-chardev")
+            .arg(format!(
+                "socket,id=channel,server=on,wait=off,path={}",
+                channel_path.display()
+            ))
+            .arg("-device")
+            .arg(format!("virtserialport,chardev=channel,name={PORT_NAME}"))
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", qmp_path.display()));
+
+        let start = Instant::now();
+        let mut process = Guarded::start("QEMU", command, &logs.join("qemu.log"))?;
+        process::wait_for("QEMU opens its sockets", START_TIMEOUT, || {
+            process.expect_running()?;
+            Ok((qmp_path.exists() && channel_path.exists()).then_some(()))
+        })?;
+        let qmp = process::wait_for("QEMU's monitor answers", START_TIMEOUT, || {
+            process.expect_running()?;
+            Ok(Qmp::connect(&qmp_path).ok())
+        })?;
+        let guest = Guest::connect(&channel_path)?;
+        let ready = guest.wait_ready(config.boot_timeout, || process.expect_running());
+        if let Err(error) = ready {
+            bail!(
+                "{error:#}\n{}\n{}",
+                process.log_tail(),
+                process::tail(&serial_log)
+            );
+        }
+        Ok(Vm {
+            process,
+            guest,
+            qmp,
+            config,
+            boot_time: start.elapsed(),
+            serial_log,
+            directory,
+        })
+    }
+
+    /// Resets the machine and waits until the guest is up again.
+    ///
+    /// # Errors
+    /// If QEMU ends or the guest does not come up in time.
+    pub fn reset(&mut self) -> anyhow::Result<()> {
+        self.qmp.reset()?;
+        // Let the reset happen before the first ping, or the old agent answers.
+        std::thread::sleep(Duration::from_millis(500));
+        self.wait_ready()
+    }
+
+    /// Waits until the agent answers.
+    ///
+    /// # Errors
+    /// If QEMU ends or the agent does not answer in time.
+    pub fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let process = &mut self.process;
+        self.guest
+            .wait_ready(self.config.boot_timeout, || process.expect_running())
+            .map(drop)
+            .with_context(|| process::tail(&self.serial_log))
+    }
+
+    /// Fails unless QEMU runs, the guest is not paused and its agent answers.
+    ///
+    /// # Errors
+    /// If one of them does not hold.
+    pub fn expect_alive(&mut self) -> anyhow::Result<()> {
+        self.process.expect_running()?;
+        if !self.qmp.is_running()? {
+            bail!("the guest does not run");
+        }
+        self.wait_ready()
+    }
+
+    /// The directory of this VM's sockets.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+/// A new directory for sockets, removed on drop. Short: a socket's path has at
+/// most 107 bytes.
+#[derive(Debug)]
+pub struct RunDirectory {
+    path: PathBuf,
+}
+
+impl RunDirectory {
+    /// Makes the directory, for this user alone.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn new() -> anyhow::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("gemini-{}-{number}", std::process::id()));
+        std::fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700))?;
+        Ok(RunDirectory { path })
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for RunDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            eprintln!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// The directory of the logs of test `name`, kept until its next run.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn log_directory(name: &str) -> anyhow::Result<PathBuf> {
+    let path = assets::cache_dir()?.join("logs").join("vm").join(name);
+    std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Ok(path)
+}

@@ -1,0 +1,61 @@
+//! The guest itself, and what is said about it from outside.
+
+use anyhow::ensure;
+use gemini_e2e::lab::Bench;
+use gemini_e2e::outside::{GuestMemory, HostState};
+use gemini_e2e::vm::{Vm, VmConfig};
+use gemini_guest::protocol::{BlockState, Break, PageSize};
+
+const MIB: u64 = 1 << 20;
+
+/// A guest without the device: what the other tests rely on holds.
+#[test]
+fn plain_guest_boots_and_both_outside_views_see_its_memory() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut vm = Vm::boot(&bench.assets, VmConfig::new("plain", bench.accel))?;
+    let memory = GuestMemory::find(vm.process.pid(), vm.config.memory, &mut vm.qmp)?;
+    ensure!(
+        memory.is_aligned(),
+        "QEMU's mapping of the guest's memory cannot hold huge pages"
+    );
+
+    vm.guest.fill("a", 256 * MIB, 1, PageSize::Huge)?;
+    let blocks = vm.guest.blocks()?;
+    let huge: u64 = blocks
+        .runs
+        .iter()
+        .filter(|run| run.state == BlockState::Huge && run.user == 512)
+        .map(|run| run.count)
+        .sum();
+    ensure!(huge >= 120, "only {huge} of 128 blocks are huge");
+    // Every block that the guest filled has memory in the host.
+    let states: std::collections::BTreeMap<u64, HostState> = memory.states()?.into_iter().collect();
+    for run in blocks.runs.iter().filter(|run| run.user == 512) {
+        for block in run.first..run.first + run.count {
+            let state = states.get(&block);
+            ensure!(
+                matches!(state, Some(HostState::Base | HostState::Huge)),
+                "block {block} is full in the guest and {state:?} in the host"
+            );
+        }
+    }
+    ensure!(memory.resident_bytes()? >= 256 * MIB);
+
+    vm.guest.break_pages("a", Break::Split, 2)?;
+    let left: u64 = vm
+        .guest
+        .blocks()?
+        .runs
+        .iter()
+        .filter(|run| run.state == BlockState::Huge)
+        .map(|run| run.count)
+        .sum();
+    ensure!(left <= huge - 60, "{huge} huge pages before, {left} after");
+    vm.guest.verify("a")?;
+    vm.reset()?;
+    ensure!(
+        vm.guest.verify("a").is_err(),
+        "memory of before the reset is still known"
+    );
+    Ok(())
+}
