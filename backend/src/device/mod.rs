@@ -15,7 +15,7 @@ use crate::protocol::{
 };
 use std::io;
 use std::sync::{Arc, Mutex};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VHOST_USER_F_PROTOCOL_FEATURES};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -102,7 +102,7 @@ impl VhostUserBackend for Device {
         let mut features = 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VHOST_USER_F_PROTOCOL_FEATURES
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
             | 1 << F_RELEASE
             | 1 << F_STATS;
         if self.engine.settings().policy.prepares() {

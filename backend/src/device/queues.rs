@@ -6,6 +6,7 @@
 
 use super::vring::{GuestMemory, Vring};
 use super::wire::{self, Chain};
+use crate::backing::{memory_was_truncated, signal_event};
 use crate::engine::{lock, Answer, Engine, HintBatch, Port};
 use crate::fault;
 use crate::protocol::{
@@ -68,6 +69,17 @@ impl Slot {
         }
     }
 
+    /// Lets the frame's thread look at the ring again, as if the driver had kicked it: what
+    /// waited behind a request that was answered here is not served on this thread.
+    fn kick_again(&self) {
+        let Some(vring) = &self.vring else { return };
+        if let Some(kick) = vring.get_ref().get_kick() {
+            if let Err(error) = signal_event(kick) {
+                log::warn!("cannot wake the queue's thread: {error}");
+            }
+        }
+    }
+
     /// Asks for kicks again; true if chains came in meanwhile.
     fn rearm(&self) -> bool {
         !self.broken && self.vring.as_ref().is_some_and(|v| v.enable_notification().unwrap_or(false))
@@ -117,7 +129,7 @@ impl Queues {
             started
         };
         match queue {
-            VQ_HINT if started => self.engine.restart(),
+            VQ_HINT if started => self.quiesced(|| self.engine.restart()),
             VQ_HINT => self.engine.wake(),
             VQ_REPORT => self.drain(queue, Self::one_report),
             VQ_CTRL => self.drain(queue, Self::one_request),
@@ -146,15 +158,18 @@ impl Queues {
 
     /// Runs `change` while nothing is in flight on any queue, and every taken request is
     /// answered; the queues run on afterwards.
-    pub fn quiesced<T>(&self, change: impl FnOnce() -> T) -> T {
+    pub fn quiesced(&self, change: impl FnOnce()) {
         let mut slots: Vec<_> = self.slots.iter().map(lock).collect();
-        for slot in &mut slots {
-            if let Some((id, chain)) = slot.prepare.take() {
-                self.engine.cancel_prepare(id);
-                self.answer(slot, &chain, S_BUSY, &[]);
-            }
+        let waiting = slots[VQ_CTRL].prepare.take();
+        if let Some((id, chain)) = &waiting {
+            self.engine.cancel_prepare(*id);
+            self.answer(&slots[VQ_CTRL], chain, S_BUSY, &[]);
         }
-        change()
+        change();
+        drop(slots);
+        if waiting.is_some() {
+            lock(&self.slots[VQ_CTRL]).kick_again();
+        }
     }
 
     /// The connection ended: whoever waits for a budget gives up.
@@ -174,6 +189,17 @@ impl Queues {
             if !one(self, &mut slot) && (slot.prepare.is_some() || !slot.rearm()) {
                 return;
             }
+            self.check_memory(&mut slot);
+        }
+    }
+
+    /// Leaves a ring alone whose memory the VMM took away.
+    fn check_memory(&self, slot: &mut Slot) {
+        if memory_was_truncated() {
+            log::error!(
+                "the VMM truncated the guest's memory file; the queue stops until it is reset"
+            );
+            slot.broken = true;
         }
     }
 
@@ -307,6 +333,7 @@ impl Port for Queues {
             };
             let written = wire::write_hint(&chain, generation, &hint);
             self.finish(&slot, &chain, written);
+            self.check_memory(&mut slot);
             return true;
         }
     }
@@ -320,7 +347,6 @@ impl Port for Queues {
             self.answer(&slot, &chain, status, records);
             fault::point("prepare.published");
         }
-        drop(slot);
-        self.drain(VQ_CTRL, Self::one_request);
+        slot.kick_again();
     }
 }
