@@ -151,3 +151,30 @@ content_hash() {
 			-not -name 'Module.symvers' -print0
 	done | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
+
+# cargo_build PACKAGE...: release builds, with cargo's own progress.
+cargo_build() {
+	local package arguments=()
+	for package; do
+		arguments+=(-p "$package")
+	done
+	have cargo || die "cargo is missing; run scripts/setup first"
+	(cd "$GEMINI_ROOT" && cargo build --locked --release "${arguments[@]}") >&2
+}
+
+# Builds everything that a real guest needs and tells the programs of tests/e2e
+# where it is (see tests/e2e/src/assets.rs).
+prepare_lab() {
+	step "building QEMU (kept in the cache)"
+	GEMINI_QEMU=$("$GEMINI_ROOT/scripts/build-qemu" | tail -n 1)
+	step "building the guest (kept in the cache)"
+	GEMINI_GUEST=$("$GEMINI_ROOT/scripts/build-guest" | tail -n 1)
+	step "building the daemon"
+	cargo_build vhost-device-gemini gemini-e2e
+	GEMINI_DAEMON=$(target_dir)/release/vhost-device-gemini
+	export GEMINI_QEMU GEMINI_GUEST GEMINI_DAEMON
+}
+
+target_dir() {
+	printf '%s' "${CARGO_TARGET_DIR:-$GEMINI_ROOT/target}"
+}

@@ -20,6 +20,8 @@ enum Command {
     Vm(shell::ShellArgs),
     /// Measure one scenario against its bar
     Bench(bench::BenchArgs),
+    /// Make one document of the two halves of a scenario
+    Join(bench::JoinArgs),
 }
 
 fn main() -> ExitCode {
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args).map(|()| true),
         Command::Vm(args) => shell::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args),
+        Command::Join(args) => bench::join(&args).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -15,14 +15,6 @@ use crate::guest::Guest;
 use crate::process::{self, Guarded};
 use crate::qmp::Qmp;
 
-/// Where Debian's packages put the firmware that a QEMU built from the stripped
-/// source does not bring.
-const FIRMWARE: [&str; 3] = [
-    "/usr/share/qemu",
-    "/usr/share/seabios",
-    "/usr/lib/ipxe/qemu",
-];
-
 /// How long QEMU may take to open its sockets.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -83,11 +75,6 @@ impl VmConfig {
         let mut arguments: Vec<String> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
         add(&["-nodefaults", "-no-user-config", "-display", "none"]);
-        for directory in FIRMWARE {
-            if Path::new(directory).is_dir() {
-                add(&["-L", directory]);
-            }
-        }
         add(&self.accel.arguments());
         add(&["-smp", &self.cpus.to_string()]);
         add(&["-m", &format!("{}M", self.memory >> 20)]);

@@ -2,11 +2,13 @@
 
 pub mod restart;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use gemini_harness::figures::Scenario;
 use gemini_harness::report;
+use serde_json::Value;
 
 use crate::accel::AccelChoice;
 use crate::lab::Bench;
@@ -52,6 +54,42 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         report::write_json(path, &scenario.document()?)?;
     }
     Ok(scenario.passed())
+}
+
+/// `gemini-lab join`
+#[derive(Args, Clone, Debug)]
+pub struct JoinArgs {
+    /// Document of the scenario with a real guest
+    real: PathBuf,
+    /// Document of the same scenario with a model guest
+    model: PathBuf,
+}
+
+/// Prints one document made of the two halves of a scenario: the figures of the
+/// model guest get the prefix `model_`.
+///
+/// # Errors
+/// If a document cannot be read.
+pub fn join(args: &JoinArgs) -> anyhow::Result<()> {
+    let mut joined = read_document(&args.real)?;
+    let model = read_document(&args.model)?;
+    for part in ["figures", "args", "versions"] {
+        let from = model[part].as_object().cloned().unwrap_or_default();
+        let into = joined[part]
+            .as_object_mut()
+            .with_context(|| format!("{} has no {part}", args.real.display()))?;
+        for (name, value) in from {
+            into.insert(format!("model_{name}"), value);
+        }
+    }
+    println!("{joined:#}");
+    Ok(())
+}
+
+fn read_document(path: &Path) -> anyhow::Result<Value> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no JSON", path.display()))
 }
 
 fn describe(scenario: &mut Scenario, bench: &Bench) -> anyhow::Result<()> {
