@@ -210,11 +210,11 @@ impl BlockMap {
 
     /// Maximal runs of blocks that `key` maps to equal values, in ascending order of block
     /// numbers, from an index on: (first block, count, value, index after the run).
-    pub fn runs<K: PartialEq>(
-        &self,
+    pub fn runs<'a, K: PartialEq + 'a>(
+        &'a self,
         from: usize,
-        key: impl Fn(&Block) -> K,
-    ) -> impl Iterator<Item = (u64, u32, K, usize)> + use<'_, K, impl Fn(&Block) -> K> {
+        key: impl Fn(&Block) -> K + 'a,
+    ) -> impl Iterator<Item = (u64, u32, K, usize)> + 'a {
         let mut at = from;
         std::iter::from_fn(move || {
             let (first, room) = self.block_at(at)?;

@@ -112,6 +112,7 @@ impl Hints {
             let (Some((block, _)), Some(entry)) = (map.block_at(index), map.get(index)) else {
                 break;
             };
+            let full = records.len() == room;
             match records.last_mut() {
                 Some(last)
                     if last.first + u64::from(last.count) == block
@@ -119,7 +120,7 @@ impl Hints {
                 {
                     last.count += 1;
                 }
-                _ if records.len() == room => break,
+                _ if full => break,
                 _ => records.push(record(block, 1, entry.host)),
             }
             self.dirty.assign(index, false);
