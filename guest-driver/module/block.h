@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The map of blocks: what is known of every block, at both layers.
+ *
+ * Nothing here looks at a page or talks to the device.
+ */
+#ifndef _GEMINI_BLOCK_H
+#define _GEMINI_BLOCK_H
+
+#include <linux/spinlock.h>
+#include <linux/types.h>
+#include <linux/xarray.h>
+
+#include "uapi/virtio_gemini.h"
+
+#define GEMINI_GUEST_STATES	(VIRTIO_GEMINI_GUEST_PINNED + 1)
+#define GEMINI_HOST_STATES	(VIRTIO_GEMINI_HOST_HUGETLB + 1)
+
+/* Changed since it was last put into a report. */
+#define GEMINI_BLOCK_DIRTY	BIT(0)
+/* The driver owns its pages. */
+#define GEMINI_BLOCK_HELD	BIT(1)
+/*
+ * Held, and somebody works with its contents: a release or renew that is not
+ * answered, or a test.  It can neither be freed nor given to anybody else.
+ */
+#define GEMINI_BLOCK_BUSY	BIT(2)
+/* Held, and every byte reads as zero. */
+#define GEMINI_BLOCK_ZERO	BIT(3)
+
+/**
+ * struct gemini_block - one block, in four bytes: 1 TiB takes 2 MiB
+ * @used: guest base pages in use, as last counted; 0: not counted
+ * @guest: VIRTIO_GEMINI_GUEST_*
+ * @host: VIRTIO_GEMINI_HOST_*
+ * @flags: GEMINI_BLOCK_*
+ */
+struct gemini_block {
+	u16 used;
+	u8 guest : 4;
+	u8 host : 4;
+	u8 flags;
+};
+
+/* Blocks of one chunk, which fills one page. */
+#define GEMINI_CHUNK_BLOCKS	(PAGE_SIZE / sizeof(struct gemini_block))
+
+struct gemini_chunk {
+	struct gemini_block block[GEMINI_CHUNK_BLOCKS];
+};
+
+/* Chunks that may have dirty blocks, and held blocks. */
+#define GEMINI_MARK_DIRTY	XA_MARK_0
+#define GEMINI_MARK_HELD	XA_MARK_1
+
+/* Used pages that are not to be changed, in struct gemini_seen. */
+#define GEMINI_USED_KEEP	U16_MAX
+
+/**
+ * struct gemini_map - the blocks of a device
+ * @lock: protects the contents of all chunks, the marks, and what follows;
+ *	taken in no interrupt and in the reclaim path, so nothing under it
+ *	allocates or sleeps
+ * @chunks: struct gemini_chunk by block number / GEMINI_CHUNK_BLOCKS; chunks
+ *	are added at any time and go away only with the map
+ * @limit: the first block number that no memory can have
+ * @count: number of blocks in each pair of states
+ * @held: blocks that the driver owns
+ * @busy: held blocks that are not to be freed
+ * @closed: nothing may be held any more
+ * @nr_chunks: number of chunks
+ * @nr_ram: number of chunks that the census made, because memory is there
+ */
+struct gemini_map {
+	spinlock_t lock;
+	struct xarray chunks;
+	u64 limit;
+	u64 count[GEMINI_GUEST_STATES][GEMINI_HOST_STATES];
+	u64 held;
+	u64 busy;
+	bool closed;
+	unsigned int nr_chunks;
+	unsigned int nr_ram;
+};
+
+/* What the census saw of one block. */
+struct gemini_seen {
+	u16 used;
+	u8 guest;
+};
+
+/* Blocks next to each other of which the same is known. */
+struct gemini_run {
+	u64 first;
+	u64 count;
+	struct gemini_block block;
+};
+
+/* Sums over the map, see docs: figures of merit. */
+struct gemini_sums {
+	u64 guest[GEMINI_GUEST_STATES];
+	u64 host[GEMINI_HOST_STATES];
+	u64 aligned;
+	u64 guest_only;
+	u64 host_only;
+	u64 held;
+	u64 busy;
+};
+
+void gemini_map_init(struct gemini_map *map, u64 limit);
+void gemini_map_destroy(struct gemini_map *map);
+int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
+struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
+
+unsigned int gemini_map_see(struct gemini_map *map, u64 first,
+			    const struct gemini_seen *seen, unsigned int count);
+void gemini_map_set_host(struct gemini_map *map, u64 first, u64 count,
+			 u8 state);
+void gemini_map_forget_host(struct gemini_map *map);
+
+void gemini_map_redirty(struct gemini_map *map, u64 first, u64 count);
+bool gemini_map_dirty(struct gemini_map *map);
+unsigned int gemini_map_take_dirty(struct gemini_map *map,
+				   struct virtio_gemini_record *records,
+				   unsigned int max);
+
+int gemini_map_hold(struct gemini_map *map, u64 block, bool zero);
+int gemini_map_unhold(struct gemini_map *map, u64 block);
+bool gemini_map_unhold_any(struct gemini_map *map, u64 *block);
+int gemini_map_busy(struct gemini_map *map, u64 first, u64 count);
+void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero);
+
+bool gemini_map_next_run(struct gemini_map *map, u64 from,
+			 struct gemini_run *run);
+void gemini_map_sum(struct gemini_map *map, struct gemini_sums *sums);
+
+static inline bool gemini_host_huge(u8 host)
+{
+	return host == VIRTIO_GEMINI_HOST_HUGE ||
+	       host == VIRTIO_GEMINI_HOST_HUGETLB;
+}
+
+#endif /* _GEMINI_BLOCK_H */

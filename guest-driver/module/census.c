@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The census: what is in each block of guest memory, found by page frame.
+ *
+ * One look at the first page frame of a block decides most of them: a free
+ * buddy or a huge folio says all about the whole block.  Base pages in use are
+ * counted only where the count decides something, in blocks that the host
+ * backs with a huge page, some of them in each pass.
+ *
+ * No references are taken, because they would make collapses and migrations
+ * fail, and no locks.  So everything read here may change while it is read:
+ * each field is read once and checked before it is used, and a wrong answer
+ * lasts until the next pass.
+ */
+#include <linux/ktime.h>
+#include <linux/memory.h>
+#include <linux/nodemask.h>
+#include <linux/sched.h>
+
+#include "compat.h"
+#include "gemini.h"
+#include "trace.h"
+
+/* Blocks that are looked at before the map's lock is taken once for all. */
+#define GROUP_BLOCKS	64U
+/* A slice ends when it has taken this long; others may run then. */
+#define SLICE_NS	(2 * NSEC_PER_MSEC)
+/* The census rests at least this many times as long as it works. */
+#define REST_FACTOR	20
+/* Blocks of which the used pages are counted in one pass. */
+#define COUNT_BLOCKS	1024
+
+/* Order of a free buddy at @page, -1 if there is none. */
+static int buddy_order_of(const struct page *page)
+{
+	unsigned long order;
+
+	if (!PageBuddy(page))
+		return -1;
+	order = READ_ONCE(page->private);
+	return order <= MAX_PAGE_ORDER ? (int)order : -1;
+}
+
+/* Order of the compound page that begins at @head, 0 if there is none. */
+static unsigned int compound_order_of(const struct page *head)
+{
+	unsigned int order;
+
+	if (!(gemini_page_flags(head) & BIT(PG_head)))
+		return 0;
+	order = gemini_page_flags(head + 1) & 0xff;
+	/* Gigantic pages are the largest. */
+	return order <= PUD_SHIFT - PAGE_SHIFT ? order : 0;
+}
+
+/*
+ * Is the compound page at @head one that processes map huge: memory of theirs,
+ * of a file, or of hugetlb?  Drivers have large pages as well, and so has the
+ * kernel's allocator for objects.
+ */
+static bool user_huge(struct page *head)
+{
+	if (PageHuge(head))
+		/* What waits in the pool is nobody's huge page. */
+		return page_ref_count(head) > 0;
+	return gemini_page_flags(head + 1) & BIT(PG_large_rmappable);
+}
+
+/* Nobody owns @page, though it is in no buddy: per-CPU lists keep some. */
+static bool in_transit(const struct page *page)
+{
+	return !page_ref_count(page) && !PageTail(page) &&
+	       !page_has_type(page) &&
+	       !(gemini_page_flags(page) & BIT(PG_head));
+}
+
+/* Counts the pages in use among @count from @page on. */
+static unsigned int count_used(struct page *page, unsigned int count)
+{
+	unsigned int used = 0;
+	unsigned int i = 0;
+
+	while (i < count) {
+		int order = buddy_order_of(page + i);
+		unsigned int step;
+
+		if (order >= 0) {
+			i += 1U << order;
+			continue;
+		}
+		step = min(1U << compound_order_of(page + i), count - i);
+		if (!in_transit(page + i))
+			used += step;
+		i += step;
+	}
+	return used;
+}
+
+/* Is the whole block part of one free buddy? */
+static bool whole_free(struct page *page, unsigned long pfn, unsigned int min)
+{
+	unsigned int order;
+
+	for (order = min; order <= MAX_PAGE_ORDER; order++) {
+		unsigned long offset = pfn & ((1UL << order) - 1);
+
+		if (buddy_order_of(page - offset) >= (int)order)
+			return true;
+	}
+	return false;
+}
+
+static bool block_movable(unsigned long pfn, unsigned int order)
+{
+	unsigned long end = pfn + (1UL << order);
+
+	for (; pfn < end; pfn += pageblock_nr_pages)
+		if (!gemini_pageblock_movable(pfn))
+			return false;
+	return true;
+}
+
+/*
+ * Looks at one block.  @count says whether used base pages are worth counting;
+ * otherwise the former count is kept if @keep.
+ */
+static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
+			       bool keep)
+{
+	struct gemini_seen seen = { .used = 0 };
+	unsigned int order = gemini->block_order;
+	unsigned long pfn = gemini_block_pfn(gemini, block);
+	unsigned int pages = 1U << order;
+	struct page *page, *head;
+	bool movable;
+
+	if (!pfn_valid(pfn)) {
+		seen.guest = VIRTIO_GEMINI_GUEST_UNKNOWN;
+		return seen;
+	}
+	seen.guest = VIRTIO_GEMINI_GUEST_PINNED;
+	page = pfn_to_online_page(pfn);
+	if (!page || gemini_page_flags(page) & BIT(PG_reserved))
+		return seen;
+
+	if (whole_free(page, pfn, order)) {
+		seen.guest = VIRTIO_GEMINI_GUEST_FREE;
+		return seen;
+	}
+
+	head = compound_head(page);
+	if (compound_order_of(head) >= order) {
+		if (user_huge(head))
+			seen.guest = VIRTIO_GEMINI_GUEST_HUGE;
+		return seen;
+	}
+	if (PageOffline(page))
+		return seen;
+
+	movable = block_movable(pfn, order);
+	/* A block may be all free and still in no buddy of its size. */
+	if (in_transit(page) || (movable && count)) {
+		seen.used = count_used(page, pages);
+		if (!seen.used) {
+			seen.guest = VIRTIO_GEMINI_GUEST_FREE;
+			return seen;
+		}
+	}
+	if (!movable) {
+		seen.used = 0;
+		return seen;
+	}
+	seen.guest = VIRTIO_GEMINI_GUEST_BASE;
+	if (!count)
+		seen.used = keep ? GEMINI_USED_KEEP : 0;
+	return seen;
+}
+
+/* Looks at all blocks of a chunk. */
+static void look_at_chunk(struct gemini *gemini, unsigned long index,
+			  struct gemini_chunk *chunk)
+{
+	struct gemini_census *census = &gemini->census;
+	u64 first = (u64)index * GEMINI_CHUNK_BLOCKS;
+	struct gemini_seen seen[GROUP_BLOCKS];
+	unsigned int i, group;
+
+	BUILD_BUG_ON(GEMINI_CHUNK_BLOCKS % GROUP_BLOCKS);
+	lockdep_assert_held(&census->lock);
+
+	for (group = 0; group < GEMINI_CHUNK_BLOCKS; group += GROUP_BLOCKS) {
+		for (i = 0; i < GROUP_BLOCKS; i++) {
+			/* A stale host state costs a count, no more. */
+			struct gemini_block entry =
+				data_race(chunk->block[group + i]);
+			u64 block = first + group + i;
+			bool huge = gemini_host_huge(entry.host);
+			bool count = huge && census->count_left &&
+				     block >= census->count_from;
+
+			seen[i] = look(gemini, block, count, huge);
+			if (count &&
+			    seen[i].guest == VIRTIO_GEMINI_GUEST_BASE &&
+			    !--census->count_left)
+				census->count_from = block + 1;
+		}
+		census->pass_changed += gemini_map_see(&gemini->map,
+						       first + group, seen,
+						       GROUP_BLOCKS);
+	}
+	census->pass_blocks += GEMINI_CHUNK_BLOCKS;
+}
+
+/* Makes chunks for all memory that the guest has now. */
+static void find_memory(struct gemini *gemini)
+{
+	const u64 chunk_pages = GEMINI_CHUNK_BLOCKS << gemini->block_order;
+	u64 start, end, pfn, chunk;
+	int nid;
+
+	for_each_online_node(nid) {
+		start = round_down(node_start_pfn(nid), chunk_pages);
+		end = node_end_pfn(nid);
+		for (chunk = start; chunk < end; chunk += chunk_pages) {
+			for (pfn = chunk; pfn < chunk + chunk_pages;
+			     pfn += PAGES_PER_SECTION)
+				if (pfn_valid(pfn))
+					break;
+			if (pfn < chunk + chunk_pages)
+				/* Without memory for it: the next pass. */
+				gemini_map_grow(&gemini->map,
+						chunk >> gemini->block_order,
+						true);
+			cond_resched();
+		}
+	}
+}
+
+static void begin_pass(struct gemini *gemini)
+{
+	struct gemini_census *census = &gemini->census;
+
+	find_memory(gemini);
+	census->pass_ns = 0;
+	census->pass_blocks = 0;
+	census->pass_changed = 0;
+	census->count_left = COUNT_BLOCKS;
+	WRITE_ONCE(census->begun, census->begun + 1);
+}
+
+static void end_pass(struct gemini *gemini)
+{
+	struct gemini_census *census = &gemini->census;
+
+	if (census->count_left)
+		/* All up to the end were counted: from the start again. */
+		census->count_from = 0;
+	WRITE_ONCE(census->last_ns, census->pass_ns);
+	WRITE_ONCE(census->last_blocks, census->pass_blocks);
+	smp_store_release(&census->passes, census->passes + 1);
+	trace_gemini_census(gemini, census->pass_blocks, census->pass_changed,
+			    census->pass_ns);
+	wake_up_all(&gemini->waitq);
+}
+
+static void census_work(struct work_struct *work)
+{
+	struct gemini *gemini =
+		container_of(to_delayed_work(work), struct gemini, census.work);
+	struct gemini_census *census = &gemini->census;
+	unsigned long delay = 0;
+	u64 slice = 0;
+
+	if (census->begun == census->passes) {
+		census->next = 0;
+		begin_pass(gemini);
+	}
+	while (slice < SLICE_NS) {
+		struct gemini_chunk *chunk;
+		u64 start = ktime_get_ns();
+		u64 took;
+
+		chunk = xa_find(&gemini->map.chunks, &census->next, ULONG_MAX,
+				XA_PRESENT);
+		if (!chunk) {
+			end_pass(gemini);
+			delay = msecs_to_jiffies(READ_ONCE(census->period_ms));
+			delay = max(delay, nsecs_to_jiffies(census->last_ns *
+							    REST_FACTOR));
+			break;
+		}
+		mutex_lock(&census->lock);
+		look_at_chunk(gemini, census->next, chunk);
+		mutex_unlock(&census->lock);
+		census->next++;
+		took = ktime_get_ns() - start;
+		slice += took;
+		census->pass_ns += took;
+		WRITE_ONCE(census->total_ns, census->total_ns + took);
+		cond_resched();
+	}
+	gemini_report_kick(gemini);
+	queue_delayed_work(gemini->wq, &census->work, delay);
+}
+
+/*
+ * Memory was taken offline: its memory map may go away as soon as this returns.
+ * Whoever looks from now on sees it offline; whoever looks at it now holds the
+ * lock.
+ */
+static int memory_changed(struct notifier_block *nb, unsigned long action,
+			  void *data)
+{
+	struct gemini *gemini = container_of(nb, struct gemini, census.memory);
+
+	if (action == MEM_OFFLINE) {
+		mutex_lock(&gemini->census.lock);
+		mutex_unlock(&gemini->census.lock);
+	}
+	if (action == MEM_OFFLINE || action == MEM_ONLINE)
+		gemini_census_kick(gemini);
+	return NOTIFY_OK;
+}
+
+/**
+ * gemini_census_kick() - do not wait for the period to end
+ * @gemini: the device
+ */
+void gemini_census_kick(struct gemini *gemini)
+{
+	mod_delayed_work(gemini->wq, &gemini->census.work, 0);
+}
+
+/**
+ * gemini_census_wait() - wait for a pass that begins after this call
+ * @gemini: the device
+ *
+ * Return: 0; -EINTR if a signal came; -ENODEV if the device goes away.
+ */
+int gemini_census_wait(struct gemini *gemini)
+{
+	struct gemini_census *census = &gemini->census;
+	u64 wanted = READ_ONCE(census->begun) + 1;
+
+	while (smp_load_acquire(&census->passes) < wanted) {
+		long ret;
+
+		if (READ_ONCE(gemini->map.closed))
+			return -ENODEV;
+		gemini_census_kick(gemini);
+		ret = wait_event_interruptible_timeout(gemini->waitq,
+			smp_load_acquire(&census->passes) >= wanted ||
+			READ_ONCE(gemini->map.closed), HZ / 10);
+		if (ret < 0)
+			return -EINTR;
+	}
+	return 0;
+}
+
+/**
+ * gemini_census_start() - begin, or go on
+ * @gemini: the device
+ */
+void gemini_census_start(struct gemini *gemini)
+{
+	enable_delayed_work(&gemini->census.work);
+	gemini_census_kick(gemini);
+}
+
+/**
+ * gemini_census_stop() - look no more
+ * @gemini: the device
+ */
+void gemini_census_stop(struct gemini *gemini)
+{
+	disable_delayed_work_sync(&gemini->census.work);
+}
+
+int gemini_census_init(struct gemini *gemini)
+{
+	struct gemini_census *census = &gemini->census;
+
+	INIT_DELAYED_WORK(&census->work, census_work);
+	disable_delayed_work(&census->work);
+	mutex_init(&census->lock);
+	census->period_ms = GEMINI_PERIOD_DEFAULT;
+	census->memory.notifier_call = memory_changed;
+	return register_memory_notifier(&census->memory);
+}
+
+void gemini_census_exit(struct gemini *gemini)
+{
+	unregister_memory_notifier(&gemini->census.memory);
+}

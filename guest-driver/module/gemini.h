@@ -1,0 +1,339 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the files of the driver know of each other.
+ *
+ * Locks, outermost first:
+ *   census.lock    a chunk of page frames is being looked at
+ *   sync_lock      generation and report state; held while a report is made
+ *   requests.lock  one for each request queue: its ring and what is unanswered
+ *   map.lock       contents of the map; see block.h
+ */
+#ifndef _GEMINI_H
+#define _GEMINI_H
+
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/notifier.h>
+#include <linux/shrinker.h>
+#include <linux/spinlock.h>
+#include <linux/virtio.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+
+#include "block.h"
+
+/* Size of a hint or report buffer: 682 records. */
+#define GEMINI_BATCH_SIZE	SZ_16K
+#define GEMINI_BATCH_RECORDS						\
+	((GEMINI_BATCH_SIZE - sizeof(struct virtio_gemini_batch)) /	\
+	 sizeof(struct virtio_gemini_record))
+#define GEMINI_HINT_BUFFERS	16
+#define GEMINI_REPORT_BUFFERS	8
+
+/* Unanswered blocks on releaseq: where the host has no wish, and at most. */
+#define GEMINI_RELEASE_DEFAULT	32
+#define GEMINI_RELEASE_CAP	512
+/* Unanswered requests on ctrlq. */
+#define GEMINI_CTRL_MAX		16
+
+/* Limits of the census' period, in milliseconds. */
+#define GEMINI_PERIOD_MIN	10
+#define GEMINI_PERIOD_DEFAULT	1000
+#define GEMINI_PERIOD_MAX	(60 * 60 * 1000)
+
+/**
+ * struct gemini_census - the walk over all page frames
+ * @work: one slice of it
+ * @lock: held while a chunk is looked at, so that memory that goes offline can
+ *	wait until nobody looks at it any more
+ * @memory: tells of memory that comes and goes
+ * @period_ms: pause between two passes, if a pass is short
+ * @next: index of the chunk to go on with; only @work uses it
+ * @count_from: block from which on used pages are counted, only @work uses it
+ * @count_left: blocks that may be counted in this pass, only @work uses it
+ * @begun: passes begun
+ * @passes: passes ended
+ * @pass_ns: time spent in the present pass
+ * @pass_blocks: blocks looked at in the present pass
+ * @pass_changed: blocks that changed in the present pass
+ * @last_ns: time that the last pass took
+ * @last_blocks: blocks that it looked at
+ * @total_ns: time spent in all passes
+ */
+struct gemini_census {
+	struct delayed_work work;
+	struct mutex lock;	/* see above */
+	struct notifier_block memory;
+	unsigned int period_ms;
+	unsigned long next;
+	u64 count_from;
+	unsigned int count_left;
+	u64 begun;
+	u64 passes;
+	u64 pass_ns;
+	u64 pass_blocks;
+	u64 pass_changed;
+	u64 last_ns;
+	u64 last_blocks;
+	u64 total_ns;
+};
+
+/**
+ * struct gemini_hints - what comes from the device
+ * @work: takes the used buffers of hintq; nothing else touches that queue
+ *	while the device runs
+ * @buffer: what the device writes into
+ * @synced: a full host state was received in this generation
+ * @batches: batches taken
+ * @records: records taken
+ * @bad: batches and records refused
+ */
+struct gemini_hints {
+	struct work_struct work;
+	void *buffer[GEMINI_HINT_BUFFERS];
+	bool synced;
+	u64 batches;
+	u64 records;
+	u64 bad;
+};
+
+enum gemini_report_state {
+	GEMINI_REPORT_SILENT,	/* the device has not told its generation */
+	GEMINI_REPORT_START,	/* a full state is to be sent */
+	GEMINI_REPORT_FULL,	/* a full state is on its way */
+	GEMINI_REPORT_CHANGES,	/* it was sent, changes follow */
+};
+
+/**
+ * struct gemini_report - what goes to the device
+ * @work: fills and sends buffers; nothing else touches reportq while the
+ *	device runs
+ * @buffer: all buffers
+ * @idle: those that the device does not have, the first @nr_idle
+ * @nr_idle: number of them
+ * @state: how far the device knows, under sync_lock
+ * @batches: batches sent
+ * @records: records sent
+ */
+struct gemini_report {
+	struct work_struct work;
+	void *buffer[GEMINI_REPORT_BUFFERS];
+	void *idle[GEMINI_REPORT_BUFFERS];
+	unsigned int nr_idle;
+	enum gemini_report_state state;
+	u64 batches;
+	u64 records;
+};
+
+/**
+ * struct gemini_requests - one request queue
+ * @lock: protects the ring and what follows
+ * @work: takes answers
+ * @pending: requests that the device has
+ * @nr_pending: number of them
+ * @blocks: number of blocks in them
+ * @closed: no request is taken any more
+ * @made: requests made
+ * @answered: requests answered
+ * @failed: requests answered with anything but OK
+ */
+struct gemini_requests {
+	spinlock_t lock;	/* see above */
+	struct work_struct work;
+	struct list_head pending;
+	unsigned int nr_pending;
+	u64 blocks;
+	bool closed;
+	u64 made;
+	u64 answered;
+	u64 failed;
+};
+
+/**
+ * struct gemini - one device
+ * @vdev: the virtio device
+ * @vq: its queues, valid between gemini_start() and gemini_stop()
+ * @block_shift: log2 of the size of a block
+ * @block_order: the same in pages
+ * @map: what is known of the blocks
+ * @wq: runs all work; frozen while the system sleeps
+ * @sync_lock: protects @generation, hints.synced and report.state
+ * @generation: the device's, 0 until it told it
+ * @release_max: most unanswered blocks on releaseq
+ * @wanted: blocks that the host would like to have released
+ * @broken: a queue does not work any more, until the next reset
+ * @census: see struct gemini_census
+ * @hints: see struct gemini_hints
+ * @report: see struct gemini_report
+ * @ctrl: requests that keep contents
+ * @release: requests that drop contents
+ * @waitq: woken when a request is answered and when a census pass ends
+ * @reset_work: resets a device that says that it needs it
+ * @lifecycle: held while the device is started or stopped
+ * @stopped: gemini_stop() has run, under @lifecycle
+ * @shrinker: gives held blocks back under memory pressure
+ * @oom: gives all of them back when there is no memory left
+ * @debugfs: the device's folder
+ * @command_lock: protects @command_result
+ * @command_result: what the last command said
+ */
+struct gemini {
+	struct virtio_device *vdev;
+	struct virtqueue *vq[VIRTIO_GEMINI_VQ_COUNT];
+	unsigned int block_shift;
+	unsigned int block_order;
+	struct gemini_map map;
+	struct workqueue_struct *wq;
+
+	struct mutex sync_lock;	/* see above */
+	u64 generation;
+	unsigned int release_max;
+	u64 wanted;
+	bool broken;
+
+	struct gemini_census census;
+	struct gemini_hints hints;
+	struct gemini_report report;
+	struct gemini_requests ctrl;
+	struct gemini_requests release;
+	wait_queue_head_t waitq;
+
+	struct delayed_work reset_work;
+	struct mutex lifecycle;	/* see above */
+	bool stopped;
+
+	struct shrinker *shrinker;
+	struct notifier_block oom;
+
+	struct dentry *debugfs;
+	struct mutex command_lock;	/* see above */
+	char *command_result;
+};
+
+/**
+ * struct gemini_range - blocks of a request
+ * @first: the first block
+ * @count: number of blocks, not 0
+ */
+struct gemini_range {
+	u64 first;
+	u32 count;
+};
+
+/**
+ * struct gemini_request - a request, from its making to its answer
+ * @ref: one for whoever made it, one for the queue
+ * @gemini: the device
+ * @node: in gemini_requests.pending
+ * @type: VIRTIO_GEMINI_REQ_*
+ * @nr_ranges: number of ranges
+ * @blocks: number of blocks in them
+ * @out: what the device reads
+ * @in: where the device writes
+ * @in_size: size of @in
+ * @answered: all that follows is valid; read with smp_load_acquire()
+ * @status: VIRTIO_GEMINI_S_*, if there is one
+ * @error: 0 for OK, else a negative error code
+ * @nr_elements: elements after the header of @in, checked
+ */
+struct gemini_request {
+	struct kref ref;
+	struct gemini *gemini;
+	struct list_head node;
+	u16 type;
+	u32 nr_ranges;
+	u64 blocks;
+	struct virtio_gemini_req *out;
+	struct virtio_gemini_resp *in;
+	size_t in_size;
+	bool answered;
+	u32 status;
+	int error;
+	u32 nr_elements;
+};
+
+static inline struct virtio_gemini_range *
+gemini_request_ranges(struct gemini_request *request)
+{
+	return (struct virtio_gemini_range *)(request->out + 1);
+}
+
+static inline void *gemini_request_elements(struct gemini_request *request)
+{
+	return request->in + 1;
+}
+
+static inline unsigned long gemini_block_pfn(struct gemini *gemini, u64 block)
+{
+	return block << gemini->block_order;
+}
+
+/* queues.c */
+int gemini_queues_make(struct gemini *gemini);
+void gemini_queues_drop(struct gemini *gemini);
+int gemini_queue_post(struct gemini *gemini, unsigned int queue, void *buffer,
+		      size_t size, bool device_writes);
+void gemini_broken(struct gemini *gemini, const char *what);
+
+/* census.c */
+int gemini_census_init(struct gemini *gemini);
+void gemini_census_exit(struct gemini *gemini);
+void gemini_census_start(struct gemini *gemini);
+void gemini_census_stop(struct gemini *gemini);
+void gemini_census_kick(struct gemini *gemini);
+int gemini_census_wait(struct gemini *gemini);
+
+/* hints.c */
+int gemini_hints_init(struct gemini *gemini);
+void gemini_hints_exit(struct gemini *gemini);
+int gemini_hints_start(struct gemini *gemini);
+void gemini_hints_stop(struct gemini *gemini);
+bool gemini_record_valid(struct gemini *gemini,
+			 const struct virtio_gemini_record *record);
+void gemini_hints_refuse(struct gemini *gemini, const char *why);
+
+/* report.c */
+int gemini_report_init(struct gemini *gemini);
+void gemini_report_exit(struct gemini *gemini);
+void gemini_report_start(struct gemini *gemini);
+void gemini_report_stop(struct gemini *gemini);
+void gemini_report_kick(struct gemini *gemini);
+
+/* request.c */
+void gemini_requests_init(struct gemini *gemini);
+void gemini_requests_start(struct gemini *gemini);
+void gemini_requests_close(struct gemini *gemini);
+void gemini_requests_abort(struct gemini *gemini);
+struct gemini_request *gemini_request_new(struct gemini *gemini, u16 type,
+					  const struct gemini_range *ranges,
+					  u32 nr_ranges);
+int gemini_request_submit(struct gemini_request *request);
+int gemini_request_wait(struct gemini_request *request);
+void gemini_request_put(struct gemini_request *request);
+bool gemini_release_room(struct gemini *gemini, u64 blocks);
+
+/* hold.c */
+int gemini_hold_init(struct gemini *gemini);
+void gemini_hold_exit(struct gemini *gemini);
+void gemini_hold_open(struct gemini *gemini);
+void gemini_hold_close(struct gemini *gemini);
+int gemini_hold_any(struct gemini *gemini, u64 *block);
+int gemini_hold_exact(struct gemini *gemini, u64 block);
+int gemini_hold_free(struct gemini *gemini, u64 block);
+u64 gemini_hold_free_all(struct gemini *gemini);
+
+/* sysfs.c */
+extern const struct attribute_group *gemini_groups[];
+
+/* debugfs.c */
+void gemini_debugfs_init(void);
+void gemini_debugfs_exit(void);
+void gemini_debugfs_add(struct gemini *gemini);
+void gemini_debugfs_remove(struct gemini *gemini);
+
+/* command.c */
+struct seq_buf;
+int gemini_command(struct gemini *gemini, char *line, struct seq_buf *result);
+
+#endif /* _GEMINI_H */

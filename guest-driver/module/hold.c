@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Holding blocks: taking a block's pages from the allocator, and giving them
+ * back, also when memory gets short.
+ *
+ * A hold is a flag in the map; its pages are one compound page, found from the
+ * block's number.  Which blocks are worth holding is decided elsewhere.
+ */
+#include <linux/mmzone.h>
+#include <linux/oom.h>
+#include <linux/vmstat.h>
+
+#include "compat.h"
+#include "gemini.h"
+
+/*
+ * Movable, so that page blocks keep their type; not highmem, so that nothing
+ * comes from ZONE_MOVABLE, which must stay free of what cannot be moved.
+ */
+#define HOLD_GFP	(GFP_KERNEL | __GFP_MOVABLE | __GFP_COMP |	\
+			 __GFP_NORETRY | __GFP_NOWARN)
+
+/* Reclaim can have these pages, so they count as such. */
+static void account(struct gemini *gemini, struct page *page, int sign)
+{
+	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE,
+			    sign * (1 << gemini->block_order));
+}
+
+static void give_back(struct gemini *gemini, u64 block)
+{
+	struct page *page = pfn_to_page(gemini_block_pfn(gemini, block));
+
+	/*
+	 * Whatever the contents are: the allocator hands no page out as zero
+	 * that it did not zero itself.
+	 */
+	account(gemini, page, -1);
+	__free_pages(page, gemini->block_order);
+}
+
+static int keep(struct gemini *gemini, struct page *page)
+{
+	u64 block = page_to_pfn(page) >> gemini->block_order;
+	int ret;
+
+	ret = gemini_map_grow(&gemini->map, block, true);
+	if (!ret)
+		ret = gemini_map_hold(&gemini->map, block,
+				      want_init_on_alloc(HOLD_GFP));
+	if (ret)
+		__free_pages(page, gemini->block_order);
+	else
+		account(gemini, page, 1);
+	return ret;
+}
+
+/**
+ * gemini_hold_any() - hold whatever block the allocator has
+ * @gemini: the device
+ * @block: which one it is
+ *
+ * Return: 0; -ENOMEM if there is none without effort; -ENODEV if the device
+ * goes away.
+ */
+int gemini_hold_any(struct gemini *gemini, u64 *block)
+{
+	struct page *page = alloc_pages(HOLD_GFP, gemini->block_order);
+	unsigned long pfn;
+
+	if (!page)
+		return -ENOMEM;
+	pfn = page_to_pfn(page);
+	if (!gemini_pageblock_movable(pfn)) {
+		/* Memory of CMA, or a fallback: neither is ours to keep. */
+		__free_pages(page, gemini->block_order);
+		return -ENOMEM;
+	}
+	*block = pfn >> gemini->block_order;
+	return keep(gemini, page);
+}
+
+/**
+ * gemini_hold_exact() - hold this block, moving out what is in it
+ * @gemini: the device
+ * @block: the block
+ *
+ * Slow, and disturbs the whole system for its duration.
+ *
+ * Return: 0; -EEXIST if it is held; -EINVAL if it cannot ever be; -EBUSY if
+ * something in it cannot be moved now; -ENOMEM; -ENODEV if the device goes
+ * away.
+ */
+int gemini_hold_exact(struct gemini *gemini, u64 block)
+{
+	unsigned long pfn = gemini_block_pfn(gemini, block);
+	struct gemini_block *entry;
+	struct page *page;
+	u8 guest;
+	int ret;
+
+	if (block >= gemini->map.limit)
+		return -EINVAL;
+	spin_lock(&gemini->map.lock);
+	entry = gemini_map_find(&gemini->map, block);
+	guest = entry ? entry->guest : VIRTIO_GEMINI_GUEST_UNKNOWN;
+	spin_unlock(&gemini->map.lock);
+	switch (guest) {
+	case VIRTIO_GEMINI_GUEST_BOOKED:
+		return -EEXIST;
+	case VIRTIO_GEMINI_GUEST_FREE:
+	case VIRTIO_GEMINI_GUEST_BASE:
+		break;
+	default:
+		/* Huge already, or not to be moved. */
+		return -EINVAL;
+	}
+	page = pfn_to_online_page(pfn);
+	if (!page || zone_idx(page_zone(page)) == ZONE_MOVABLE)
+		return -EINVAL;
+	ret = gemini_alloc_contig(pfn, gemini->block_order,
+				  GFP_KERNEL | __GFP_NOWARN);
+	return ret ?: keep(gemini, page);
+}
+
+/**
+ * gemini_hold_free() - give a block back to the allocator
+ * @gemini: the device
+ * @block: the block
+ *
+ * Return: 0; -ENOENT if it is not held; -EBUSY if its release is not answered.
+ */
+int gemini_hold_free(struct gemini *gemini, u64 block)
+{
+	int ret = gemini_map_unhold(&gemini->map, block);
+
+	if (!ret)
+		give_back(gemini, block);
+	return ret;
+}
+
+static u64 free_some(struct gemini *gemini, u64 most)
+{
+	u64 freed = 0;
+	u64 block = 0;
+
+	while (freed < most && gemini_map_unhold_any(&gemini->map, &block)) {
+		give_back(gemini, block);
+		freed++;
+	}
+	return freed;
+}
+
+/**
+ * gemini_hold_free_all() - give all blocks back that are not busy
+ * @gemini: the device
+ *
+ * Return: number of blocks.
+ */
+u64 gemini_hold_free_all(struct gemini *gemini)
+{
+	return free_some(gemini, U64_MAX);
+}
+
+/* Neither of these waits for the host: what it has not answered stays. */
+static unsigned long count_pages(struct shrinker *shrinker,
+				 struct shrink_control *sc)
+{
+	struct gemini *gemini = shrinker->private_data;
+	u64 idle = READ_ONCE(gemini->map.held) - READ_ONCE(gemini->map.busy);
+
+	return idle << gemini->block_order ?: SHRINK_EMPTY;
+}
+
+static unsigned long free_pages_of(struct shrinker *shrinker,
+				   struct shrink_control *sc)
+{
+	struct gemini *gemini = shrinker->private_data;
+	u64 freed = free_some(gemini, DIV_ROUND_UP(sc->nr_to_scan,
+						   1UL << gemini->block_order));
+
+	return freed << gemini->block_order ?: SHRINK_STOP;
+}
+
+static int memory_gone(struct notifier_block *nb, unsigned long unused,
+			 void *data)
+{
+	struct gemini *gemini = container_of(nb, struct gemini, oom);
+	unsigned long *freed = data;
+
+	*freed += gemini_hold_free_all(gemini) << gemini->block_order;
+	return NOTIFY_OK;
+}
+
+/**
+ * gemini_hold_open() - blocks may be held
+ * @gemini: the device
+ */
+void gemini_hold_open(struct gemini *gemini)
+{
+	spin_lock(&gemini->map.lock);
+	gemini->map.closed = false;
+	spin_unlock(&gemini->map.lock);
+}
+
+/**
+ * gemini_hold_close() - no more blocks may be held
+ * @gemini: the device
+ */
+void gemini_hold_close(struct gemini *gemini)
+{
+	spin_lock(&gemini->map.lock);
+	gemini->map.closed = true;
+	spin_unlock(&gemini->map.lock);
+	wake_up_all(&gemini->waitq);
+}
+
+int gemini_hold_init(struct gemini *gemini)
+{
+	int ret;
+
+	gemini->map.closed = true;
+	gemini->shrinker = shrinker_alloc(0, "virtio-gemini");
+	if (!gemini->shrinker)
+		return -ENOMEM;
+	gemini->shrinker->count_objects = count_pages;
+	gemini->shrinker->scan_objects = free_pages_of;
+	gemini->shrinker->batch = 1L << gemini->block_order;
+	gemini->shrinker->private_data = gemini;
+	shrinker_register(gemini->shrinker);
+
+	gemini->oom.notifier_call = memory_gone;
+	ret = register_oom_notifier(&gemini->oom);
+	if (ret)
+		shrinker_free(gemini->shrinker);
+	return ret;
+}
+
+void gemini_hold_exit(struct gemini *gemini)
+{
+	unregister_oom_notifier(&gemini->oom);
+	shrinker_free(gemini->shrinker);
+	/* What a command still worked on when the device was stopped. */
+	gemini_hold_free_all(gemini);
+}

@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#undef TRACE_SYSTEM
+#define TRACE_SYSTEM virtio_gemini
+
+#if !defined(_GEMINI_TRACE_H) || defined(TRACE_HEADER_MULTI_READ)
+#define _GEMINI_TRACE_H
+
+#include <linux/tracepoint.h>
+#include <linux/virtio.h>
+
+#include "gemini.h"
+
+DECLARE_EVENT_CLASS(gemini_batch,
+	TP_PROTO(struct gemini *gemini, u64 generation, u32 records, u16 flags),
+	TP_ARGS(gemini, generation, records, flags),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, generation)
+		__field(u32, records)
+		__field(u16, flags)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->generation = generation;
+		__entry->records = records;
+		__entry->flags = flags;
+	),
+	TP_printk("virtio%d generation=%llx records=%u%s%s", __entry->device,
+		  __entry->generation, __entry->records,
+		  __entry->flags & VIRTIO_GEMINI_SYNC_START ? " start" : "",
+		  __entry->flags & VIRTIO_GEMINI_SYNC_END ? " end" : "")
+);
+
+/* A batch of host states was taken from the device. */
+DEFINE_EVENT(gemini_batch, gemini_hint,
+	TP_PROTO(struct gemini *gemini, u64 generation, u32 records, u16 flags),
+	TP_ARGS(gemini, generation, records, flags));
+
+/* A batch of guest states was sent to the device. */
+DEFINE_EVENT(gemini_batch, gemini_report,
+	TP_PROTO(struct gemini *gemini, u64 generation, u32 records, u16 flags),
+	TP_ARGS(gemini, generation, records, flags));
+
+/* The host told what it would like. */
+TRACE_EVENT(gemini_advice,
+	TP_PROTO(struct gemini *gemini, u64 wanted, u32 release_max, u32 flags),
+	TP_ARGS(gemini, wanted, release_max, flags),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, wanted)
+		__field(u32, release_max)
+		__field(u32, flags)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->wanted = wanted;
+		__entry->release_max = release_max;
+		__entry->flags = flags;
+	),
+	TP_printk("virtio%d wanted=%llu release_max=%u%s", __entry->device,
+		  __entry->wanted, __entry->release_max,
+		  __entry->flags & VIRTIO_GEMINI_ADVICE_SCARCE ? " scarce" : "")
+);
+
+#define gemini_show_request(type)					\
+	__print_symbolic(type,						\
+			 { VIRTIO_GEMINI_REQ_PREPARE, "prepare" },	\
+			 { VIRTIO_GEMINI_REQ_QUERY, "query" },		\
+			 { VIRTIO_GEMINI_REQ_STATS, "stats" },		\
+			 { VIRTIO_GEMINI_REQ_RELEASE, "release" },	\
+			 { VIRTIO_GEMINI_REQ_RENEW, "renew" })
+
+/* A request was made available to the device. */
+TRACE_EVENT(gemini_request,
+	TP_PROTO(struct gemini_request *request),
+	TP_ARGS(request),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u16, type)
+		__field(u64, first)
+		__field(u64, blocks)
+	),
+	TP_fast_assign(
+		__entry->device = request->gemini->vdev->index;
+		__entry->type = request->type;
+		__entry->first = request->nr_ranges ?
+			le64_to_cpu(gemini_request_ranges(request)->first) : 0;
+		__entry->blocks = request->blocks;
+	),
+	TP_printk("virtio%d %s first=%llu blocks=%llu", __entry->device,
+		  gemini_show_request(__entry->type), __entry->first,
+		  __entry->blocks)
+);
+
+/* A request was answered, or given up with the device's reset. */
+TRACE_EVENT(gemini_answer,
+	TP_PROTO(struct gemini_request *request),
+	TP_ARGS(request),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u16, type)
+		__field(u64, first)
+		__field(u64, blocks)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->device = request->gemini->vdev->index;
+		__entry->type = request->type;
+		__entry->first = request->nr_ranges ?
+			le64_to_cpu(gemini_request_ranges(request)->first) : 0;
+		__entry->blocks = request->blocks;
+		__entry->error = request->error;
+	),
+	TP_printk("virtio%d %s first=%llu blocks=%llu error=%d",
+		  __entry->device, gemini_show_request(__entry->type),
+		  __entry->first, __entry->blocks, __entry->error)
+);
+
+/* A census pass over all of memory ended. */
+TRACE_EVENT(gemini_census,
+	TP_PROTO(struct gemini *gemini, u64 blocks, u64 changed, u64 ns),
+	TP_ARGS(gemini, blocks, changed, ns),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, blocks)
+		__field(u64, changed)
+		__field(u64, ns)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->blocks = blocks;
+		__entry->changed = changed;
+		__entry->ns = ns;
+	),
+	TP_printk("virtio%d blocks=%llu changed=%llu ns=%llu", __entry->device,
+		  __entry->blocks, __entry->changed, __entry->ns)
+);
+
+#endif /* _GEMINI_TRACE_H */
+
+#undef TRACE_INCLUDE_PATH
+#define TRACE_INCLUDE_PATH .
+#undef TRACE_INCLUDE_FILE
+#define TRACE_INCLUDE_FILE trace
+#include <trace/define_trace.h>
