@@ -433,6 +433,18 @@ impl Guest {
         Ok(damages)
     }
 
+    /// As [`Guest::verify`], of `blocks` only.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn verify_blocks(&self, blocks: &[u64]) -> anyhow::Result<Vec<Damage>> {
+        let mut damages = Vec::new();
+        for &block in blocks {
+            self.verify_block(block, &mut damages)?;
+        }
+        Ok(damages)
+    }
+
     fn verify_block(&self, block: u64, damages: &mut Vec<Damage>) -> anyhow::Result<()> {
         let mut bytes = vec![0; PAGES * PAGE];
         self.memory

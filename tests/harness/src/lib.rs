@@ -9,6 +9,7 @@ pub mod driver;
 pub mod figures;
 pub mod frontend;
 pub mod guest;
+pub mod hostile;
 pub mod machine;
 pub mod memory;
 pub mod outside;

@@ -191,6 +191,16 @@ impl Machine {
         Ok(unanswered)
     }
 
+    /// Closes the connection without a word, as a monitor that is killed does.
+    #[must_use]
+    pub fn detach(self) -> Detached {
+        Detached {
+            memory: self.memory,
+            driver: self.driver,
+            guest: self.guest,
+        }
+    }
+
     /// Connects again after the daemon died, as QEMU does: the rings stay, and
     /// each queue goes on at its used index.
     ///
@@ -237,6 +247,42 @@ impl Machine {
             }
             self.driver.wait(Duration::from_millis(20))?;
         }
+    }
+}
+
+/// A machine without a connection; its memory stays as it is.
+pub struct Detached {
+    /// Its memory.
+    pub memory: Arc<GuestMemory>,
+    /// The driver.
+    pub driver: Driver,
+    /// The model guest.
+    pub guest: Guest,
+}
+
+impl Detached {
+    /// Connects and starts anew, as after a reboot: the rings are cleared. Returns
+    /// what was never answered, too.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn attach(self, socket: &Path) -> anyhow::Result<(Machine, Vec<Request>)> {
+        let Detached {
+            memory,
+            mut driver,
+            guest,
+        } = self;
+        let mut session = Session::connect(socket, PATIENCE)?;
+        session.set_memory(&memory)?;
+        let unanswered = driver.reset()?;
+        driver.start(&mut session)?;
+        let machine = Machine {
+            memory,
+            session,
+            driver,
+            guest,
+        };
+        Ok((machine, unanswered))
     }
 }
 

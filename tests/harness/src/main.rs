@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
-use gemini_harness::{report, restart, run, scale, settings};
+use gemini_harness::{hostile, report, restart, run, scale, settings};
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
 #[derive(Debug, Parser)]
@@ -51,6 +51,15 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_value = "none,always,gemini")]
         policy: Vec<String>,
     },
+    /// A million malformed and adversarial inputs over the socket and the rings.
+    Hostile {
+        #[command(flatten)]
+        common: Common,
+
+        /// Inputs to send [default: 1000000, with --quick 50000].
+        #[arg(long)]
+        inputs: Option<u64>,
+    },
     /// A guest of 1 TiB and one of 4 GiB: time of a resync, cost of the daemon.
     Scale {
         #[command(flatten)]
@@ -76,6 +85,7 @@ fn main() -> ExitCode {
             mem,
             policy,
         } => run_policies(&common, mem, &policy),
+        Command::Hostile { common, inputs } => hostile(&common, inputs),
         Command::Scale { common } => scale(&common),
         Command::Restart {
             common,
@@ -128,6 +138,13 @@ fn run_policies(common: &Common, mem: u64, policies: &[String]) -> anyhow::Resul
         report::write_json(path, &document)?;
     }
     Ok(true)
+}
+
+fn hostile(common: &Common, inputs: Option<u64>) -> anyhow::Result<bool> {
+    let program = run::program(common.daemon.as_deref())?;
+    let mut plan = hostile::Plan::new(program, common.seed, common.quick);
+    plan.inputs = inputs.unwrap_or(plan.inputs);
+    finish(&hostile::measure(&plan)?, common.json.as_deref())
 }
 
 fn scale(common: &Common) -> anyhow::Result<bool> {
