@@ -1,0 +1,99 @@
+//! Our side of descriptors that others gave us.
+
+use super::sys::check;
+use std::fs::File;
+use std::io::{self, Error, ErrorKind};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+
+/// Makes a descriptor non-blocking.
+///
+/// # Errors
+/// If the descriptor cannot be changed.
+pub fn set_nonblocking(file: &File) -> io::Result<()> {
+    // SAFETY: takes no pointers, and the descriptor is open for the duration of the borrow.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    check(libc::c_long::from(flags))?;
+    // SAFETY: as above.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
+    check(libc::c_long::from(result)).map(|_| ())
+}
+
+/// Adds one to an event descriptor, as another process would to wake us.
+///
+/// # Errors
+/// If the descriptor cannot be written to. A counter that is full is no error: it wakes as well.
+pub fn signal_event(event: &impl AsRawFd) -> io::Result<()> {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: the buffer is valid for its length, and the descriptor is borrowed.
+    let written = unsafe { libc::write(event.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    if written < 0 {
+        let error = Error::last_os_error();
+        if error.kind() != ErrorKind::WouldBlock {
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Takes over a listening unix stream socket that this process was started with.
+///
+/// # Errors
+/// If the descriptor is not open, or is something else.
+pub fn inherit_listener(fd: RawFd) -> io::Result<UnixListener> {
+    let wanted = [
+        (libc::SO_DOMAIN, libc::AF_UNIX, "unix socket"),
+        (libc::SO_TYPE, libc::SOCK_STREAM, "stream socket"),
+        (libc::SO_ACCEPTCONN, 1, "listening socket"),
+    ];
+    for (option, value, what) in wanted {
+        if socket_option(fd, option)? != value {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("it is no {what}"),
+            ));
+        }
+    }
+    // SAFETY: takes no pointers. Programs that we may start have no business with it.
+    check(libc::c_long::from(unsafe {
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC)
+    }))?;
+    // SAFETY: the descriptor is open (it answered above), and whoever started this process gave
+    // it to us to own; no other part of the daemon knows its number.
+    Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = libc::socklen_t::try_from(size_of_val(&value)).map_err(Error::other)?;
+    // SAFETY: `value` and `length` are valid places for the result.
+    let result = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    check(libc::c_long::from(result)).map(|_| value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn inherit_listener_takes_only_listening_unix_sockets() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        assert!(inherit_listener(listener.into_raw_fd()).is_ok());
+        let file = File::open("/dev/null").unwrap();
+        assert!(inherit_listener(file.as_raw_fd()).is_err());
+        let (one, _other) = UnixStream::pair().unwrap();
+        assert!(inherit_listener(one.as_raw_fd()).is_err());
+        assert!(inherit_listener(-1).is_err());
+    }
+}

@@ -1,0 +1,618 @@
+//! The guest's memory as the host backs it: how it is backed, making it huge, dropping it.
+//!
+//! This is the only place of the daemon with `unsafe`, with mappings and with advice to the
+//! kernel. It knows blocks, files and the VMM's process; it decides nothing. No action here
+//! stores a byte into guest memory, and only [`Memory::discard`] drops any.
+
+#[allow(unsafe_code)]
+mod descriptor;
+mod findings;
+mod home;
+mod hugetlb;
+#[allow(unsafe_code)]
+mod process;
+mod ranges;
+mod shmem;
+#[allow(unsafe_code)]
+mod sys;
+#[allow(unsafe_code)]
+mod truncation;
+mod vmm;
+mod window;
+
+pub use descriptor::{inherit_listener, set_nonblocking, signal_event};
+pub use findings::{Finding, Severity};
+pub use process::{kill_self, process_cpu_time};
+pub use ranges::LayoutError;
+pub use truncation::{memory_was_truncated, survive_truncated_memory};
+
+use home::Home;
+use hugetlb::Hugetlb;
+use ranges::{Extent, Layout};
+use serde::{Deserialize, Serialize};
+use shmem::Shmem;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+use thiserror::Error;
+use vmm::{FileId, Search, Wanted};
+
+/// Where the kernel keeps its settings for transparent huge pages.
+const THP: &str = "/sys/kernel/mm/transparent_hugepage";
+
+/// One region of the VMM's memory table.
+#[derive(Debug)]
+pub struct RegionDesc {
+    /// First guest physical address.
+    pub guest_addr: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// The memory file, shared with the VMM.
+    pub file: File,
+    /// Where in the file the region begins, in bytes.
+    pub file_offset: u64,
+}
+
+/// What a region's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A shmem file: memfd or tmpfs.
+    Shmem,
+    /// A hugetlb file.
+    Hugetlb {
+        /// Size of its pages in bytes.
+        page_size: u64,
+    },
+    /// A file on another filesystem.
+    File,
+    /// The VMM maps it privately: the file is not what the guest sees.
+    Unshared,
+}
+
+/// How the host backs a block. The values are those of the wire.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostState {
+    /// No memory.
+    #[default]
+    Absent = 0,
+    /// Base pages, at least one.
+    Base = 1,
+    /// One transparent huge page.
+    Huge = 2,
+    /// Hugetlb.
+    Hugetlb = 3,
+}
+
+impl HostState {
+    /// All states, in the order of their wire values.
+    pub const ALL: [Self; 4] = [Self::Absent, Self::Base, Self::Huge, Self::Hugetlb];
+
+    /// The state of a wire value.
+    pub fn from_wire(value: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(value)).copied()
+    }
+
+    /// The name used in status output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Absent => "absent",
+            Self::Base => "base",
+            Self::Huge => "huge",
+            Self::Hugetlb => "hugetlb",
+        }
+    }
+
+    /// Whether the host uses a huge page.
+    pub fn is_huge(self) -> bool {
+        matches!(self, Self::Huge | Self::Hugetlb)
+    }
+}
+
+/// Adjacent blocks that are backed alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostRun {
+    /// First block number.
+    pub first: u64,
+    /// Number of blocks, never 0.
+    pub count: u32,
+    /// How they are backed.
+    pub state: HostState,
+    /// For `Base`: base pages resident in each of the blocks; 0 if not known.
+    pub resident: u32,
+}
+
+/// What making a block huge took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Collapsed {
+    /// Nothing was copied: the file had a huge page there. The VMM may map it only when it
+    /// touches it next.
+    AlreadyHuge,
+    /// Resident base pages were copied.
+    Copied {
+        /// How many bytes.
+        bytes: u64,
+    },
+    /// It was absent, and is zero.
+    Populated,
+}
+
+/// Why a block was not made huge. All of these are ordinary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is nothing to collapse.
+    Absent,
+    /// Something holds its pages for now, or some are swapped out, or the cgroup is full.
+    Again,
+    /// The host has no huge page to give.
+    NoMemory,
+    /// We may not do this to the VMM.
+    NotPermitted,
+    /// It cannot be: unaligned, declined by the VMM, or switched off in the kernel.
+    Unsupported,
+    /// It would take memory that the filesystem lacks for the rest of the guest.
+    Space,
+    /// The VMM has exited.
+    Gone,
+    /// Another errno.
+    Other(i32),
+}
+
+impl From<&io::Error> for Refusal {
+    fn from(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EBUSY | libc::EINTR) => Self::Again,
+            Some(libc::ENOMEM) => Self::NoMemory,
+            Some(libc::EPERM | libc::EACCES) => Self::NotPermitted,
+            Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS) => Self::Unsupported,
+            // A fault that ends in SIGBUS would end with EFAULT here: no room, or no file.
+            Some(libc::ENOSPC | libc::EFAULT) => Self::Space,
+            Some(libc::ESRCH) => Self::Gone,
+            Some(other) => Self::Other(other),
+            None => Self::Other(0),
+        }
+    }
+}
+
+/// How an attempt to make a block huge ended.
+type Outcome = Result<Collapsed, Refusal>;
+
+/// Why a memory table is refused, or an action on it failed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The table contradicts itself.
+    #[error("bad memory table")]
+    Layout(#[from] LayoutError),
+    /// A region reaches beyond its file: touching it would be SIGBUS.
+    #[error(
+        "the region at guest address {guest_addr:#x} ends at offset {end:#x} of a file of \
+         {length:#x} bytes"
+    )]
+    BeyondEnd {
+        /// First guest physical address of the region.
+        guest_addr: u64,
+        /// One past its last byte in the file.
+        end: u64,
+        /// Length of the file.
+        length: u64,
+    },
+    /// A region's file cannot be looked at.
+    #[error("cannot look at the file of the region at guest address {guest_addr:#x}")]
+    File {
+        /// First guest physical address of the region.
+        guest_addr: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// Blocks that no region holds.
+    #[error("{count} block(s) from {first:#x} on are not all managed")]
+    NotManaged {
+        /// First block number.
+        first: u64,
+        /// Number of blocks.
+        count: u64,
+    },
+    /// A system call failed.
+    #[error("cannot {action} block(s) {first:#x} to {last:#x}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// First block number.
+        first: u64,
+        /// Last block number.
+        last: u64,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What is done to the blocks of one region, by kind of memory. All blocks lie in the region.
+trait Backing: Send + Sync {
+    fn kind(&self) -> Kind;
+    /// What turned out since the region was taken charge of.
+    fn findings(&self) -> Vec<Finding>;
+    fn may_discard(&self) -> bool;
+    fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
+    fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
+    fn populate(&self, block: u64) -> Outcome;
+    fn discard(&self, blocks: Range<u64>) -> io::Result<()>;
+}
+
+/// The memory of one memory table.
+pub struct Memory {
+    layout: Layout,
+    /// By index of the region in the table; `None` for regions without managed blocks.
+    regions: Vec<Option<Box<dyn Backing>>>,
+    findings: Vec<Finding>,
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory")
+            .field("spans", &self.layout.spans())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Memory {
+    /// Takes a memory table, with blocks of `1 << block_shift` bytes, and looks for the VMM.
+    /// What is merely pointless is no error but a finding.
+    ///
+    /// # Errors
+    /// If the table contradicts itself, or a region reaches beyond its file.
+    pub fn new(table: Vec<RegionDesc>, block_shift: u32) -> Result<Self, Error> {
+        let mut said = Vec::new();
+        let mut extents = Vec::with_capacity(table.len());
+        for region in &table {
+            extents.push(Extent {
+                guest_addr: region.guest_addr,
+                size: region.size,
+                file_offset: region.file_offset,
+                usable: is_regular(region)?,
+            });
+        }
+        let layout = Layout::new(&extents, block_shift)?;
+        for (region, extent) in table.iter().zip(&extents) {
+            check_length(region, extent)?;
+            if !extent.usable {
+                said.push(findings::not_a_file(region.guest_addr));
+            } else if !extent.is_congruent(block_shift)
+                && !extent.whole_blocks(block_shift).is_empty()
+            {
+                said.push(findings::not_congruent(
+                    region.guest_addr,
+                    region.file_offset,
+                ));
+            }
+        }
+        let mut regions: Vec<Option<Box<dyn Backing>>> = Vec::new();
+        regions.resize_with(table.len(), || None);
+        let homes: Vec<usize> = layout
+            .pieces(0, u64::MAX)
+            .map(|(region, _)| region)
+            .collect();
+        let mut vmm = find_vmm(&table, &homes, block_shift, &mut said)?;
+        let own_pagemap = File::open("/proc/self/pagemap")
+            .inspect_err(|error| log::debug!("cannot open our own pagemap: {error}"))
+            .ok()
+            .map(Arc::new);
+        let mut collapsible = None;
+        for (index, region) in table.into_iter().enumerate() {
+            if !homes.contains(&index) {
+                continue;
+            }
+            let guest_addr = region.guest_addr;
+            let fail = |source| Error::File { guest_addr, source };
+            let place = vmm.as_mut().and_then(|(vmm, places)| {
+                let (_, place) = places.iter().find(|(region, _)| *region == index)?;
+                Some((Arc::clone(vmm), *place))
+            });
+            let system = sys::file_system(&region.file).map_err(fail)?;
+            let kind = kind_of(
+                &system,
+                place.as_ref().is_none_or(|(_, place)| place.shared),
+            );
+            let home = Home {
+                file: reopen(region.file),
+                guest_addr,
+                file_offset: region.file_offset,
+                block_shift,
+                vmm: place
+                    .as_ref()
+                    .map(|(vmm, place)| (Arc::clone(vmm), place.addr)),
+            };
+            regions[index] = Some(match kind {
+                Kind::Hugetlb { page_size } => {
+                    said.push(findings::hugetlb(page_size));
+                    Box::new(Hugetlb::new(home, page_size))
+                }
+                Kind::Unshared | Kind::File | Kind::Shmem => {
+                    match kind {
+                        Kind::Unshared => {
+                            said.extend(place.map(|(vmm, _)| findings::not_shared(vmm.pid())));
+                        }
+                        Kind::File => said.push(findings::not_shmem(system.magic)),
+                        _ => {}
+                    }
+                    let collapsible = kind == Kind::Shmem
+                        && *collapsible.get_or_insert_with(|| check_thp(block_shift, &mut said));
+                    let pagemap = own_pagemap.clone();
+                    let shmem = Shmem::new(home, kind, collapsible, pagemap, &mut said);
+                    Box::new(shmem.map_err(fail)?)
+                }
+            });
+        }
+        let mut findings: Vec<Finding> = Vec::new();
+        for finding in said {
+            // Regions of one guest mostly have the same fault.
+            if !findings.iter().any(|known| known.code == finding.code) {
+                findings.push(finding);
+            }
+        }
+        Ok(Self {
+            layout,
+            regions,
+            findings,
+        })
+    }
+
+    /// What the operator should know, worst first.
+    pub fn findings(&self) -> Vec<Finding> {
+        let mut findings = self.findings.clone();
+        for finding in self
+            .regions
+            .iter()
+            .flatten()
+            .flat_map(|region| region.findings())
+        {
+            if !findings.iter().any(|known| known.code == finding.code) {
+                findings.push(finding);
+            }
+        }
+        findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity as u8));
+        findings
+    }
+
+    /// What the memory of each region with managed blocks is.
+    pub fn kinds(&self) -> Vec<Kind> {
+        self.regions
+            .iter()
+            .flatten()
+            .map(|region| region.kind())
+            .collect()
+    }
+
+    /// The managed blocks: those that lie wholly inside one region. Ascending, disjoint, merged
+    /// where adjacent.
+    pub fn spans(&self) -> &[Range<u64>] {
+        self.layout.spans()
+    }
+
+    /// Whether all of `count` blocks from `first` on are managed; false for no blocks.
+    pub fn is_managed(&self, first: u64, count: u64) -> bool {
+        self.layout.contains(first, count)
+    }
+
+    /// Whether memory may be dropped at all: not where a drop could take more than the contents
+    /// (hugetlb reservations), nor where it would not drop what the guest sees.
+    pub fn may_discard(&self) -> bool {
+        let mut regions = self.regions.iter().flatten().peekable();
+        regions.peek().is_some() && regions.all(|region| region.may_discard())
+    }
+
+    fn pieces(
+        &self,
+        first: u64,
+        count: u64,
+    ) -> impl Iterator<Item = (&dyn Backing, Range<u64>)> + '_ {
+        self.layout
+            .pieces(first, count)
+            .filter_map(|(region, blocks)| {
+                let region = self.regions.get(region)?.as_deref()?;
+                Some((region, blocks))
+            })
+    }
+
+    /// Looks at how the managed ones among `count` blocks from `first` on are backed, and appends
+    /// what it sees, ascending. What is huge, is told in the module [`shmem`].
+    ///
+    /// # Errors
+    /// If the memory file cannot be looked at; what was appended until then is true.
+    pub fn scan(&self, first: u64, count: u64, out: &mut Vec<HostRun>) -> Result<(), Error> {
+        for (region, blocks) in self.pieces(first, count) {
+            region
+                .scan(blocks.clone(), out)
+                .map_err(system_error("look at", &blocks))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the managed ones among `count` blocks from `first` on huge, as far as they are
+    /// resident; keeps their contents. Appends one result for each block that is managed.
+    pub fn collapse(&self, first: u64, count: u64, results: &mut Vec<(u64, Outcome)>) {
+        for (region, blocks) in self.pieces(first, count) {
+            region.collapse(blocks, results);
+        }
+    }
+
+    /// Makes a block huge, resident or not; keeps its contents.
+    ///
+    /// # Errors
+    /// With the reason why it is not huge.
+    pub fn populate(&self, block: u64) -> Result<Collapsed, Refusal> {
+        match self.pieces(block, 1).next() {
+            Some((region, _)) => region.populate(block),
+            None => Err(Refusal::Unsupported),
+        }
+    }
+
+    /// Drops the contents of `count` blocks from `first` on: afterwards they read as zeros.
+    ///
+    /// # Errors
+    /// If not all of them are managed, or if memory may not be dropped: then nothing was dropped.
+    /// If the kernel refuses: then some may have been.
+    pub fn discard(&self, first: u64, count: u64) -> Result<(), Error> {
+        if !self.is_managed(first, count) {
+            return Err(Error::NotManaged { first, count });
+        }
+        let mut pieces = self.pieces(first, count);
+        if let Some((_, blocks)) = pieces.find(|(region, _)| !region.may_discard()) {
+            let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+            return Err(system_error("drop", &blocks)(error));
+        }
+        for (region, blocks) in self.pieces(first, count) {
+            region
+                .discard(blocks.clone())
+                .map_err(system_error("drop", &blocks))?;
+        }
+        Ok(())
+    }
+}
+
+fn system_error(action: &'static str, blocks: &Range<u64>) -> impl FnOnce(io::Error) -> Error {
+    let (first, last) = (blocks.start, blocks.end.saturating_sub(1));
+    move |source| Error::System {
+        action,
+        first,
+        last,
+        source,
+    }
+}
+
+fn is_regular(region: &RegionDesc) -> Result<bool, Error> {
+    let metadata = region.file.metadata();
+    let fail = |source| Error::File {
+        guest_addr: region.guest_addr,
+        source,
+    };
+    Ok(metadata.map_err(fail)?.is_file())
+}
+
+fn check_length(region: &RegionDesc, extent: &Extent) -> Result<(), Error> {
+    let guest_addr = region.guest_addr;
+    let metadata = region
+        .file
+        .metadata()
+        .map_err(|source| Error::File { guest_addr, source })?;
+    let (length, end) = (metadata.len(), extent.file_end().unwrap_or(u64::MAX));
+    if extent.usable && end > length {
+        return Err(Error::BeyondEnd {
+            guest_addr,
+            end,
+            length,
+        });
+    }
+    Ok(())
+}
+
+fn kind_of(system: &sys::FileSystem, shared: bool) -> Kind {
+    // As file_system() gives them: 32 bits wide, however the target declares the constants.
+    #[allow(
+        clippy::cast_sign_loss,
+        clippy::cast_lossless,
+        clippy::unnecessary_cast
+    )]
+    const HUGETLBFS: u64 = libc::HUGETLBFS_MAGIC as u64 & 0xffff_ffff;
+    #[allow(
+        clippy::cast_sign_loss,
+        clippy::cast_lossless,
+        clippy::unnecessary_cast
+    )]
+    const TMPFS: u64 = libc::TMPFS_MAGIC as u64 & 0xffff_ffff;
+    match system.magic {
+        _ if !shared => Kind::Unshared,
+        HUGETLBFS => Kind::Hugetlb {
+            page_size: system.block_size,
+        },
+        TMPFS => Kind::Shmem,
+        _ => Kind::File,
+    }
+}
+
+/// Opens the file anew, for a file position of our own: the one of the descriptor is shared with
+/// the VMM, and looking for data moves it. Where that is not permitted, theirs has to do.
+fn reopen(file: File) -> File {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(own) => own,
+        Err(error) => {
+            log::debug!("cannot open the memory file anew: {error}");
+            file
+        }
+    }
+}
+
+/// The VMM and, by index of the region, where it maps it.
+type Located = (Arc<vmm::Vmm>, Vec<(usize, vmm::Place)>);
+
+fn find_vmm(
+    table: &[RegionDesc],
+    homes: &[usize],
+    block_shift: u32,
+    said: &mut Vec<Finding>,
+) -> Result<Option<Located>, Error> {
+    let mut wanted = Vec::with_capacity(homes.len());
+    for region in homes.iter().filter_map(|index| table.get(*index)) {
+        let file = FileId::of(&region.file).map_err(|source| Error::File {
+            guest_addr: region.guest_addr,
+            source,
+        })?;
+        wanted.push(Wanted {
+            file,
+            offset: region.file_offset,
+            size: region.size,
+        });
+    }
+    if wanted.is_empty() {
+        return Ok(None);
+    }
+    let Search {
+        found,
+        others,
+        denied,
+        blind,
+    } = vmm::find(&wanted, block_shift);
+    let Some((vmm, places)) = found else {
+        said.push(findings::vmm_not_found(denied, blind));
+        return Ok(None);
+    };
+    if !others.is_empty() {
+        said.push(findings::ambiguous(vmm.pid(), &others));
+    }
+    log::debug!("the VMM is process {}", vmm.pid());
+    Ok(Some((
+        Arc::new(vmm),
+        homes.iter().copied().zip(places).collect(),
+    )))
+}
+
+/// Whether blocks of this size can be collapsed here, as far as the kernel's settings tell.
+fn check_thp(block_shift: u32, said: &mut Vec<Finding>) -> bool {
+    let thp = Path::new(THP);
+    match std::fs::read_to_string(thp.join("hpage_pmd_size")) {
+        Ok(size) => {
+            let block = 1u64 << block_shift;
+            if let Some(size) = size.trim().parse().ok().filter(|size| *size != block) {
+                said.push(findings::block_size(block, size));
+                return false;
+            }
+        }
+        Err(error) if thp.parent().is_some_and(Path::exists) => {
+            said.push(findings::thp_unavailable(&error));
+        }
+        Err(error) => log::debug!("cannot read the settings of huge pages: {error}"),
+    }
+    let enabled = std::fs::read_to_string(thp.join("shmem_enabled"));
+    if enabled.is_ok_and(|text| text.contains("[deny]")) {
+        said.push(findings::thp_denied());
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,570 @@
+//! Memory that is a shmem file (memfd without hugetlb, tmpfs). Also other files, and memory that
+//! the VMM maps privately: those are looked at, and never changed.
+//!
+//! What counts as huge: a block that the VMM's page tables map with one huge page; or one that
+//! is a huge page of the file, and of which the VMM maps nothing, so that its next touch maps the
+//! huge page (a collapse through our own mapping leaves blocks like this, and so does populating
+//! one that the guest never touched). A huge page that the VMM maps by base pages is not: the
+//! processor sees base pages there. Only a wholly resident block can be huge, so the others are
+//! never looked up in page tables, which makes a sparse guest cheap to look at.
+
+use super::findings::{self, Finding};
+use super::home::Home;
+use super::ranges::{push_run, runs_of, Mapped};
+use super::sys::{self, Advice, Cached};
+use super::vmm::Permission;
+use super::window::{Window, WINDOW_BLOCKS};
+use super::{Backing, Collapsed, HostRun, HostState, Kind, Outcome, Refusal};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+/// Blocks that are looked at in one go: bounds the scratch memory.
+const LOOK_BLOCKS: u64 = 512;
+/// Most blocks in one collapse: each costs milliseconds, during which nothing stops it.
+const COLLAPSE_BLOCKS: u64 = 16;
+
+/// Through whose mapping blocks are collapsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    /// The VMM's: charges stay with it.
+    Vmm,
+    /// Ours: charges move to us.
+    Own,
+    /// Nobody's: it would be pointless, or is not wanted.
+    Closed(Refusal),
+}
+
+/// One region of a shmem file.
+pub struct Shmem {
+    home: Home,
+    kind: Kind,
+    route: Route,
+    /// Whether the VMM could map a huge page of the file, as far as we know.
+    usable: bool,
+    /// Our own page tables, through which windows are looked at.
+    own_pagemap: Option<Arc<File>>,
+    /// The kernel's last word on a collapse at the VMM was EINVAL, without a reason in sight.
+    refused: AtomicBool,
+}
+
+/// What a block turned out to be.
+#[derive(Clone, Copy, Debug, Default)]
+struct Look {
+    cached: Cached,
+    seen: Seen,
+    /// It is one huge page of the file, however the VMM maps it; known where it was probed.
+    file_huge: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Seen {
+    #[default]
+    Absent,
+    Base,
+    Huge,
+}
+
+impl Look {
+    fn is_swapped(&self) -> bool {
+        self.cached.swapped > 0
+    }
+}
+
+impl Shmem {
+    /// Takes charge of a region and says what is wrong with it. `collapsible` is false where the
+    /// host's huge pages are not of the size of blocks.
+    pub fn new(
+        home: Home,
+        kind: Kind,
+        collapsible: bool,
+        own_pagemap: Option<Arc<File>>,
+        said: &mut Vec<Finding>,
+    ) -> io::Result<Self> {
+        let route = choose_route(&home, kind, collapsible, said);
+        let usable = !matches!(route, Route::Closed(_));
+        let this = Self {
+            home,
+            kind,
+            route,
+            usable,
+            own_pagemap,
+            refused: AtomicBool::new(false),
+        };
+        if kind == Kind::Shmem {
+            if let Some((room, holes)) = this.shortage()? {
+                said.push(findings::too_small(room, holes));
+            }
+        }
+        Ok(this)
+    }
+
+    /// How many bytes the filesystem has left, and how many the file may still need, where the
+    /// former are fewer. A memfd's filesystem has no limit.
+    fn shortage(&self) -> io::Result<Option<(u64, u64)>> {
+        let system = sys::file_system(&self.home.file)?;
+        if system.blocks == 0 {
+            return Ok(None);
+        }
+        let metadata = self.home.file.metadata()?;
+        let room = system.available.saturating_mul(system.block_size);
+        let holes = metadata
+            .len()
+            .saturating_sub(metadata.blocks().saturating_mul(512));
+        Ok((room < holes).then_some((room, holes)))
+    }
+
+    /// Whether memory may be added to the file: never so much that the guest's own touch of what
+    /// is still a hole would find the filesystem full, which kills it.
+    fn has_room(&self) -> bool {
+        matches!(self.shortage(), Ok(None))
+    }
+
+    fn look(&self, blocks: &Range<u64>, probe_all: bool) -> io::Result<Vec<Look>> {
+        let mut looks = vec![Look::default(); index(blocks, blocks.end)];
+        self.look_at_file(blocks, &mut looks)?;
+        if self.usable {
+            let full = |look: &Look| {
+                look.cached.resident.saturating_mul(sys::page_size()) >= self.home.block_size()
+            };
+            let full = select(blocks, &looks, full);
+            let doubtful = self.look_at_vmm(blocks, &full, &mut looks, probe_all);
+            self.look_through_window(blocks, &doubtful, &mut looks);
+        }
+        Ok(looks)
+    }
+
+    /// Finds out what is resident. Two system calls for each block that is not absent, and none
+    /// that would walk further than one block (SEEK_HOLE would walk a whole resident guest).
+    fn look_at_file(&self, blocks: &Range<u64>, looks: &mut [Look]) -> io::Result<()> {
+        let file = &self.home.file;
+        let size = self.home.block_size();
+        let start = self.home.offset(blocks.start);
+        let end = start + self.home.bytes(blocks);
+        let mut at = start;
+        while at < end {
+            let Some(data) = sys::seek_data(file, at)?.filter(|data| *data < end) else {
+                break;
+            };
+            let block = blocks.start + ((data.max(at) - start) >> self.home.block_shift);
+            let from = self.home.offset(block);
+            let cached = residency(file, from, size)?;
+            if let Some(look) = looks.get_mut(index(blocks, block)) {
+                if cached != Cached::default() {
+                    *look = Look {
+                        cached,
+                        seen: Seen::Base,
+                        file_huge: false,
+                    };
+                }
+            }
+            at = from + size;
+        }
+        Ok(())
+    }
+
+    /// Asks the VMM's page tables about `full` blocks; returns those that they leave in doubt.
+    fn look_at_vmm(
+        &self,
+        blocks: &Range<u64>,
+        full: &[Range<u64>],
+        looks: &mut [Look],
+        probe_all: bool,
+    ) -> Vec<u64> {
+        let mut doubtful = Vec::new();
+        for run in full {
+            let mut mapped = vec![Mapped::Nothing; index(run, run.end)];
+            let visible = self.home.at_vmm(run).and_then(|(vmm, range)| {
+                vmm.mapped(range.start, self.home.block_shift, &mut mapped)
+            });
+            for (block, mapped) in run.clone().zip(&mapped) {
+                let Some(look) = looks.get_mut(index(blocks, block)) else {
+                    continue;
+                };
+                match (visible, mapped) {
+                    (Some(()), Mapped::Huge) => {
+                        look.seen = Seen::Huge;
+                        look.file_huge = true;
+                    }
+                    (Some(()), Mapped::Small) if !probe_all => {}
+                    _ => doubtful.push(block),
+                }
+                if visible.is_some() && *mapped == Mapped::Nothing || visible.is_none() {
+                    // Huge if the file's page is: decided by the window.
+                    look.seen = Seen::Absent;
+                }
+            }
+        }
+        doubtful
+    }
+
+    /// Finds out whether wholly resident blocks are huge pages of the file.
+    fn look_through_window(&self, blocks: &Range<u64>, doubtful: &[u64], looks: &mut [Look]) {
+        for run in runs_of(doubtful.iter().copied(), WINDOW_BLOCKS) {
+            let mut mapped = vec![Mapped::Nothing; index(&run, run.end)];
+            if let Err(error) = self.probe(&run, &mut mapped) {
+                log::debug!("cannot look at the memory file through a window: {error}");
+            }
+            for (block, mapped) in run.clone().zip(&mapped) {
+                let Some(look) = looks.get_mut(index(blocks, block)) else {
+                    continue;
+                };
+                look.file_huge = *mapped == Mapped::Huge;
+                if look.seen == Seen::Absent {
+                    look.seen = if look.file_huge {
+                        Seen::Huge
+                    } else {
+                        Seen::Base
+                    };
+                }
+            }
+        }
+    }
+
+    fn probe(&self, run: &Range<u64>, mapped: &mut [Mapped]) -> io::Result<()> {
+        let Some(pagemap) = &self.own_pagemap else {
+            return Ok(());
+        };
+        let count = run.end - run.start;
+        let file = &self.home.file;
+        let window = Window::new(
+            file,
+            self.home.offset(run.start),
+            count,
+            self.home.block_shift,
+        )?;
+        for block in 0..count {
+            // Maps the huge page where there is one. The block was resident when it was looked
+            // at; should it have been dropped since, one page of zeros comes back.
+            window.touch(block, Advice::PopulateRead)?;
+        }
+        window.mapped(pagemap, mapped)
+    }
+
+    /// Collapses resident blocks that lie together, at most [`COLLAPSE_BLOCKS`].
+    fn collapse_run(&self, run: &Range<u64>, looks: &[Look]) -> Vec<Outcome> {
+        let done = |look: &Look| {
+            if look.file_huge {
+                Ok(Collapsed::AlreadyHuge)
+            } else {
+                Ok(Collapsed::Copied {
+                    bytes: look.cached.resident * sys::page_size(),
+                })
+            }
+        };
+        let mut outcomes: Vec<Outcome> = looks.iter().map(done).collect();
+        let mut rest = run.clone();
+        while !rest.is_empty() {
+            let Err(error) = self.collapse_call(&rest) else {
+                self.refused.store(false, Ordering::Relaxed);
+                break;
+            };
+            let refusal = Refusal::from(&error);
+            let hopeless = matches!(refusal, Refusal::NotPermitted | Refusal::Gone);
+            let now = if hopeless {
+                None
+            } else {
+                self.look(&rest, true).ok()
+            };
+            let Some(now) = now else {
+                outcomes[index(run, rest.start)..].fill(Err(refusal));
+                break;
+            };
+            // The kernel goes on after some failures and stops at others, and tells one reason
+            // for all: the first block that is not huge takes it, the rest is tried by itself.
+            let Some(at) = now.iter().position(|look| !look.file_huge) else {
+                break;
+            };
+            let blamed = rest.start + at as u64;
+            outcomes[index(run, blamed)] = Err(match &now[at] {
+                look if look.seen == Seen::Absent => Refusal::Absent,
+                look if look.is_swapped() => Refusal::Again,
+                _ => {
+                    if refusal == Refusal::Unsupported && self.route == Route::Vmm {
+                        self.refused.store(true, Ordering::Relaxed);
+                    }
+                    refusal
+                }
+            });
+            rest.start = blamed + 1;
+        }
+        outcomes
+    }
+
+    fn collapse_call(&self, run: &Range<u64>) -> io::Result<()> {
+        match (self.route, self.home.at_vmm(run)) {
+            (Route::Vmm, Some((vmm, range))) => vmm.collapse(&range),
+            (Route::Own, _) => {
+                let count = run.end - run.start;
+                let from = self.home.offset(run.start);
+                Window::new(&self.home.file, from, count, self.home.block_shift)?
+                    .advise(&(0..count), Advice::Collapse)
+            }
+            _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        }
+    }
+
+    /// What a look decides about a collapse; `None` if it is worth a try.
+    fn verdict(&self, look: &Look, room: &mut Option<bool>) -> Option<Outcome> {
+        if look.seen == Seen::Absent {
+            return Some(Err(Refusal::Absent));
+        }
+        if look.is_swapped() {
+            return Some(Err(Refusal::Again));
+        }
+        // Huge in the file but not yet mapped: a collapse at the VMM maps it at once, for next
+        // to nothing; one through our own mapping would change nothing.
+        if look.seen == Seen::Huge && (self.route == Route::Own || look.file_huge) {
+            if self.route == Route::Own {
+                return Some(Ok(Collapsed::AlreadyHuge));
+            }
+            return None;
+        }
+        let sparse = look.cached.resident * sys::page_size() < self.home.block_size();
+        if sparse && !*room.get_or_insert_with(|| self.has_room()) {
+            return Some(Err(Refusal::Space));
+        }
+        None
+    }
+
+    fn collapse_some(&self, blocks: &Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+        let looks = match self.look(blocks, true) {
+            Ok(looks) => looks,
+            Err(error) => {
+                results.extend(
+                    blocks
+                        .clone()
+                        .map(|block| (block, Err(Refusal::from(&error)))),
+                );
+                return;
+            }
+        };
+        let mut room = None;
+        let verdicts: Vec<Option<Outcome>> = looks
+            .iter()
+            .map(|look| self.verdict(look, &mut room))
+            .collect();
+        let open = blocks
+            .clone()
+            .zip(&verdicts)
+            .filter(|(_, v)| v.is_none())
+            .map(|(b, _)| b);
+        let mut tried = Vec::new();
+        for run in runs_of(open, COLLAPSE_BLOCKS) {
+            let part = &looks[index(blocks, run.start)..index(blocks, run.end)];
+            tried.extend(self.collapse_run(&run, part));
+        }
+        let mut tried = tried.into_iter();
+        for (block, verdict) in blocks.clone().zip(verdicts) {
+            let outcome = verdict
+                .or_else(|| tried.next())
+                .unwrap_or(Err(Refusal::Again));
+            results.push((block, outcome));
+        }
+    }
+
+    /// Faults in one page of an absent block.
+    fn touch(&self, block: u64) -> io::Result<()> {
+        let home = &self.home;
+        let window = Window::new(&home.file, home.offset(block), 1, home.block_shift)?;
+        // A huge page faulted in here would be charged to us. Where the collapse is made at the
+        // VMM, one base page is enough: it is freed by the collapse, whose page the VMM pays.
+        let advice = match self.route {
+            Route::Vmm => Advice::NoHugepage,
+            _ => Advice::Hugepage,
+        };
+        window.advise(&(0..1), advice)?;
+        window.touch(0, Advice::PopulateWrite)
+    }
+}
+
+impl Backing for Shmem {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let refused = self.refused.load(Ordering::Relaxed);
+        let vmm = self.home.vmm.as_ref().filter(|_| refused);
+        vmm.map(|(vmm, _)| findings::refused(vmm.pid()))
+            .into_iter()
+            .collect()
+    }
+
+    fn may_discard(&self) -> bool {
+        self.kind == Kind::Shmem
+    }
+
+    fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()> {
+        for part in parts(&blocks, LOOK_BLOCKS) {
+            for (first, look) in part.clone().zip(self.look(&part, false)?) {
+                let (state, resident) = match look.seen {
+                    Seen::Absent => (HostState::Absent, 0),
+                    Seen::Base => (
+                        HostState::Base,
+                        u32::try_from(look.cached.resident).unwrap_or(u32::MAX),
+                    ),
+                    Seen::Huge => (HostState::Huge, 0),
+                };
+                push_run(
+                    out,
+                    HostRun {
+                        first,
+                        count: 1,
+                        state,
+                        resident,
+                    },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+        if let Route::Closed(refusal) = self.route {
+            results.extend(blocks.map(|block| (block, Err(refusal))));
+            return;
+        }
+        for part in parts(&blocks, COLLAPSE_BLOCKS) {
+            self.collapse_some(&part, results);
+        }
+    }
+
+    fn populate(&self, block: u64) -> Outcome {
+        if let Route::Closed(refusal) = self.route {
+            return Err(refusal);
+        }
+        let one = block..block + 1;
+        let looks = self
+            .look(&one, true)
+            .map_err(|error| Refusal::from(&error))?;
+        let absent = looks.iter().all(|look| look.seen == Seen::Absent);
+        if absent {
+            if !self.has_room() {
+                return Err(Refusal::Space);
+            }
+            // Should the collapse fail, this one page stays: to drop it again could drop what
+            // the guest has written there meanwhile.
+            self.touch(block).map_err(|error| Refusal::from(&error))?;
+        }
+        let mut results = Vec::new();
+        self.collapse_some(&one, &mut results);
+        match results.pop() {
+            Some((_, Ok(_))) if absent => Ok(Collapsed::Populated),
+            // Dropped by the guest in between.
+            Some((_, Err(Refusal::Absent))) | None => Err(Refusal::Again),
+            Some((_, outcome)) => outcome,
+        }
+    }
+
+    fn discard(&self, blocks: Range<u64>) -> io::Result<()> {
+        if !self.may_discard() {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        sys::punch_hole(
+            &self.home.file,
+            self.home.offset(blocks.start),
+            self.home.bytes(&blocks),
+        )
+    }
+}
+
+/// Decides through whose mapping blocks are collapsed, and says why where it is not the VMM's.
+fn choose_route(home: &Home, kind: Kind, collapsible: bool, said: &mut Vec<Finding>) -> Route {
+    if kind != Kind::Shmem || !collapsible {
+        return Route::Closed(Refusal::Unsupported);
+    }
+    let Some((vmm, addr)) = &home.vmm else {
+        return Route::Own;
+    };
+    let region_start = addr.wrapping_sub(home.file_offset);
+    if region_start & (home.block_size() - 1) != 0 {
+        said.push(findings::unaligned(
+            vmm.pid(),
+            region_start,
+            home.block_shift,
+        ));
+        return Route::Closed(Refusal::Unsupported);
+    }
+    if vmm.declines_huge_pages() {
+        said.push(findings::declined(vmm.pid(), "PR_SET_THP_DISABLE"));
+        return Route::Closed(Refusal::Unsupported);
+    }
+    if !vmm.is_visible() {
+        said.push(findings::not_visible(vmm.pid()));
+    }
+    let finding = match vmm.permission() {
+        Permission::Granted => return Route::Vmm,
+        Permission::NotNice => findings::not_nice(vmm.pid()),
+        Permission::NotTraceable => findings::not_traceable(vmm.pid()),
+        Permission::Unavailable => findings::collapse_unavailable(vmm.pid()),
+    };
+    // Through our own mapping the kernel would not notice that the VMM declined.
+    if vmm.declines_huge_pages_at(*addr) == Some(true) {
+        said.push(findings::declined(vmm.pid(), "MADV_NOHUGEPAGE"));
+        return Route::Closed(Refusal::Unsupported);
+    }
+    said.push(finding);
+    Route::Own
+}
+
+/// Pages of one block.
+fn residency(file: &File, from: u64, size: u64) -> io::Result<Cached> {
+    match sys::cachestat(file, from, size) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            residency_by_seeking(file, from, size)
+        }
+        other => other,
+    }
+}
+
+/// The same without cachestat (a seccomp filter may not know it): swapped pages count as
+/// resident, and the last SEEK_HOLE may walk beyond the block.
+fn residency_by_seeking(file: &File, from: u64, size: u64) -> io::Result<Cached> {
+    let end = from + size;
+    let mut bytes = 0;
+    let mut at = from;
+    while at < end {
+        let Some(data) = sys::seek_data(file, at)?.filter(|data| *data < end) else {
+            break;
+        };
+        let hole = sys::seek_hole(file, data)?.unwrap_or(end).clamp(data, end);
+        bytes += hole - data;
+        if hole == data {
+            break; // dropped while we looked
+        }
+        at = hole;
+    }
+    Ok(Cached {
+        resident: bytes / sys::page_size(),
+        swapped: 0,
+    })
+}
+
+/// Position of a block in a range of blocks.
+fn index(blocks: &Range<u64>, block: u64) -> usize {
+    usize::try_from(block.saturating_sub(blocks.start)).unwrap_or(usize::MAX)
+}
+
+/// Ranges of the blocks whose look passes.
+fn select(blocks: &Range<u64>, looks: &[Look], pass: impl Fn(&Look) -> bool) -> Vec<Range<u64>> {
+    let passing = blocks
+        .clone()
+        .zip(looks)
+        .filter(|(_, look)| pass(look))
+        .map(|(block, _)| block);
+    runs_of(passing, LOOK_BLOCKS)
+}
+
+/// Cuts a range into parts of at most `most` blocks.
+fn parts(blocks: &Range<u64>, most: u64) -> impl Iterator<Item = Range<u64>> {
+    let (mut at, end) = (blocks.start, blocks.end);
+    std::iter::from_fn(move || {
+        let part = at..end.min(at.saturating_add(most));
+        at = part.end;
+        (!part.is_empty()).then_some(part)
+    })
+}
