@@ -62,22 +62,14 @@ with_lock() {
 # takes Debian (or Debian-Security) from, as apt itself sees it, so that a
 # proxy or a local mirror is used here as well.
 mirror_of() {
-	local wanted=$1 label release uri
+	local wanted=$1 label uri
 	# shellcheck disable=SC2016 # apt's own placeholders
-	while IFS='|' read -r label release uri; do
-		# Before the first `apt-get update` apt knows no labels.
-		if [[ $label != Debian && $label != Debian-Security ]]; then
-			case $release in
-			*-security) label=Debian-Security ;;
-			bookworm | trixie | forky | sid) label=Debian ;;
-			esac
-		fi
-		if [[ $label == "$wanted" && $release != *-backports ]]; then
+	while IFS='|' read -r label uri; do
+		if [[ $label == "$wanted" ]]; then
 			printf '%s' "$uri"
 			return
 		fi
-	done < <(apt-get indextargets --format '$(LABEL)|$(RELEASE)|$(REPO_URI)' \
-		'Created-By: Packages')
+	done < <(apt-get indextargets --format '$(LABEL)|$(REPO_URI)' 'Created-By: Packages')
 	return 1
 }
 
@@ -102,6 +94,11 @@ apt_private() {
 	esac
 	dir=$GEMINI_CACHE/apt
 	mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/empty"
+	if ! mirror_of Debian >/dev/null; then
+		# A new machine or container: apt has not read its own sources yet.
+		step "fetching this machine's own package lists"
+		quiet apt-update-machine apt-get update
+	fi
 	main=$(mirror_of Debian) || die "apt knows no Debian archive: check /etc/apt/sources.list.d"
 	{
 		stanza "$main" "$codename"
