@@ -17,6 +17,7 @@
 
 #![deny(unsafe_code)]
 
+#[allow(unsafe_code)] // the one place for it
 pub mod backing;
 pub mod bitmap;
 pub mod block_map;
