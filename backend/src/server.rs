@@ -39,8 +39,10 @@ pub enum Error {
         remedy: &'static str,
     },
     /// The inherited descriptor is none that can be listened on.
-    #[error("file descriptor {fd} is not a listening unix socket: {source}; pass one that is, \
-             for example from a systemd .socket unit")]
+    #[error(
+        "file descriptor {fd} is not a listening unix socket: {source}; pass one that is, \
+             for example from a systemd .socket unit"
+    )]
     Inherited {
         /// The descriptor's number.
         fd: i32,
@@ -87,15 +89,22 @@ fn listen(path: &Path) -> Result<(UnixListener, Created), Error> {
     match UnixStream::connect(path) {
         Ok(_) => {
             let source = io::Error::from(io::ErrorKind::AddrInUse);
-            return Err(failed(source, "another process serves it: stop that one, or take another path"));
+            return Err(failed(
+                source,
+                "another process serves it: stop that one, or take another path",
+            ));
         }
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-        Err(error) => return Err(failed(error, "it exists and is not a socket of ours: move it away")),
+        Err(error) => {
+            return Err(failed(error, "it exists and is not a socket of ours: move it away"))
+        }
     }
     std::fs::remove_file(path)
         .and_then(|()| UnixListener::bind(path))
         .map(|listener| (listener, Created(path.to_owned())))
-        .map_err(|error| failed(error, "a stale socket is there that cannot be replaced: remove it"))
+        .map_err(|error| {
+            failed(error, "a stale socket is there that cannot be replaced: remove it")
+        })
 }
 
 /// Set by the first signal; tells the running connection, and whoever waits for the next one.
@@ -126,8 +135,7 @@ fn handle_signals() -> Result<(Arc<Ending>, EventConsumer), Error> {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
             .map_err(system("make an event descriptor"))?;
     let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(system("handle signals"))?;
-    let ending =
-        Arc::new(Ending { asked: AtomicBool::new(false), connection: Mutex::new(None) });
+    let ending = Arc::new(Ending { asked: AtomicBool::new(false), connection: Mutex::new(None) });
     let theirs = Arc::clone(&ending);
     std::thread::Builder::new()
         .name("signals".into())

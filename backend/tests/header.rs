@@ -74,8 +74,8 @@ fn constants() -> BTreeMap<&'static str, u64> {
 
 #[test]
 fn header_and_rust_agree_on_every_constant_size_and_offset() {
-    let header = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../guest-driver/module/uapi/virtio_gemini.h");
+    let header =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-driver/module/uapi/virtio_gemini.h");
     let text = std::fs::read_to_string(&header).expect("the header");
     let mut expected = BTreeMap::new();
     let mut program = format!(

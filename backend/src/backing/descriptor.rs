@@ -48,16 +48,11 @@ pub fn inherit_listener(fd: RawFd) -> io::Result<UnixListener> {
     ];
     for (option, value, what) in wanted {
         if socket_option(fd, option)? != value {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("it is no {what}"),
-            ));
+            return Err(Error::new(ErrorKind::InvalidInput, format!("it is no {what}")));
         }
     }
     // SAFETY: takes no pointers. Programs that we may start have no business with it.
-    check(libc::c_long::from(unsafe {
-        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC)
-    }))?;
+    check(libc::c_long::from(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }))?;
     // SAFETY: the descriptor is open (it answered above), and whoever started this process gave
     // it to us to own; no other part of the daemon knows its number.
     Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) }))
@@ -68,13 +63,7 @@ fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
     let mut length = libc::socklen_t::try_from(size_of_val(&value)).map_err(Error::other)?;
     // SAFETY: `value` and `length` are valid places for the result.
     let result = unsafe {
-        libc::getsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
+        libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length)
     };
     check(libc::c_long::from(result)).map(|_| value)
 }

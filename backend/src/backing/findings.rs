@@ -27,11 +27,7 @@ pub struct Finding {
 }
 
 fn finding(severity: Severity, code: &'static str, message: String) -> Finding {
-    Finding {
-        severity,
-        code,
-        message,
-    }
+    Finding { severity, code, message }
 }
 
 pub(super) fn not_shared(pid: i32) -> Finding {

@@ -42,9 +42,7 @@ impl Hugetlb {
 
 impl Backing for Hugetlb {
     fn kind(&self) -> Kind {
-        Kind::Hugetlb {
-            page_size: self.page_size,
-        }
+        Kind::Hugetlb { page_size: self.page_size }
     }
 
     fn findings(&self) -> Vec<Finding> {
@@ -77,15 +75,7 @@ impl Backing for Hugetlb {
                 } else {
                     HostState::Absent
                 };
-                push_run(
-                    out,
-                    HostRun {
-                        first,
-                        count: 1,
-                        state,
-                        resident: 0,
-                    },
-                );
+                push_run(out, HostRun { first, count: 1, state, resident: 0 });
             }
         }
         Ok(())

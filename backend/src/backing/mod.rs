@@ -253,9 +253,7 @@ pub struct Memory {
 
 impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Memory")
-            .field("spans", &self.layout.spans())
-            .finish_non_exhaustive()
+        f.debug_struct("Memory").field("spans", &self.layout.spans()).finish_non_exhaustive()
     }
 }
 
@@ -284,18 +282,12 @@ impl Memory {
             } else if !extent.is_congruent(block_shift)
                 && !extent.whole_blocks(block_shift).is_empty()
             {
-                said.push(findings::not_congruent(
-                    region.guest_addr,
-                    region.file_offset,
-                ));
+                said.push(findings::not_congruent(region.guest_addr, region.file_offset));
             }
         }
         let mut regions: Vec<Option<Box<dyn Backing>>> = Vec::new();
         regions.resize_with(table.len(), || None);
-        let homes: Vec<usize> = layout
-            .pieces(0, u64::MAX)
-            .map(|(region, _)| region)
-            .collect();
+        let homes: Vec<usize> = layout.pieces(0, u64::MAX).map(|(region, _)| region).collect();
         let mut vmm = find_vmm(&table, &homes, block_shift, &mut said)?;
         let own_pagemap = File::open("/proc/self/pagemap")
             .inspect_err(|error| log::debug!("cannot open our own pagemap: {error}"))
@@ -313,18 +305,13 @@ impl Memory {
                 Some((Arc::clone(vmm), *place))
             });
             let system = sys::file_system(&region.file).map_err(fail)?;
-            let kind = kind_of(
-                &system,
-                place.as_ref().is_none_or(|(_, place)| place.shared),
-            );
+            let kind = kind_of(&system, place.as_ref().is_none_or(|(_, place)| place.shared));
             let home = Home {
                 file: reopen(region.file),
                 guest_addr,
                 file_offset: region.file_offset,
                 block_shift,
-                vmm: place
-                    .as_ref()
-                    .map(|(vmm, place)| (Arc::clone(vmm), place.addr)),
+                vmm: place.as_ref().map(|(vmm, place)| (Arc::clone(vmm), place.addr)),
             };
             regions[index] = Some(match kind {
                 Kind::Hugetlb { page_size } => {
@@ -354,22 +341,13 @@ impl Memory {
                 findings.push(finding);
             }
         }
-        Ok(Self {
-            layout,
-            regions,
-            findings,
-        })
+        Ok(Self { layout, regions, findings })
     }
 
     /// What the operator should know, worst first.
     pub fn findings(&self) -> Vec<Finding> {
         let mut findings = self.findings.clone();
-        for finding in self
-            .regions
-            .iter()
-            .flatten()
-            .flat_map(|region| region.findings())
-        {
+        for finding in self.regions.iter().flatten().flat_map(|region| region.findings()) {
             if !findings.iter().any(|known| known.code == finding.code) {
                 findings.push(finding);
             }
@@ -380,11 +358,7 @@ impl Memory {
 
     /// What the memory of each region with managed blocks is.
     pub fn kinds(&self) -> Vec<Kind> {
-        self.regions
-            .iter()
-            .flatten()
-            .map(|region| region.kind())
-            .collect()
+        self.regions.iter().flatten().map(|region| region.kind()).collect()
     }
 
     /// The managed blocks: those that lie wholly inside one region. Ascending, disjoint, merged
@@ -410,12 +384,10 @@ impl Memory {
         first: u64,
         count: u64,
     ) -> impl Iterator<Item = (&dyn Backing, Range<u64>)> + '_ {
-        self.layout
-            .pieces(first, count)
-            .filter_map(|(region, blocks)| {
-                let region = self.regions.get(region)?.as_deref()?;
-                Some((region, blocks))
-            })
+        self.layout.pieces(first, count).filter_map(|(region, blocks)| {
+            let region = self.regions.get(region)?.as_deref()?;
+            Some((region, blocks))
+        })
     }
 
     /// Looks at how the managed ones among `count` blocks from `first` on are backed, and appends
@@ -425,9 +397,7 @@ impl Memory {
     /// If the memory file cannot be looked at; what was appended until then is true.
     pub fn scan(&self, first: u64, count: u64, out: &mut Vec<HostRun>) -> Result<(), Error> {
         for (region, blocks) in self.pieces(first, count) {
-            region
-                .scan(blocks.clone(), out)
-                .map_err(system_error("look at", &blocks))?;
+            region.scan(blocks.clone(), out).map_err(system_error("look at", &blocks))?;
         }
         Ok(())
     }
@@ -466,9 +436,7 @@ impl Memory {
             return Err(system_error("drop", &blocks)(error));
         }
         for (region, blocks) in self.pieces(first, count) {
-            region
-                .discard(blocks.clone())
-                .map_err(system_error("drop", &blocks))?;
+            region.discard(blocks.clone()).map_err(system_error("drop", &blocks))?;
         }
         Ok(())
     }
@@ -476,59 +444,34 @@ impl Memory {
 
 fn system_error(action: &'static str, blocks: &Range<u64>) -> impl FnOnce(io::Error) -> Error {
     let (first, last) = (blocks.start, blocks.end.saturating_sub(1));
-    move |source| Error::System {
-        action,
-        first,
-        last,
-        source,
-    }
+    move |source| Error::System { action, first, last, source }
 }
 
 fn is_regular(region: &RegionDesc) -> Result<bool, Error> {
     let metadata = region.file.metadata();
-    let fail = |source| Error::File {
-        guest_addr: region.guest_addr,
-        source,
-    };
+    let fail = |source| Error::File { guest_addr: region.guest_addr, source };
     Ok(metadata.map_err(fail)?.is_file())
 }
 
 fn check_length(region: &RegionDesc, extent: &Extent) -> Result<(), Error> {
     let guest_addr = region.guest_addr;
-    let metadata = region
-        .file
-        .metadata()
-        .map_err(|source| Error::File { guest_addr, source })?;
+    let metadata = region.file.metadata().map_err(|source| Error::File { guest_addr, source })?;
     let (length, end) = (metadata.len(), extent.file_end().unwrap_or(u64::MAX));
     if extent.usable && end > length {
-        return Err(Error::BeyondEnd {
-            guest_addr,
-            end,
-            length,
-        });
+        return Err(Error::BeyondEnd { guest_addr, end, length });
     }
     Ok(())
 }
 
 fn kind_of(system: &sys::FileSystem, shared: bool) -> Kind {
     // As file_system() gives them: 32 bits wide, however the target declares the constants.
-    #[allow(
-        clippy::cast_sign_loss,
-        clippy::cast_lossless,
-        clippy::unnecessary_cast
-    )]
+    #[allow(clippy::cast_sign_loss, clippy::cast_lossless, clippy::unnecessary_cast)]
     const HUGETLBFS: u64 = libc::HUGETLBFS_MAGIC as u64 & 0xffff_ffff;
-    #[allow(
-        clippy::cast_sign_loss,
-        clippy::cast_lossless,
-        clippy::unnecessary_cast
-    )]
+    #[allow(clippy::cast_sign_loss, clippy::cast_lossless, clippy::unnecessary_cast)]
     const TMPFS: u64 = libc::TMPFS_MAGIC as u64 & 0xffff_ffff;
     match system.magic {
         _ if !shared => Kind::Unshared,
-        HUGETLBFS => Kind::Hugetlb {
-            page_size: system.block_size,
-        },
+        HUGETLBFS => Kind::Hugetlb { page_size: system.block_size },
         TMPFS => Kind::Shmem,
         _ => Kind::File,
     }
@@ -558,25 +501,14 @@ fn find_vmm(
 ) -> Result<Option<Located>, Error> {
     let mut wanted = Vec::with_capacity(homes.len());
     for region in homes.iter().filter_map(|index| table.get(*index)) {
-        let file = FileId::of(&region.file).map_err(|source| Error::File {
-            guest_addr: region.guest_addr,
-            source,
-        })?;
-        wanted.push(Wanted {
-            file,
-            offset: region.file_offset,
-            size: region.size,
-        });
+        let file = FileId::of(&region.file)
+            .map_err(|source| Error::File { guest_addr: region.guest_addr, source })?;
+        wanted.push(Wanted { file, offset: region.file_offset, size: region.size });
     }
     if wanted.is_empty() {
         return Ok(None);
     }
-    let Search {
-        found,
-        others,
-        denied,
-        blind,
-    } = vmm::find(&wanted, block_shift);
+    let Search { found, others, denied, blind } = vmm::find(&wanted, block_shift);
     let Some((vmm, places)) = found else {
         said.push(findings::vmm_not_found(denied, blind));
         return Ok(None);
@@ -585,10 +517,7 @@ fn find_vmm(
         said.push(findings::ambiguous(vmm.pid(), &others));
     }
     log::debug!("the VMM is process {}", vmm.pid());
-    Ok(Some((
-        Arc::new(vmm),
-        homes.iter().copied().zip(places).collect(),
-    )))
+    Ok(Some((Arc::new(vmm), homes.iter().copied().zip(places).collect())))
 }
 
 /// Whether blocks of this size can be collapsed here, as far as the kernel's settings tell.

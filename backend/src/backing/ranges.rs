@@ -47,9 +47,7 @@ impl Extent {
 
     /// One past the last byte in the file; `None` if no file can be that long.
     pub fn file_end(&self) -> Option<u64> {
-        self.file_offset
-            .checked_add(self.size)
-            .filter(|end| i64::try_from(*end).is_ok())
+        self.file_offset.checked_add(self.size).filter(|end| i64::try_from(*end).is_ok())
     }
 
     /// Whether a block of guest memory is also one block of the file: without that no huge page
@@ -130,17 +128,13 @@ impl Layout {
             return false;
         };
         let next = self.spans.partition_point(|span| span.end <= first);
-        self.spans
-            .get(next)
-            .is_some_and(|span| span.start <= first && end <= span.end)
+        self.spans.get(next).is_some_and(|span| span.start <= first && end <= span.end)
     }
 
     /// The managed parts of `count` blocks from `first` on, ascending, each in one region.
     pub fn pieces(&self, first: u64, count: u64) -> impl Iterator<Item = (usize, Range<u64>)> + '_ {
         let end = first.saturating_add(count);
-        let next = self
-            .homes
-            .partition_point(|(blocks, _)| blocks.end <= first);
+        let next = self.homes.partition_point(|(blocks, _)| blocks.end <= first);
         self.homes[next..]
             .iter()
             .take_while(move |(blocks, _)| blocks.start < end)
@@ -228,12 +222,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn extent(guest_addr: u64, size: u64, file_offset: u64) -> Extent {
-        Extent {
-            guest_addr,
-            size,
-            file_offset,
-            usable: true,
-        }
+        Extent { guest_addr, size, file_offset, usable: true }
     }
 
     #[test]
@@ -259,28 +248,16 @@ mod tests {
         let table = [extent(0, 4 * MIB, 0), extent(4 * MIB, 4 * MIB, 16 * MIB)];
         let layout = Layout::new(&table, SHIFT).unwrap();
         assert_eq!(layout.spans().to_vec(), vec![0..4]);
-        assert_eq!(
-            layout.pieces(1, 2).collect::<Vec<_>>(),
-            [(0, 1..2), (1, 2..3)]
-        );
+        assert_eq!(layout.pieces(1, 2).collect::<Vec<_>>(), [(0, 1..2), (1, 2..3)]);
     }
 
     #[test]
     fn layout_refuses_tables_that_contradict_themselves() {
         let at = |table: &[Extent]| Layout::new(table, SHIFT);
         assert_eq!(at(&[extent(4096, 0, 0)]), Err(LayoutError::Empty(4096)));
-        assert_eq!(
-            at(&[extent(u64::MAX, 2, 0)]),
-            Err(LayoutError::Overflow(u64::MAX))
-        );
-        assert_eq!(
-            at(&[extent(0, 4096, u64::MAX)]),
-            Err(LayoutError::Overflow(0))
-        );
-        assert_eq!(
-            at(&[extent(0, 4096, i64::MAX as u64)]),
-            Err(LayoutError::Overflow(0))
-        );
+        assert_eq!(at(&[extent(u64::MAX, 2, 0)]), Err(LayoutError::Overflow(u64::MAX)));
+        assert_eq!(at(&[extent(0, 4096, u64::MAX)]), Err(LayoutError::Overflow(0)));
+        assert_eq!(at(&[extent(0, 4096, i64::MAX as u64)]), Err(LayoutError::Overflow(0)));
         let overlapping = [extent(8192, 4096, 0), extent(0, 8193, 0)];
         assert_eq!(at(&overlapping), Err(LayoutError::Overlap(0, 8192)));
         assert_eq!(Layout::new(&[], 3), Err(LayoutError::BlockShift(3)));
@@ -300,48 +277,19 @@ mod tests {
         let size = 1u64 << SHIFT;
         let mut blocks = [Mapped::Nothing; 4];
         note_mapped(base, SHIFT, &(base..base + size), true, &mut blocks);
-        note_mapped(
-            base,
-            SHIFT,
-            &(base + 2 * size..base + 2 * size + 4096),
-            false,
-            &mut blocks,
-        );
-        assert_eq!(
-            blocks,
-            [
-                Mapped::Huge,
-                Mapped::Nothing,
-                Mapped::Small,
-                Mapped::Nothing
-            ]
-        );
+        note_mapped(base, SHIFT, &(base + 2 * size..base + 2 * size + 4096), false, &mut blocks);
+        assert_eq!(blocks, [Mapped::Huge, Mapped::Nothing, Mapped::Small, Mapped::Nothing]);
         // A huge page that covers half a block of ours is none for us.
-        note_mapped(
-            base,
-            SHIFT,
-            &(base + 3 * size..base + 3 * size + size / 2),
-            true,
-            &mut blocks,
-        );
+        note_mapped(base, SHIFT, &(base + 3 * size..base + 3 * size + size / 2), true, &mut blocks);
         assert_eq!(blocks[3], Mapped::Small);
-        note_mapped(
-            base,
-            SHIFT,
-            &(base + 4 * size..base + 9 * size),
-            true,
-            &mut blocks,
-        );
+        note_mapped(base, SHIFT, &(base + 4 * size..base + 9 * size), true, &mut blocks);
         note_mapped(base, SHIFT, &(0..base), true, &mut blocks);
         assert_eq!(blocks[0], Mapped::Huge);
     }
 
     #[test]
     fn runs_of_splits_at_gaps_and_at_the_longest_length() {
-        assert_eq!(
-            runs_of([1, 2, 3, 5, 6, 9], 2),
-            vec![1..3, 3..4, 5..7, 9..10]
-        );
+        assert_eq!(runs_of([1, 2, 3, 5, 6, 9], 2), vec![1..3, 3..4, 5..7, 9..10]);
         assert!(runs_of([], 2).is_empty());
     }
 

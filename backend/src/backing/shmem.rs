@@ -86,14 +86,7 @@ impl Shmem {
     ) -> io::Result<Self> {
         let route = choose_route(&home, kind, collapsible, said);
         let usable = !matches!(route, Route::Closed(_));
-        let this = Self {
-            home,
-            kind,
-            route,
-            usable,
-            own_pagemap,
-            refused: AtomicBool::new(false),
-        };
+        let this = Self { home, kind, route, usable, own_pagemap, refused: AtomicBool::new(false) };
         if kind == Kind::Shmem {
             if let Some((room, holes)) = this.shortage()? {
                 said.push(findings::too_small(room, holes));
@@ -111,9 +104,7 @@ impl Shmem {
         }
         let metadata = self.home.file.metadata()?;
         let room = system.available.saturating_mul(system.block_size);
-        let holes = metadata
-            .len()
-            .saturating_sub(metadata.blocks().saturating_mul(512));
+        let holes = metadata.len().saturating_sub(metadata.blocks().saturating_mul(512));
         Ok((room < holes).then_some((room, holes)))
     }
 
@@ -154,11 +145,7 @@ impl Shmem {
             let cached = residency(file, from, size)?;
             if let Some(look) = looks.get_mut(index(blocks, block)) {
                 if cached != Cached::default() {
-                    *look = Look {
-                        cached,
-                        seen: Seen::Base,
-                        file_huge: false,
-                    };
+                    *look = Look { cached, seen: Seen::Base, file_huge: false };
                 }
             }
             at = from + size;
@@ -214,11 +201,7 @@ impl Shmem {
                 };
                 look.file_huge = *mapped == Mapped::Huge;
                 if look.seen == Seen::Absent {
-                    look.seen = if look.file_huge {
-                        Seen::Huge
-                    } else {
-                        Seen::Base
-                    };
+                    look.seen = if look.file_huge { Seen::Huge } else { Seen::Base };
                 }
             }
         }
@@ -230,12 +213,7 @@ impl Shmem {
         };
         let count = run.end - run.start;
         let file = &self.home.file;
-        let window = Window::new(
-            file,
-            self.home.offset(run.start),
-            count,
-            self.home.block_shift,
-        )?;
+        let window = Window::new(file, self.home.offset(run.start), count, self.home.block_shift)?;
         for block in 0..count {
             // Maps the huge page where there is one. The block was resident when it was looked
             // at; should it have been dropped since, one page of zeros comes back.
@@ -250,9 +228,7 @@ impl Shmem {
             if look.file_huge {
                 Ok(Collapsed::AlreadyHuge)
             } else {
-                Ok(Collapsed::Copied {
-                    bytes: look.cached.resident * sys::page_size(),
-                })
+                Ok(Collapsed::Copied { bytes: look.cached.resident * sys::page_size() })
             }
         };
         let mut outcomes: Vec<Outcome> = looks.iter().map(done).collect();
@@ -264,11 +240,7 @@ impl Shmem {
             };
             let refusal = Refusal::from(&error);
             let hopeless = matches!(refusal, Refusal::NotPermitted | Refusal::Gone);
-            let now = if hopeless {
-                None
-            } else {
-                self.look(&rest, true).ok()
-            };
+            let now = if hopeless { None } else { self.look(&rest, true).ok() };
             let Some(now) = now else {
                 outcomes[index(run, rest.start)..].fill(Err(refusal));
                 break;
@@ -334,24 +306,14 @@ impl Shmem {
         let looks = match self.look(blocks, true) {
             Ok(looks) => looks,
             Err(error) => {
-                results.extend(
-                    blocks
-                        .clone()
-                        .map(|block| (block, Err(Refusal::from(&error)))),
-                );
+                results.extend(blocks.clone().map(|block| (block, Err(Refusal::from(&error)))));
                 return;
             }
         };
         let mut room = None;
-        let verdicts: Vec<Option<Outcome>> = looks
-            .iter()
-            .map(|look| self.verdict(look, &mut room))
-            .collect();
-        let open = blocks
-            .clone()
-            .zip(&verdicts)
-            .filter(|(_, v)| v.is_none())
-            .map(|(b, _)| b);
+        let verdicts: Vec<Option<Outcome>> =
+            looks.iter().map(|look| self.verdict(look, &mut room)).collect();
+        let open = blocks.clone().zip(&verdicts).filter(|(_, v)| v.is_none()).map(|(b, _)| b);
         let mut tried = Vec::new();
         for run in runs_of(open, COLLAPSE_BLOCKS) {
             let part = &looks[index(blocks, run.start)..index(blocks, run.end)];
@@ -359,9 +321,7 @@ impl Shmem {
         }
         let mut tried = tried.into_iter();
         for (block, verdict) in blocks.clone().zip(verdicts) {
-            let outcome = verdict
-                .or_else(|| tried.next())
-                .unwrap_or(Err(Refusal::Again));
+            let outcome = verdict.or_else(|| tried.next()).unwrap_or(Err(Refusal::Again));
             results.push((block, outcome));
         }
     }
@@ -389,9 +349,7 @@ impl Backing for Shmem {
     fn findings(&self) -> Vec<Finding> {
         let refused = self.refused.load(Ordering::Relaxed);
         let vmm = self.home.vmm.as_ref().filter(|_| refused);
-        vmm.map(|(vmm, _)| findings::refused(vmm.pid()))
-            .into_iter()
-            .collect()
+        vmm.map(|(vmm, _)| findings::refused(vmm.pid())).into_iter().collect()
     }
 
     fn may_discard(&self) -> bool {
@@ -403,21 +361,12 @@ impl Backing for Shmem {
             for (first, look) in part.clone().zip(self.look(&part, false)?) {
                 let (state, resident) = match look.seen {
                     Seen::Absent => (HostState::Absent, 0),
-                    Seen::Base => (
-                        HostState::Base,
-                        u32::try_from(look.cached.resident).unwrap_or(u32::MAX),
-                    ),
+                    Seen::Base => {
+                        (HostState::Base, u32::try_from(look.cached.resident).unwrap_or(u32::MAX))
+                    }
                     Seen::Huge => (HostState::Huge, 0),
                 };
-                push_run(
-                    out,
-                    HostRun {
-                        first,
-                        count: 1,
-                        state,
-                        resident,
-                    },
-                );
+                push_run(out, HostRun { first, count: 1, state, resident });
             }
         }
         Ok(())
@@ -438,9 +387,7 @@ impl Backing for Shmem {
             return Err(refusal);
         }
         let one = block..block + 1;
-        let looks = self
-            .look(&one, true)
-            .map_err(|error| Refusal::from(&error))?;
+        let looks = self.look(&one, true).map_err(|error| Refusal::from(&error))?;
         let absent = looks.iter().all(|look| look.seen == Seen::Absent);
         if absent {
             if !self.has_room() {
@@ -464,11 +411,7 @@ impl Backing for Shmem {
         if !self.may_discard() {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        sys::punch_hole(
-            &self.home.file,
-            self.home.offset(blocks.start),
-            self.home.bytes(&blocks),
-        )
+        sys::punch_hole(&self.home.file, self.home.offset(blocks.start), self.home.bytes(&blocks))
     }
 }
 
@@ -482,11 +425,7 @@ fn choose_route(home: &Home, kind: Kind, collapsible: bool, said: &mut Vec<Findi
     };
     let region_start = addr.wrapping_sub(home.file_offset);
     if region_start & (home.block_size() - 1) != 0 {
-        said.push(findings::unaligned(
-            vmm.pid(),
-            region_start,
-            home.block_shift,
-        ));
+        said.push(findings::unaligned(vmm.pid(), region_start, home.block_shift));
         return Route::Closed(Refusal::Unsupported);
     }
     if vmm.declines_huge_pages() {
@@ -538,10 +477,7 @@ fn residency_by_seeking(file: &File, from: u64, size: u64) -> io::Result<Cached>
         }
         at = hole;
     }
-    Ok(Cached {
-        resident: bytes / sys::page_size(),
-        swapped: 0,
-    })
+    Ok(Cached { resident: bytes / sys::page_size(), swapped: 0 })
 }
 
 /// Position of a block in a range of blocks.
@@ -551,11 +487,7 @@ fn index(blocks: &Range<u64>, block: u64) -> usize {
 
 /// Ranges of the blocks whose look passes.
 fn select(blocks: &Range<u64>, looks: &[Look], pass: impl Fn(&Look) -> bool) -> Vec<Range<u64>> {
-    let passing = blocks
-        .clone()
-        .zip(looks)
-        .filter(|(_, look)| pass(look))
-        .map(|(block, _)| block);
+    let passing = blocks.clone().zip(looks).filter(|(_, look)| pass(look)).map(|(block, _)| block);
     runs_of(passing, LOOK_BLOCKS)
 }
 

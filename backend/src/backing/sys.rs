@@ -97,10 +97,7 @@ fn length(value: u64) -> io::Result<usize> {
 pub fn page_size() -> u64 {
     // SAFETY: takes no pointers.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(size)
-        .ok()
-        .filter(|size| *size > 0)
-        .unwrap_or(4096)
+    u64::try_from(size).ok().filter(|size| *size > 0).unwrap_or(4096)
 }
 
 /// Present pages of `range` in the address space that `pagemap` shows. Returns the filled part
@@ -156,28 +153,14 @@ pub fn cachestat(file: &File, from: u64, len: u64) -> io::Result<Cached> {
     let mut stat = Cachestat::default();
     // SAFETY: both structures have the layout that the call expects and outlive it.
     check(unsafe {
-        libc::syscall(
-            SYS_CACHESTAT,
-            file.as_raw_fd(),
-            &raw const range,
-            &raw mut stat,
-            0,
-        )
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut stat, 0)
     })?;
-    Ok(Cached {
-        resident: stat.nr_cache,
-        swapped: stat.nr_evicted,
-    })
+    Ok(Cached { resident: stat.nr_cache, swapped: stat.nr_evicted })
 }
 
 /// Drops a range of a file; it reads as zeros afterwards. The file keeps its size.
 pub fn punch_hole(file: &File, from: u64, len: u64) -> io::Result<()> {
-    fallocate(
-        file,
-        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-        from,
-        len,
-    )
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, from, len)
 }
 
 /// Gives a range of a file memory; what it held it keeps, the file its size.
@@ -217,9 +200,7 @@ pub fn file_system(file: &File) -> io::Result<FileSystem> {
     // SAFETY: all-zero bytes are a valid value of this plain C structure.
     let mut stat: libc::statfs64 = unsafe { std::mem::zeroed() };
     // SAFETY: `stat` is a valid place for the result.
-    check(libc::c_long::from(unsafe {
-        libc::fstatfs64(file.as_raw_fd(), &raw mut stat)
-    }))?;
+    check(libc::c_long::from(unsafe { libc::fstatfs64(file.as_raw_fd(), &raw mut stat) }))?;
     Ok(FileSystem {
         // The type of the field differs between targets; magic numbers are 32 bits wide.
         #[allow(clippy::cast_sign_loss, clippy::unnecessary_cast)]
@@ -242,11 +223,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 
 /// Whether a process has not exited yet.
 pub fn pidfd_alive(pidfd: BorrowedFd<'_>) -> bool {
-    let mut poll = libc::pollfd {
-        fd: pidfd.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: `poll` is one valid structure, and the call does not wait.
     unsafe { libc::poll(&raw mut poll, 1, 0) == 0 }
 }
@@ -346,11 +323,7 @@ impl Drop for Mapping {
         // SAFETY: the range is ours alone and nothing refers to it.
         let result = unsafe { libc::munmap(self.addr, self.len) };
         if result != 0 {
-            log::error!(
-                "cannot unmap {} bytes: {}",
-                self.len,
-                Error::last_os_error()
-            );
+            log::error!("cannot unmap {} bytes: {}", self.len, Error::last_os_error());
         }
     }
 }

@@ -33,10 +33,7 @@ pub fn memory_was_truncated() -> bool {
 /// # Errors
 /// If the signal cannot be handled.
 pub fn survive_truncated_memory() -> io::Result<()> {
-    PAGE_SIZE.store(
-        usize::try_from(page_size()).unwrap_or(4096),
-        Ordering::Relaxed,
-    );
+    PAGE_SIZE.store(usize::try_from(page_size()).unwrap_or(4096), Ordering::Relaxed);
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = handle;
     // SAFETY: all-zero bytes are a valid value of this plain C structure.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -64,27 +61,24 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, _context: 
 /// Puts a page of zeros of our own around `addr`.
 fn replace(addr: usize) -> bool {
     let base = PAGE_SIZE.load(Ordering::Relaxed);
-    [base, HUGE_PAGE_SIZES[0], HUGE_PAGE_SIZES[1]]
-        .into_iter()
-        .any(|size| {
-            let page = addr & !(size - 1);
-            let flags =
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-            // SAFETY: the page lies in a mapping of a file that has no memory there: the only such
-            // mappings of this process are of guest memory, to which no reference exists. A size
-            // that does not fit a hugetlb mapping is refused without effect.
-            let mapped = unsafe {
-                libc::mmap(
-                    ptr::without_provenance_mut(page),
-                    size,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    flags,
-                    -1,
-                    0,
-                )
-            };
-            mapped != libc::MAP_FAILED
-        })
+    [base, HUGE_PAGE_SIZES[0], HUGE_PAGE_SIZES[1]].into_iter().any(|size| {
+        let page = addr & !(size - 1);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: the page lies in a mapping of a file that has no memory there: the only such
+        // mappings of this process are of guest memory, to which no reference exists. A size
+        // that does not fit a hugetlb mapping is refused without effect.
+        let mapped = unsafe {
+            libc::mmap(
+                ptr::without_provenance_mut(page),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            )
+        };
+        mapped != libc::MAP_FAILED
+    })
 }
 
 #[cfg(test)]

@@ -123,10 +123,7 @@ fn locate(entries: &[MapEntry], wanted: &Wanted, block_shift: u32) -> Option<Pla
         .filter(|(_, (until, _))| *until >= end)
         .map(|(distance, (_, shared))| (distance & mask != 0, distance, shared))
         .min_by_key(|(unaligned, ..)| *unaligned)
-        .map(|(_, distance, shared)| Place {
-            addr: wanted.offset.wrapping_add(distance),
-            shared,
-        })
+        .map(|(_, distance, shared)| Place { addr: wanted.offset.wrapping_add(distance), shared })
 }
 
 /// What the kernel lets us do to a process's memory.
@@ -191,8 +188,7 @@ impl Vmm {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
         status.is_ok_and(|text| {
             text.lines().any(|line| {
-                line.strip_prefix("THP_enabled:")
-                    .is_some_and(|value| value.trim() == "0")
+                line.strip_prefix("THP_enabled:").is_some_and(|value| value.trim() == "0")
             }) && self.is_alive()
         })
     }
@@ -278,10 +274,7 @@ pub fn find(wanted: &[Wanted], block_shift: u32) -> Search {
     };
     let mut candidates = Vec::new();
     for entry in entries.flatten() {
-        let pid = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<i32>().ok());
+        let pid = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
         let Some(pid) = pid.filter(|pid| *pid != own) else {
             continue;
         };
@@ -308,23 +301,13 @@ pub fn find(wanted: &[Wanted], block_shift: u32) -> Search {
 fn examine(pid: i32, wanted: &[Wanted], block_shift: u32) -> io::Result<Option<Candidate>> {
     let pidfd = sys::pidfd_open(pid)?;
     let entries = read_maps(&proc_of(pid).join("maps"), wanted)?;
-    let places: Option<Vec<Place>> = wanted
-        .iter()
-        .map(|piece| locate(&entries, piece, block_shift))
-        .collect();
-    let extent = entries
-        .iter()
-        .map(|e| e.end - e.start)
-        .fold(0, u64::saturating_add);
+    let places: Option<Vec<Place>> =
+        wanted.iter().map(|piece| locate(&entries, piece, block_shift)).collect();
+    let extent = entries.iter().map(|e| e.end - e.start).fold(0, u64::saturating_add);
     if !sys::pidfd_alive(pidfd.as_fd()) {
         return Ok(None);
     }
-    Ok(places.map(|places| Candidate {
-        pid,
-        pidfd,
-        places,
-        extent,
-    }))
+    Ok(places.map(|places| Candidate { pid, pidfd, places, extent }))
 }
 
 fn read_maps(path: &Path, wanted: &[Wanted]) -> io::Result<Vec<MapEntry>> {
@@ -351,9 +334,7 @@ fn runs_kvm(pid: i32) -> bool {
 
 /// Opens what we need of the process; `None` if it ended meanwhile.
 fn adopt(candidate: Candidate) -> Option<(Vmm, Vec<Place>)> {
-    let Candidate {
-        pid, pidfd, places, ..
-    } = candidate;
+    let Candidate { pid, pidfd, places, .. } = candidate;
     let pagemap = File::open(proc_of(pid).join("pagemap"))
         .inspect_err(|error| log::debug!("cannot open the pagemap of process {pid}: {error}"))
         .ok();
@@ -365,12 +346,7 @@ fn adopt(candidate: Candidate) -> Option<(Vmm, Vec<Place>)> {
             _ => Permission::Unavailable,
         },
     };
-    let vmm = Vmm {
-        pid,
-        pidfd,
-        pagemap,
-        permission,
-    };
+    let vmm = Vmm { pid, pidfd, pagemap, permission };
     vmm.is_alive().then_some((vmm, places))
 }
 
@@ -383,41 +359,19 @@ mod tests {
     const SHIFT: u32 = 21;
 
     fn entry(start: u64, len: u64, offset: u64, inode: u64) -> MapEntry {
-        let file = FileId {
-            major: 0,
-            minor: 1,
-            inode,
-        };
-        MapEntry {
-            start,
-            end: start + len,
-            shared: true,
-            offset,
-            file,
-        }
+        let file = FileId { major: 0, minor: 1, inode };
+        MapEntry { start, end: start + len, shared: true, offset, file }
     }
 
     fn wanted(offset: u64, size: u64) -> Wanted {
-        Wanted {
-            file: FileId {
-                major: 0,
-                minor: 1,
-                inode: 7,
-            },
-            offset,
-            size,
-        }
+        Wanted { file: FileId { major: 0, minor: 1, inode: 7 }, offset, size }
     }
 
     #[test]
     fn maps_line_is_parsed_whatever_the_name() {
         let line = "7f5c3fe00000-7f5cbfe00000 rw-s 00200000 00:01 2057   /memfd:a b (deleted)";
         let parsed = MapEntry::parse(line).unwrap();
-        let file = FileId {
-            major: 0,
-            minor: 1,
-            inode: 2057,
-        };
+        let file = FileId { major: 0, minor: 1, inode: 2057 };
         let expected = MapEntry {
             start: 0x7f5c_3fe0_0000,
             end: 0x7f5c_bfe0_0000,
@@ -426,18 +380,8 @@ mod tests {
             file,
         };
         assert_eq!(parsed, expected);
-        assert!(
-            !MapEntry::parse("1000-2000 r--p 0 fe:00 1 /x")
-                .unwrap()
-                .shared
-        );
-        for bad in [
-            "",
-            "1000",
-            "2000-1000 rw-s 0 0:1 1",
-            "1000-2000 rw-s 0 01 1",
-            "VmFlags: rd",
-        ] {
+        assert!(!MapEntry::parse("1000-2000 r--p 0 fe:00 1 /x").unwrap().shared);
+        for bad in ["", "1000", "2000-1000 rw-s 0 0:1 1", "1000-2000 rw-s 0 01 1", "VmFlags: rd"] {
             assert_eq!(MapEntry::parse(bad), None, "{bad}");
         }
     }
@@ -451,46 +395,29 @@ mod tests {
             entry(base + 8 * MIB, 8 * MIB, 8 * MIB, 7),
         ];
         let place = |addr| Some(Place { addr, shared: true });
-        assert_eq!(
-            locate(&entries, &wanted(MIB, 4 * MIB), SHIFT),
-            place(base + MIB)
-        );
+        assert_eq!(locate(&entries, &wanted(MIB, 4 * MIB), SHIFT), place(base + MIB));
         assert_eq!(locate(&entries, &wanted(4 * MIB, 6 * MIB), SHIFT), None);
-        assert_eq!(
-            locate(&entries, &wanted(8 * MIB, 8 * MIB), SHIFT),
-            place(base + 8 * MIB)
-        );
+        assert_eq!(locate(&entries, &wanted(8 * MIB, 8 * MIB), SHIFT), place(base + 8 * MIB));
     }
 
     #[test]
     fn locate_does_not_join_different_mappings_of_a_file() {
-        let entries = [
-            entry(0x1000_0000, 2 * MIB, 0, 7),
-            entry(0x2000_0000, 2 * MIB, 2 * MIB, 7),
-        ];
+        let entries = [entry(0x1000_0000, 2 * MIB, 0, 7), entry(0x2000_0000, 2 * MIB, 2 * MIB, 7)];
         assert_eq!(locate(&entries, &wanted(0, 4 * MIB), SHIFT), None);
-        assert_eq!(
-            locate(&[entry(0x1000_0000, 4 * MIB, 0, 8)], &wanted(0, MIB), SHIFT),
-            None
-        );
+        assert_eq!(locate(&[entry(0x1000_0000, 4 * MIB, 0, 8)], &wanted(0, MIB), SHIFT), None);
     }
 
     #[test]
     fn locate_prefers_the_congruent_one_of_two_mappings() {
-        let entries = [
-            entry(0x1000_1000, 4 * MIB, 0, 7),
-            entry(0x2000_0000, 4 * MIB, 0, 7),
-        ];
+        let entries = [entry(0x1000_1000, 4 * MIB, 0, 7), entry(0x2000_0000, 4 * MIB, 0, 7)];
         let found = locate(&entries, &wanted(0, 4 * MIB), SHIFT).unwrap();
         assert_eq!(found.addr, 0x2000_0000);
     }
 
     #[test]
     fn locate_reports_private_pieces() {
-        let mut entries = [
-            entry(0x2000_0000, 2 * MIB, 0, 7),
-            entry(0x2020_0000, 2 * MIB, 2 * MIB, 7),
-        ];
+        let mut entries =
+            [entry(0x2000_0000, 2 * MIB, 0, 7), entry(0x2020_0000, 2 * MIB, 2 * MIB, 7)];
         entries[1].shared = false;
         assert!(!locate(&entries, &wanted(0, 4 * MIB), SHIFT).unwrap().shared);
     }

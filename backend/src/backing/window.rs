@@ -32,11 +32,7 @@ impl Window {
         let mut mapping = Mapping::reserve(len + size)?;
         let at = mapping.addr().next_multiple_of(size) - mapping.addr();
         mapping.map_file(at, file, offset, len)?;
-        Ok(Self {
-            mapping,
-            at,
-            block_shift,
-        })
+        Ok(Self { mapping, at, block_shift })
     }
 
     fn at(&self, block: u64) -> u64 {
@@ -52,18 +48,12 @@ impl Window {
     /// Faults in the first page of a block; whatever the kernel puts there is what a process
     /// touching it would have got. Stores nothing.
     pub fn touch(&self, block: u64, advice: Advice) -> io::Result<()> {
-        self.mapping
-            .advise(self.at(block), sys::page_size(), advice)
+        self.mapping.advise(self.at(block), sys::page_size(), advice)
     }
 
     /// How this window's blocks are mapped, as far as they were touched.
     pub fn mapped(&self, pagemap: &File, blocks: &mut [Mapped]) -> io::Result<()> {
-        scan_mapped(
-            pagemap,
-            self.mapping.addr() + self.at,
-            self.block_shift,
-            blocks,
-        )
+        scan_mapped(pagemap, self.mapping.addr() + self.at, self.block_shift, blocks)
     }
 }
 
@@ -76,9 +66,7 @@ pub fn scan_mapped(
 ) -> io::Result<()> {
     let mut regions = [PageRegion::default(); SCAN_REGIONS];
     let len = (blocks.len() as u64) << block_shift;
-    let end = base
-        .checked_add(len)
-        .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    let end = base.checked_add(len).ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
     let mut from = base;
     while from < end {
         let (found, walked) = sys::pagemap_scan(pagemap, &(from..end), &mut regions)?;

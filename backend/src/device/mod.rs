@@ -10,9 +10,7 @@ pub use vring::GuestMemory;
 
 use crate::backing::{Finding, Memory, RegionDesc, Severity};
 use crate::engine::{lock, Engine, RELEASE_MAX};
-use crate::protocol::{
-    Config, F_PREPARE, F_RELEASE, F_STATS, VERSION, VQ_COUNT, VQ_RELEASE,
-};
+use crate::protocol::{Config, F_PREPARE, F_RELEASE, F_STATS, VERSION, VQ_COUNT, VQ_RELEASE};
 use std::io;
 use std::sync::{Arc, Mutex};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -22,7 +20,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier};
+use vmm_sys_util::event::{
+    new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier,
+};
 use vring::Vring;
 
 /// Largest queue that the driver may choose.

@@ -82,7 +82,8 @@ impl Slot {
 
     /// Asks for kicks again; true if chains came in meanwhile.
     fn rearm(&self) -> bool {
-        !self.broken && self.vring.as_ref().is_some_and(|v| v.enable_notification().unwrap_or(false))
+        !self.broken
+            && self.vring.as_ref().is_some_and(|v| v.enable_notification().unwrap_or(false))
     }
 }
 

@@ -114,4 +114,3 @@ fn write(chain: &Chain, header: &[u8], body: &[u8]) -> Result<u32, Error> {
     writer.write_all(body)?;
     Ok(u32::try_from(header.len() + body.len()).unwrap_or(u32::MAX))
 }
-

@@ -390,8 +390,7 @@ impl Engine {
             let block_size = 1 << self.settings.block_shift;
             let mut copy = lock(&self.copy);
             let mut cpu = lock(&self.cpu);
-            let allowance =
-                if cpu.background_ok(now) { copy.blocks(block_size, now) } else { 0 };
+            let allowance = if cpu.background_ok(now) { copy.blocks(block_size, now) } else { 0 };
             if let Some(work) = state.repair.next(&state.map, allowance) {
                 let blocks = match &work {
                     Work::Collapse { count, .. } | Work::Populate { count, .. } => *count,

@@ -268,7 +268,10 @@ mod tests {
         assert_eq!(repair.next(&map, 100), Some(Work::Populate { first: 7, count: 4 }));
         assert_eq!(repair.next(&map, 1), Some(Work::Populate { first: 11, count: 1 }));
         assert_eq!(repair.next(&map, 9), Some(Work::Populate { first: 20, count: 1 }));
-        assert_eq!(repair.next(&map, 0), Some(Work::Settle { id: 9, ranges: vec![(7, 5), (20, 1)] }));
+        assert_eq!(
+            repair.next(&map, 0),
+            Some(Work::Settle { id: 9, ranges: vec![(7, 5), (20, 1)] })
+        );
         assert!(!repair.end_prepare(8));
         assert!(repair.end_prepare(9));
         assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 50, count: 1 }));
