@@ -82,8 +82,14 @@ impl Slot {
 
     /// Asks for kicks again; true if chains came in meanwhile.
     fn rearm(&self) -> bool {
+        // A ring that does not run has nothing to give, whatever its indices say.
         !self.broken
-            && self.vring.as_ref().is_some_and(|v| v.enable_notification().unwrap_or(false))
+            && self.vring.as_ref().is_some_and(|vring| {
+                let state = vring.get_ref();
+                let runs = state.is_enabled() && state.get_queue().ready();
+                drop(state);
+                runs && vring.enable_notification().unwrap_or(false)
+            })
     }
 }
 
