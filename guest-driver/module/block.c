@@ -268,6 +268,15 @@ bool gemini_map_dirty(struct gemini_map *map)
 	return xa_marked(&map->chunks, GEMINI_MARK_DIRTY);
 }
 
+/* Would @block be right behind @record, and in the same state? */
+static bool continues(const struct virtio_gemini_record *record, u64 block,
+		      const struct gemini_block *entry)
+{
+	return record->state == entry->guest &&
+	       le32_to_cpu(record->used) == entry->used &&
+	       le64_to_cpu(record->first) + le32_to_cpu(record->count) == block;
+}
+
 /* Takes the dirty blocks of one chunk; false if @records has no room left. */
 static bool take_chunk(struct gemini_map *map, unsigned long index,
 		       struct gemini_chunk *chunk,
@@ -286,21 +295,17 @@ static bool take_chunk(struct gemini_map *map, unsigned long index,
 		if (!(entry->flags & GEMINI_BLOCK_DIRTY))
 			continue;
 		last = *taken ? &records[*taken - 1] : NULL;
-		if (last && last->state == entry->guest &&
-		    le32_to_cpu(last->used) == entry->used &&
-		    le64_to_cpu(last->first) + le32_to_cpu(last->count) ==
-			    start + i) {
-			le32_add_cpu(&last->count, 1);
-		} else if (*taken == max) {
-			return false;
-		} else {
-			records[(*taken)++] = (struct virtio_gemini_record) {
+		if (!last || !continues(last, start + i, entry)) {
+			if (*taken == max)
+				return false;
+			last = &records[(*taken)++];
+			*last = (struct virtio_gemini_record) {
 				.first = cpu_to_le64(start + i),
-				.count = cpu_to_le32(1),
 				.used = cpu_to_le32(entry->used),
 				.state = entry->guest,
 			};
 		}
+		le32_add_cpu(&last->count, 1);
 		entry->flags &= ~GEMINI_BLOCK_DIRTY;
 	}
 	xa_clear_mark(&map->chunks, index, GEMINI_MARK_DIRTY);

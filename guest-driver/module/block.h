@@ -72,7 +72,7 @@ struct gemini_chunk {
  * @nr_ram: number of chunks that the census made, because memory is there
  */
 struct gemini_map {
-	spinlock_t lock;
+	spinlock_t lock;	/* see above */
 	struct xarray chunks;
 	u64 limit;
 	u64 count[GEMINI_GUEST_STATES][GEMINI_HOST_STATES];

@@ -176,6 +176,15 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 	return seen;
 }
 
+static bool host_huge(const struct gemini_block *entry)
+{
+	struct gemini_block copy;
+
+	/* Without the map's lock: a stale state costs a count, no more. */
+	copy = data_race(*entry);
+	return gemini_host_huge(copy.host);
+}
+
 /* Looks at all blocks of a chunk. */
 static void look_at_chunk(struct gemini *gemini, unsigned long index,
 			  struct gemini_chunk *chunk)
@@ -190,11 +199,8 @@ static void look_at_chunk(struct gemini *gemini, unsigned long index,
 
 	for (group = 0; group < GEMINI_CHUNK_BLOCKS; group += GROUP_BLOCKS) {
 		for (i = 0; i < GROUP_BLOCKS; i++) {
-			/* A stale host state costs a count, no more. */
-			struct gemini_block entry =
-				data_race(chunk->block[group + i]);
+			bool huge = host_huge(&chunk->block[group + i]);
 			u64 block = first + group + i;
-			bool huge = gemini_host_huge(entry.host);
 			bool count = huge && census->count_left &&
 				     block >= census->count_from;
 
@@ -257,6 +263,7 @@ static void end_pass(struct gemini *gemini)
 		census->count_from = 0;
 	WRITE_ONCE(census->last_ns, census->pass_ns);
 	WRITE_ONCE(census->last_blocks, census->pass_blocks);
+	/* Who sees the pass ended sees what it found. */
 	smp_store_release(&census->passes, census->passes + 1);
 	trace_gemini_census(gemini, census->pass_blocks, census->pass_changed,
 			    census->pass_ns);
@@ -331,6 +338,13 @@ void gemini_census_kick(struct gemini *gemini)
 	mod_delayed_work(gemini->wq, &gemini->census.work, 0);
 }
 
+static bool waited(struct gemini *gemini, u64 wanted)
+{
+	/* Pairs with the end of a pass. */
+	return smp_load_acquire(&gemini->census.passes) >= wanted ||
+	       READ_ONCE(gemini->map.closed);
+}
+
 /**
  * gemini_census_wait() - wait for a pass that begins after this call
  * @gemini: the device
@@ -342,19 +356,14 @@ int gemini_census_wait(struct gemini *gemini)
 	struct gemini_census *census = &gemini->census;
 	u64 wanted = READ_ONCE(census->begun) + 1;
 
-	while (smp_load_acquire(&census->passes) < wanted) {
-		long ret;
-
-		if (READ_ONCE(gemini->map.closed))
-			return -ENODEV;
+	while (!waited(gemini, wanted)) {
 		gemini_census_kick(gemini);
-		ret = wait_event_interruptible_timeout(gemini->waitq,
-			smp_load_acquire(&census->passes) >= wanted ||
-			READ_ONCE(gemini->map.closed), HZ / 10);
-		if (ret < 0)
+		if (wait_event_interruptible_timeout(gemini->waitq,
+						     waited(gemini, wanted),
+						     HZ / 10) < 0)
 			return -EINTR;
 	}
-	return 0;
+	return READ_ONCE(gemini->map.closed) ? -ENODEV : 0;
 }
 
 /**

@@ -3,7 +3,6 @@
  * What tests and people can ask of a device by hand.  README.md lists the
  * commands.
  */
-#include <linux/freezer.h>
 #include <linux/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_buf.h>
@@ -76,7 +75,7 @@ static int book(struct gemini *gemini, struct words *words,
 }
 
 static int unbook(struct gemini *gemini, struct words *words,
-		struct seq_buf *result)
+		  struct seq_buf *result)
 {
 	u64 first, count, i;
 	int ret;
@@ -166,11 +165,8 @@ static int dropping(struct gemini *gemini, struct words *words, u16 type,
 		request = gemini_request_new(gemini, type, &range, 1);
 		if (IS_ERR(request))
 			return PTR_ERR(request);
-		if (wait && wait_event_freezable(gemini->waitq,
-				gemini_release_room(gemini, range.count)))
-			ret = -EINTR;
-		else
-			ret = ask(request, wait, result);
+		ret = wait ? gemini_release_room_wait(gemini, range.count) : 0;
+		ret = ret ?: ask(request, wait, result);
 		gemini_request_put(request);
 		first += range.count;
 		count -= range.count;

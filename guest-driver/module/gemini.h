@@ -232,7 +232,7 @@ struct gemini_range {
  * @out: what the device reads
  * @in: where the device writes
  * @in_size: size of @in
- * @answered: all that follows is valid; read with smp_load_acquire()
+ * @answered: all that follows is valid, and @in can be read
  * @status: VIRTIO_GEMINI_S_*, if there is one
  * @error: 0 for OK, else a negative error code
  * @nr_elements: elements after the header of @in, checked
@@ -311,7 +311,7 @@ struct gemini_request *gemini_request_new(struct gemini *gemini, u16 type,
 int gemini_request_submit(struct gemini_request *request);
 int gemini_request_wait(struct gemini_request *request);
 void gemini_request_put(struct gemini_request *request);
-bool gemini_release_room(struct gemini *gemini, u64 blocks);
+int gemini_release_room_wait(struct gemini *gemini, u64 blocks);
 
 /* hold.c */
 int gemini_hold_init(struct gemini *gemini);

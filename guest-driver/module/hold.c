@@ -176,14 +176,14 @@ static unsigned long free_pages_of(struct shrinker *shrinker,
 				   struct shrink_control *sc)
 {
 	struct gemini *gemini = shrinker->private_data;
-	u64 freed = free_some(gemini, DIV_ROUND_UP(sc->nr_to_scan,
-						   1UL << gemini->block_order));
+	u64 most = DIV_ROUND_UP(sc->nr_to_scan, 1UL << gemini->block_order);
+	u64 freed = free_some(gemini, most);
 
 	return freed << gemini->block_order ?: SHRINK_STOP;
 }
 
 static int memory_gone(struct notifier_block *nb, unsigned long unused,
-			 void *data)
+		       void *data)
 {
 	struct gemini *gemini = container_of(nb, struct gemini, oom);
 	unsigned long *freed = data;

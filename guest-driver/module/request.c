@@ -180,18 +180,26 @@ static bool room_for(struct gemini_requests *requests,
 	       READ_ONCE(gemini->release_max);
 }
 
-/**
- * gemini_release_room() - could so many blocks be released now?
- * @gemini: the device
- * @blocks: number of blocks
- *
- * Return: true also if the device goes away, and nothing is to be waited for.
- */
-bool gemini_release_room(struct gemini *gemini, u64 blocks)
+static bool release_room(struct gemini *gemini, u64 blocks)
 {
+	/* If the device goes away, there is nothing to be waited for. */
 	return READ_ONCE(gemini->release.closed) ||
 	       READ_ONCE(gemini->release.blocks) + blocks <=
 		       READ_ONCE(gemini->release_max);
+}
+
+/**
+ * gemini_release_room_wait() - wait until so many blocks could be released
+ * @gemini: the device
+ * @blocks: number of blocks, at most gemini.release_max
+ *
+ * Return: 0 if they could, or if the device goes away; -EINTR.
+ */
+int gemini_release_room_wait(struct gemini *gemini, u64 blocks)
+{
+	if (wait_event_freezable(gemini->waitq, release_room(gemini, blocks)))
+		return -EINTR;
+	return 0;
 }
 
 static int add(struct gemini_requests *requests, struct gemini_request *request)
@@ -282,13 +290,14 @@ static void take_records(struct gemini_request *request)
 	mutex_lock(&gemini->sync_lock);
 	if (le64_to_cpu(request->in->generation) == gemini->generation) {
 		for (i = 0; i < request->nr_elements; i++, record++) {
-			if (gemini_record_valid(gemini, record))
-				gemini_map_set_host(&gemini->map,
-						    le64_to_cpu(record->first),
-						    le32_to_cpu(record->count),
-						    record->state);
-			else
-				gemini_hints_refuse(gemini, "an answer's record that means nothing");
+			if (!gemini_record_valid(gemini, record)) {
+				gemini_hints_refuse(gemini, "a record that means nothing");
+				continue;
+			}
+			gemini_map_set_host(&gemini->map,
+					    le64_to_cpu(record->first),
+					    le32_to_cpu(record->count),
+					    record->state);
 		}
 	}
 	mutex_unlock(&gemini->sync_lock);
@@ -347,6 +356,7 @@ static void finish(struct gemini_request *request)
 		requests->failed++;
 	spin_unlock(&requests->lock);
 
+	/* Who sees it answered sees the answer. */
 	smp_store_release(&request->answered, true);
 	wake_up_all(&gemini->waitq);
 	gemini_request_put(request);
@@ -386,6 +396,12 @@ static void release_work(struct work_struct *work)
 	gemini_report_kick(gemini);
 }
 
+static bool answered(struct gemini_request *request)
+{
+	/* Pairs with the end of finish(). */
+	return smp_load_acquire(&request->answered);
+}
+
 /**
  * gemini_request_wait() - wait for the answer
  * @request: a request that was submitted
@@ -395,8 +411,7 @@ static void release_work(struct work_struct *work)
  */
 int gemini_request_wait(struct gemini_request *request)
 {
-	if (wait_event_freezable(request->gemini->waitq,
-				 smp_load_acquire(&request->answered)))
+	if (wait_event_freezable(request->gemini->waitq, answered(request)))
 		return -EINTR;
 	return 0;
 }

@@ -45,27 +45,27 @@ static ssize_t _name##_show(struct device *dev,				\
 {									\
 	struct gemini *gemini = of_device(dev);				\
 									\
-	return sysfs_emit(buf, "%llu\n", (u64)READ_ONCE(gemini->_value)); \
+	return sysfs_emit(buf, "%llu\n", (u64)READ_ONCE(_value));	\
 }									\
 static DEVICE_ATTR_RO(_name)
 
-COUNTER_ATTR(census_passes, census.passes);
-COUNTER_ATTR(census_blocks, census.last_blocks);
-COUNTER_ATTR(census_ns, census.total_ns);
-COUNTER_ATTR(hint_batches, hints.batches);
-COUNTER_ATTR(hint_records, hints.records);
-COUNTER_ATTR(hints_refused, hints.bad);
-COUNTER_ATTR(report_batches, report.batches);
-COUNTER_ATTR(report_records, report.records);
-COUNTER_ATTR(ctrl_requests, ctrl.made);
-COUNTER_ATTR(ctrl_pending, ctrl.nr_pending);
-COUNTER_ATTR(ctrl_failed, ctrl.failed);
-COUNTER_ATTR(release_requests, release.made);
-COUNTER_ATTR(release_pending, release.nr_pending);
-COUNTER_ATTR(release_failed, release.failed);
-COUNTER_ATTR(release_max, release_max);
-COUNTER_ATTR(broken, broken);
-COUNTER_ATTR(wanted, wanted);
+COUNTER_ATTR(census_passes, gemini->census.passes);
+COUNTER_ATTR(census_blocks, gemini->census.last_blocks);
+COUNTER_ATTR(census_ns, gemini->census.total_ns);
+COUNTER_ATTR(hint_batches, gemini->hints.batches);
+COUNTER_ATTR(hint_records, gemini->hints.records);
+COUNTER_ATTR(hints_refused, gemini->hints.bad);
+COUNTER_ATTR(report_batches, gemini->report.batches);
+COUNTER_ATTR(report_records, gemini->report.records);
+COUNTER_ATTR(ctrl_requests, gemini->ctrl.made);
+COUNTER_ATTR(ctrl_pending, gemini->ctrl.nr_pending);
+COUNTER_ATTR(ctrl_failed, gemini->ctrl.failed);
+COUNTER_ATTR(release_requests, gemini->release.made);
+COUNTER_ATTR(release_pending, gemini->release.nr_pending);
+COUNTER_ATTR(release_failed, gemini->release.failed);
+COUNTER_ATTR(release_max, gemini->release_max);
+COUNTER_ATTR(broken, gemini->broken);
+COUNTER_ATTR(wanted, gemini->wanted);
 
 static ssize_t generation_show(struct device *dev,
 			       struct device_attribute *attr, char *buf)
