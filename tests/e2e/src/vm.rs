@@ -162,7 +162,9 @@ impl Vm {
             .arg(format!("unix:{},server=on,wait=off", qmp_path.display()));
 
         let start = Instant::now();
-        let mut process = Guarded::start("QEMU", command, &logs.join("qemu.log"))?;
+        let log = logs.join("qemu.log");
+        std::fs::write(&log, "")?;
+        let mut process = Guarded::start("QEMU", command, &log)?;
         process::wait_for("QEMU opens its sockets", START_TIMEOUT, || {
             process.expect_running()?;
             Ok((qmp_path.exists() && channel_path.exists()).then_some(()))
