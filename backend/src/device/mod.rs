@@ -25,8 +25,8 @@ use vmm_sys_util::event::{
 };
 use vring::Vring;
 
-/// Largest queue that the driver may choose.
-const QUEUE_SIZE: usize = 256;
+/// Largest queue that the VMM may choose; QEMU's own limit.
+const QUEUE_SIZE: usize = 1024;
 /// Threads of the frame: one for releases, which never wait for anything else, one for the rest.
 const RELEASE_THREAD: usize = 1;
 
