@@ -26,13 +26,13 @@ impl Home {
         1 << self.block_shift
     }
 
-    fn into_region(&self, block: u64) -> u64 {
+    fn distance(&self, block: u64) -> u64 {
         (block << self.block_shift) - self.guest_addr
     }
 
     /// Offset of a block in the file.
     pub fn offset(&self, block: u64) -> u64 {
-        self.file_offset + self.into_region(block)
+        self.file_offset + self.distance(block)
     }
 
     /// Bytes of the file that blocks occupy.
@@ -43,7 +43,7 @@ impl Home {
     /// The VMM and its addresses of blocks.
     pub fn at_vmm(&self, blocks: &Range<u64>) -> Option<(&Vmm, Range<u64>)> {
         let (vmm, addr) = self.vmm.as_ref()?;
-        let start = addr + self.into_region(blocks.start);
+        let start = addr + self.distance(blocks.start);
         Some((vmm, start..start + self.bytes(blocks)))
     }
 }

@@ -165,14 +165,17 @@ pub enum Mapped {
     /// Its page tables hold nothing of it.
     #[default]
     Nothing,
-    /// At least one page, not as one huge page.
+    /// Some pages of it.
     Small,
+    /// All pages of it, as base pages.
+    Full,
     /// As one huge page.
     Huge,
 }
 
 /// Notes what a page-table scan found at addresses `found` in the blocks that follow address
-/// `base`. Several notes of one block add up.
+/// `base`. A scan tells adjacent pages of one kind in one go, mostly: a block whose pages it
+/// tells in several goes counts as partly mapped.
 pub fn note_mapped(
     base: u64,
     block_shift: u32,
@@ -193,9 +196,11 @@ pub fn note_mapped(
         };
         let from = base.saturating_add(index * size);
         let whole = start <= from && from.saturating_add(size) <= found.end;
-        *block = match (*block, huge && whole) {
-            (Mapped::Huge, _) | (Mapped::Nothing, true) => Mapped::Huge,
-            _ => Mapped::Small,
+        *block = match (*block, whole) {
+            (Mapped::Nothing, true) if huge => Mapped::Huge,
+            (Mapped::Nothing, true) => Mapped::Full,
+            (Mapped::Nothing, false) => Mapped::Small,
+            (noted, _) => noted,
         };
     }
 }
@@ -364,7 +369,7 @@ mod tests {
             }
         }
 
-        /// A block is huge only if one huge range covers it, and mapped if any range touches it.
+        /// A block is huge or full only if one range covers it, and mapped if any touches it.
         #[test]
         fn note_mapped_agrees_with_pages(
             found in prop::collection::vec((0u64..2048, 1u64..700, any::<bool>()), 0..12),
@@ -373,7 +378,7 @@ mod tests {
             let mut blocks = [Mapped::Nothing; 4];
             let mut at = 0;
             let mut pages = vec![None; 2048];
-            let mut covered = [false; 4];
+            let mut covered = [None; 4];
             for (gap, length, huge) in found {
                 let (start, end) = (at + gap % 300, (at + gap % 300 + length).min(2048));
                 if start >= end { break; }
@@ -381,12 +386,19 @@ mod tests {
                 note_mapped(base, SHIFT, &(base + start * 4096..base + end * 4096), huge, &mut blocks);
                 pages[usize::try_from(start).unwrap()..usize::try_from(end).unwrap()].fill(Some(huge));
                 for (block, whole) in (0u64..).zip(&mut covered) {
-                    *whole |= huge && start <= block * 512 && (block + 1) * 512 <= end;
+                    if start <= block * 512 && (block + 1) * 512 <= end {
+                        *whole = Some(huge);
+                    }
                 }
             }
             for (index, block) in blocks.iter().enumerate() {
                 let any = pages[index * 512..(index + 1) * 512].iter().any(Option::is_some);
-                let expected = if covered[index] { Mapped::Huge } else if any { Mapped::Small } else { Mapped::Nothing };
+                let expected = match covered[index] {
+                    Some(true) => Mapped::Huge,
+                    Some(false) => Mapped::Full,
+                    None if any => Mapped::Small,
+                    None => Mapped::Nothing,
+                };
                 prop_assert_eq!(*block, expected);
             }
         }

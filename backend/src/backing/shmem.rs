@@ -5,13 +5,13 @@
 //! is a huge page of the file, and of which the VMM maps nothing, so that its next touch maps the
 //! huge page (a collapse through our own mapping leaves blocks like this, and so does populating
 //! one that the guest never touched). A huge page that the VMM maps by base pages is not: the
-//! processor sees base pages there. Only a wholly resident block can be huge, so the others are
-//! never looked up in page tables, which makes a sparse guest cheap to look at.
+//! processor sees base pages there. Only a wholly resident block can be huge, so the others need
+//! not be looked up in page tables.
 
 use super::findings::{self, Finding};
 use super::home::Home;
 use super::ranges::{push_run, runs_of, Mapped};
-use super::sys::{self, Advice, Cached};
+use super::sys::{self, page_size, Advice, Cached};
 use super::vmm::Permission;
 use super::window::{Window, WINDOW_BLOCKS};
 use super::{Backing, Collapsed, HostRun, HostState, Kind, Outcome, Refusal};
@@ -56,7 +56,7 @@ pub struct Shmem {
 struct Look {
     cached: Cached,
     seen: Seen,
-    /// It is one huge page of the file, however the VMM maps it; known where it was probed.
+    /// It is one huge page of the file, however the VMM maps it; known where that was asked for.
     file_huge: bool,
 }
 
@@ -114,78 +114,104 @@ impl Shmem {
         matches!(self.shortage(), Ok(None))
     }
 
+    /// Looks at blocks. With `probe_all` it is also found out whether blocks that the VMM maps by
+    /// base pages are huge pages of the file.
     fn look(&self, blocks: &Range<u64>, probe_all: bool) -> io::Result<Vec<Look>> {
         let mut looks = vec![Look::default(); index(blocks, blocks.end)];
-        self.look_at_file(blocks, &mut looks)?;
-        if self.usable {
-            let full = |look: &Look| {
-                look.cached.resident.saturating_mul(sys::page_size()) >= self.home.block_size()
+        let mut mapped = vec![Mapped::Nothing; looks.len()];
+        let data = self.blocks_with_data(blocks)?;
+        let Some(first) = data.first() else { return Ok(looks) };
+        // Counting the pages of a file costs some 50 ns each, going through page tables 1 ns, and
+        // each has its guest: where the first block is full, its neighbours likely are, and page
+        // tables may tell all. A sparse guest is never looked up there: nothing of it is huge.
+        let dense = self.is_full(self.residency(*first)?);
+        let mut visible = dense && self.look_at_vmm(blocks, &data, &mut mapped);
+        let mut full = Vec::new();
+        for block in data {
+            let at = index(blocks, block);
+            let cached = match mapped.get(at) {
+                Some(Mapped::Huge | Mapped::Full) => {
+                    Cached { resident: self.home.block_size() / page_size(), swapped: 0 }
+                }
+                _ => self.residency(block)?,
             };
-            let full = select(blocks, &looks, full);
-            let doubtful = self.look_at_vmm(blocks, &full, &mut looks, probe_all);
-            self.look_through_window(blocks, &doubtful, &mut looks);
+            if self.is_full(cached) {
+                full.push(block);
+            }
+            // Without any page it was dropped since, or its data is on a disk.
+            if cached != Cached::default() {
+                looks[at] = Look { cached, seen: Seen::Base, file_huge: false };
+            }
+        }
+        if !dense {
+            visible = self.look_at_vmm(blocks, &full, &mut mapped);
+        }
+        let mut doubtful = Vec::new();
+        for block in full {
+            let at = index(blocks, block);
+            match mapped[at] {
+                Mapped::Huge => {
+                    looks[at].seen = Seen::Huge;
+                    looks[at].file_huge = true;
+                }
+                Mapped::Nothing if self.usable => doubtful.push(block),
+                _ if self.usable && (probe_all || !visible) => doubtful.push(block),
+                _ => {}
+            }
+        }
+        self.look_through_window(blocks, &doubtful, &mut looks);
+        for block in doubtful {
+            let at = index(blocks, block);
+            if looks[at].file_huge && (!visible || mapped[at] == Mapped::Nothing) {
+                looks[at].seen = Seen::Huge;
+            }
         }
         Ok(looks)
     }
 
-    /// Finds out what is resident. Two system calls for each block that is not absent, and none
-    /// that would walk further than one block (SEEK_HOLE would walk a whole resident guest).
-    fn look_at_file(&self, blocks: &Range<u64>, looks: &mut [Look]) -> io::Result<()> {
-        let file = &self.home.file;
-        let size = self.home.block_size();
+    /// The blocks that are not wholly holes: one system call for each. (To find their ends by
+    /// SEEK_HOLE would walk through all of a resident guest.)
+    fn blocks_with_data(&self, blocks: &Range<u64>) -> io::Result<Vec<u64>> {
         let start = self.home.offset(blocks.start);
         let end = start + self.home.bytes(blocks);
+        let mut found = Vec::new();
         let mut at = start;
         while at < end {
-            let Some(data) = sys::seek_data(file, at)?.filter(|data| *data < end) else {
+            let Some(data) = sys::seek_data(&self.home.file, at)?.filter(|data| *data < end) else {
                 break;
             };
             let block = blocks.start + ((data.max(at) - start) >> self.home.block_shift);
-            let from = self.home.offset(block);
-            let cached = residency(file, from, size)?;
-            if let Some(look) = looks.get_mut(index(blocks, block)) {
-                if cached != Cached::default() {
-                    *look = Look { cached, seen: Seen::Base, file_huge: false };
-                }
-            }
-            at = from + size;
+            found.push(block);
+            at = self.home.offset(block) + self.home.block_size();
         }
-        Ok(())
+        Ok(found)
     }
 
-    /// Asks the VMM's page tables about `full` blocks; returns those that they leave in doubt.
-    fn look_at_vmm(
-        &self,
-        blocks: &Range<u64>,
-        full: &[Range<u64>],
-        looks: &mut [Look],
-        probe_all: bool,
-    ) -> Vec<u64> {
-        let mut doubtful = Vec::new();
-        for run in full {
-            let mut mapped = vec![Mapped::Nothing; index(run, run.end)];
-            let visible = self.home.at_vmm(run).and_then(|(vmm, range)| {
-                vmm.mapped(range.start, self.home.block_shift, &mut mapped)
-            });
-            for (block, mapped) in run.clone().zip(&mapped) {
-                let Some(look) = looks.get_mut(index(blocks, block)) else {
-                    continue;
-                };
-                match (visible, mapped) {
-                    (Some(()), Mapped::Huge) => {
-                        look.seen = Seen::Huge;
-                        look.file_huge = true;
-                    }
-                    (Some(()), Mapped::Small) if !probe_all => {}
-                    _ => doubtful.push(block),
-                }
-                if visible.is_some() && *mapped == Mapped::Nothing || visible.is_none() {
-                    // Huge if the file's page is: decided by the window.
-                    look.seen = Seen::Absent;
-                }
+    fn is_full(&self, cached: Cached) -> bool {
+        cached.resident.saturating_mul(page_size()) >= self.home.block_size()
+    }
+
+    /// Pages of a block.
+    fn residency(&self, block: u64) -> io::Result<Cached> {
+        let (from, size) = (self.home.offset(block), self.home.block_size());
+        match sys::cachestat(&self.home.file, from, size) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+                residency_by_seeking(&self.home.file, from, size)
             }
+            other => other,
         }
-        doubtful
+    }
+
+    /// Asks the VMM's page tables about some of `blocks`; whether they could be asked.
+    fn look_at_vmm(&self, blocks: &Range<u64>, some: &[u64], mapped: &mut [Mapped]) -> bool {
+        runs_of(some.iter().copied(), LOOK_BLOCKS).iter().all(|run| {
+            let part = &mut mapped[index(blocks, run.start)..index(blocks, run.end)];
+            let asked = self
+                .home
+                .at_vmm(run)
+                .and_then(|(vmm, range)| vmm.mapped(range.start, self.home.block_shift, part));
+            asked.is_some()
+        })
     }
 
     /// Finds out whether wholly resident blocks are huge pages of the file.
@@ -228,7 +254,7 @@ impl Shmem {
             if look.file_huge {
                 Ok(Collapsed::AlreadyHuge)
             } else {
-                Ok(Collapsed::Copied { bytes: look.cached.resident * sys::page_size() })
+                Ok(Collapsed::Copied { bytes: look.cached.resident * page_size() })
             }
         };
         let mut outcomes: Vec<Outcome> = looks.iter().map(done).collect();
@@ -287,16 +313,12 @@ impl Shmem {
         if look.is_swapped() {
             return Some(Err(Refusal::Again));
         }
-        // Huge in the file but not yet mapped: a collapse at the VMM maps it at once, for next
-        // to nothing; one through our own mapping would change nothing.
-        if look.seen == Seen::Huge && (self.route == Route::Own || look.file_huge) {
-            if self.route == Route::Own {
-                return Some(Ok(Collapsed::AlreadyHuge));
-            }
-            return None;
+        // Through our own mapping nothing would change. At the VMM a collapse maps a huge page
+        // that is not mapped as such, for next to nothing.
+        if look.file_huge && self.route == Route::Own {
+            return Some(Ok(Collapsed::AlreadyHuge));
         }
-        let sparse = look.cached.resident * sys::page_size() < self.home.block_size();
-        if sparse && !*room.get_or_insert_with(|| self.has_room()) {
+        if !self.is_full(look.cached) && !*room.get_or_insert_with(|| self.has_room()) {
             return Some(Err(Refusal::Space));
         }
         None
@@ -450,16 +472,6 @@ fn choose_route(home: &Home, kind: Kind, collapsible: bool, said: &mut Vec<Findi
     Route::Own
 }
 
-/// Pages of one block.
-fn residency(file: &File, from: u64, size: u64) -> io::Result<Cached> {
-    match sys::cachestat(file, from, size) {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
-            residency_by_seeking(file, from, size)
-        }
-        other => other,
-    }
-}
-
 /// The same without cachestat (a seccomp filter may not know it): swapped pages count as
 /// resident, and the last SEEK_HOLE may walk beyond the block.
 fn residency_by_seeking(file: &File, from: u64, size: u64) -> io::Result<Cached> {
@@ -477,18 +489,12 @@ fn residency_by_seeking(file: &File, from: u64, size: u64) -> io::Result<Cached>
         }
         at = hole;
     }
-    Ok(Cached { resident: bytes / sys::page_size(), swapped: 0 })
+    Ok(Cached { resident: bytes / page_size(), swapped: 0 })
 }
 
 /// Position of a block in a range of blocks.
 fn index(blocks: &Range<u64>, block: u64) -> usize {
     usize::try_from(block.saturating_sub(blocks.start)).unwrap_or(usize::MAX)
-}
-
-/// Ranges of the blocks whose look passes.
-fn select(blocks: &Range<u64>, looks: &[Look], pass: impl Fn(&Look) -> bool) -> Vec<Range<u64>> {
-    let passing = blocks.clone().zip(looks).filter(|(_, look)| pass(look)).map(|(block, _)| block);
-    runs_of(passing, LOOK_BLOCKS)
 }
 
 /// Cuts a range into parts of at most `most` blocks.

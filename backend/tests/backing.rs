@@ -1,0 +1,291 @@
+//! Looking at, making huge and dropping the memory of a process that plays the VMM.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on must fail
+
+mod common;
+
+use common::host::{Lock, Setting};
+use common::*;
+use vhost_device_gemini::backing::{
+    Collapsed, Error, HostState, Kind, Memory, Refusal, RegionDesc,
+};
+
+#[test]
+fn helper_process() {
+    child::serve();
+}
+
+/// Base pages only unless asked, and the settings held still meanwhile.
+fn base_pages_only(test: &str) -> Option<(Setting, Lock)> {
+    if !host::is_root(test) {
+        return None;
+    }
+    let lock = Lock::take();
+    Some((Setting::shmem_enabled(&lock, "never"), lock))
+}
+
+#[test]
+fn scan_tells_what_smaps_and_mincore_tell() {
+    let Some(_held) = base_pages_only("scan_tells_what_smaps_and_mincore_tell") else { return };
+    let file = memfd(16 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(1, 17, 1);
+    vmm.fill(2, 0, 512);
+    vmm.fill(3, 0, 512);
+    vmm.fill(5, 500, 12);
+    vmm.fill(6, 0, 12);
+    vmm.ask(&format!("advise {} {BLOCK} collapse", 3 * BLOCK));
+    let memory = memory(&file);
+    assert_eq!(codes(&memory), [""; 0]);
+    assert_eq!(memory.kinds(), [Kind::Shmem]);
+    assert_eq!(
+        scan(&memory, 0, 100),
+        [
+            run(0, 1, HostState::Absent, 0),
+            run(1, 1, HostState::Base, 1),
+            run(2, 1, HostState::Base, PAGES),
+            run(3, 1, HostState::Huge, 0),
+            run(4, 1, HostState::Absent, 0),
+            run(5, 2, HostState::Base, 12),
+            run(7, 9, HostState::Absent, 0),
+        ]
+    );
+    assert_eq!(vmm.huge_blocks(), 1);
+    for (block, pages) in [(0, 0), (1, 1), (2, 512), (3, 512), (5, 12), (6, 12), (7, 0)] {
+        assert_eq!(vmm.resident(block), pages, "block {block}");
+    }
+    assert!(vmm.is_filled(2, 0, 1024), "looking changes nothing");
+}
+
+#[test]
+fn scan_of_a_sparse_file_finds_every_block_and_adds_no_page() {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    let test = "scan_of_a_sparse_file_finds_every_block_and_adds_no_page";
+    let Some(_held) = base_pages_only(test) else { return };
+    let blocks = 65_536; // 128 GiB
+    let file = memfd(blocks * BLOCK, 0);
+    for block in (0..blocks).step_by(2) {
+        file.write_all_at(&[1], block * BLOCK + (block % 512) * PAGE).unwrap();
+    }
+    let before = file.metadata().unwrap().blocks();
+    let memory = memory(&file);
+    let runs = scan(&memory, 0, blocks);
+    assert_eq!(runs.len() as u64, blocks);
+    for (block, found) in (0..).zip(runs) {
+        let odd = block % 2 != 0;
+        let (state, resident) = if odd { (HostState::Absent, 0) } else { (HostState::Base, 1) };
+        assert_eq!(found, run(block, 1, state, resident));
+    }
+    assert_eq!(file.metadata().unwrap().blocks(), before);
+}
+
+#[test]
+fn collapse_makes_resident_blocks_huge_and_keeps_contents() {
+    let test = "collapse_makes_resident_blocks_huge_and_keeps_contents";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(40 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    for block in 0..40 {
+        // Block 3 stays absent, block 5 is sparse.
+        match block {
+            3 => {}
+            5 => vmm.fill(5, 100, 7),
+            _ => vmm.fill(block, 0, 512),
+        }
+    }
+    let memory = memory(&file);
+    let results = collapse(&memory, 0, 40);
+    for (block, result) in results.iter().enumerate() {
+        let expected = match block {
+            3 => Err(Refusal::Absent),
+            5 => Ok(Collapsed::Copied { bytes: 7 * PAGE }),
+            _ => Ok(Collapsed::Copied { bytes: BLOCK }),
+        };
+        assert_eq!(*result, expected, "block {block}");
+    }
+    // Mapped huge in the VMM at once, without its touching them.
+    assert_eq!(vmm.huge_blocks(), 39);
+    assert_eq!(
+        scan(&memory, 0, 40),
+        [
+            run(0, 3, HostState::Huge, 0),
+            run(3, 1, HostState::Absent, 0),
+            run(4, 36, HostState::Huge, 0)
+        ]
+    );
+    assert_eq!(vmm.resident(3), 0, "an absent block is never touched");
+    assert!(vmm.is_filled(0, 0, 3 * 512) && vmm.is_filled(4, 0, 512));
+    assert!(vmm.is_filled(5, 100, 7) && vmm.is_zero(5, 0, 100) && vmm.is_zero(5, 107, 405));
+    assert!(vmm.is_filled(6, 0, 34 * 512));
+    assert_eq!(collapse(&memory, 4, 1), [Ok(Collapsed::AlreadyHuge)]);
+    assert_eq!(codes(&memory), [""; 0]);
+}
+
+#[test]
+fn collapse_counts_nothing_for_a_huge_page_that_only_has_to_be_mapped() {
+    let test = "collapse_counts_nothing_for_a_huge_page_that_only_has_to_be_mapped";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(4 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(1, 0, 512);
+    // Another process collapses: the VMM's page tables are dropped.
+    let mut other = Child::spawn(&file);
+    other.ask(&format!("map {BLOCK} {BLOCK} 0 shared"));
+    other.ask(&format!("advise {BLOCK} {BLOCK} collapse"));
+    assert_eq!(vmm.huge_blocks(), 0);
+    let memory = memory(&file);
+    assert_eq!(state(&memory, 1), HostState::Huge, "the next touch maps the huge page");
+    assert_eq!(collapse(&memory, 1, 1), [Ok(Collapsed::AlreadyHuge)]);
+    assert_eq!(vmm.huge_blocks(), 1);
+    assert!(vmm.is_filled(1, 0, 512));
+}
+
+#[test]
+fn populate_makes_any_block_huge_and_keeps_contents() {
+    let test = "populate_makes_any_block_huge_and_keeps_contents";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(8 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(1, 3, 2);
+    vmm.fill(2, 0, 512);
+    let memory = memory(&file);
+    assert_eq!(memory.populate(0), Ok(Collapsed::Populated));
+    assert_eq!(memory.populate(0), Ok(Collapsed::AlreadyHuge));
+    assert_eq!(memory.populate(1), Ok(Collapsed::Copied { bytes: 2 * PAGE }));
+    assert_eq!(memory.populate(2), Ok(Collapsed::Copied { bytes: BLOCK }));
+    assert_eq!(memory.populate(8), Err(Refusal::Unsupported), "not managed");
+    assert_eq!(
+        scan(&memory, 0, 8),
+        [run(0, 3, HostState::Huge, 0), run(3, 5, HostState::Absent, 0)]
+    );
+    assert_eq!(vmm.huge_blocks(), 3);
+    assert!(vmm.is_zero(0, 0, 512));
+    assert!(vmm.is_filled(1, 3, 2) && vmm.is_zero(1, 5, 507) && vmm.is_filled(2, 0, 512));
+    assert_eq!(vmm.resident(3), 0, "only what was asked for");
+}
+
+#[test]
+fn populate_works_where_faults_give_huge_pages_too() {
+    if !host::is_root("populate_works_where_faults_give_huge_pages_too") {
+        return;
+    }
+    let lock = Lock::take();
+    for setting in ["advise", "always"] {
+        let _setting = Setting::shmem_enabled(&lock, setting);
+        let file = memfd(2 * BLOCK, 0);
+        let mut vmm = Child::vmm(&file);
+        let memory = memory(&file);
+        assert_eq!(memory.populate(1), Ok(Collapsed::Populated), "{setting}");
+        assert_eq!(vmm.huge_blocks(), 1, "{setting}");
+        assert_eq!(state(&memory, 0), HostState::Absent, "{setting}");
+    }
+}
+
+#[test]
+fn discard_drops_whole_blocks_and_no_byte_beside_them() {
+    let test = "discard_drops_whole_blocks_and_no_byte_beside_them";
+    let Some(_held) = base_pages_only(test) else { return };
+    // As QEMU lays out q35: the second region lies elsewhere in the guest than in the file.
+    let file = memfd(12 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(0, 0, 12 * 512);
+    let regions = vec![
+        RegionDesc {
+            guest_addr: 100 * BLOCK,
+            size: 6 * BLOCK,
+            file: file.try_clone().unwrap(),
+            file_offset: 6 * BLOCK,
+        },
+        RegionDesc {
+            guest_addr: 0,
+            size: 6 * BLOCK,
+            file: file.try_clone().unwrap(),
+            file_offset: 0,
+        },
+    ];
+    let memory = Memory::new(regions, SHIFT).unwrap();
+    assert!(memory.may_discard());
+    collapse(&memory, 100, 2);
+    memory.discard(101, 2).unwrap();
+    memory.discard(5, 1).unwrap();
+    assert!(matches!(memory.discard(5, 2), Err(Error::NotManaged { .. })));
+    assert!(matches!(memory.discard(105, 2), Err(Error::NotManaged { .. })));
+    assert!(matches!(memory.discard(u64::MAX, u64::MAX), Err(Error::NotManaged { .. })));
+    assert_eq!(
+        scan(&memory, 0, 200),
+        [
+            run(0, 5, HostState::Base, PAGES),
+            run(5, 1, HostState::Absent, 0),
+            run(100, 1, HostState::Huge, 0),
+            run(101, 2, HostState::Absent, 0),
+            run(103, 3, HostState::Base, PAGES),
+        ]
+    );
+    assert!(vmm.is_filled(0, 0, 5 * 512), "blocks before");
+    assert!(vmm.is_filled(6, 0, 512) && vmm.is_filled(9, 0, 3 * 512), "blocks around");
+    assert!(vmm.is_zero(5, 0, 512) && vmm.is_zero(7, 0, 1024));
+}
+
+#[test]
+fn file_that_shrinks_under_us_fails_without_a_signal() {
+    let test = "file_that_shrinks_under_us_fails_without_a_signal";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(8 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(0, 0, 512);
+    vmm.fill(6, 0, 512);
+    let memory = memory(&file);
+    file.set_len(BLOCK).unwrap();
+    assert_eq!(state(&memory, 6), HostState::Absent);
+    assert_eq!(collapse(&memory, 6, 1), [Err(Refusal::Absent)]);
+    assert!(memory.populate(6).is_err());
+    memory.discard(6, 1).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), BLOCK);
+}
+
+#[test]
+fn vmm_that_exits_is_noticed() {
+    let Some(_held) = base_pages_only("vmm_that_exits_is_noticed") else { return };
+    let file = memfd(4 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(0, 0, 1024);
+    let memory = memory(&file);
+    assert_eq!(collapse(&memory, 0, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
+    vmm.kill();
+    assert_eq!(collapse(&memory, 1, 1), [Err(Refusal::Gone)]);
+    assert_eq!(memory.populate(2), Err(Refusal::Gone));
+    // What the file holds can still be told.
+    assert_eq!(state(&memory, 0), HostState::Huge);
+    assert_eq!(state(&memory, 1), HostState::Base);
+}
+
+#[test]
+fn vmm_is_told_from_another_back_end() {
+    let Some(_held) = base_pages_only("vmm_is_told_from_another_back_end") else { return };
+    let file = memfd(8 * BLOCK, 0);
+    let mut table = Vec::new();
+    for first in [0, 5] {
+        table.push(RegionDesc {
+            guest_addr: first * BLOCK,
+            size: 3 * BLOCK,
+            file: file.try_clone().unwrap(),
+            file_offset: first * BLOCK,
+        });
+    }
+    // Back ends before and after the VMM, so that neither the order of start decides.
+    let mut others = [Child::spawn(&file), Child::spawn(&file)];
+    let map = |child: &mut Child| {
+        for first in [0, 5] {
+            child.ask(&format!("map {} {} 0 shared", first * BLOCK, 3 * BLOCK));
+        }
+    };
+    map(&mut others[0]);
+    let mut vmm = Child::vmm(&file);
+    map(&mut others[1]);
+    vmm.fill(5, 0, 512);
+    let memory = Memory::new(table, SHIFT).unwrap();
+    assert_eq!(codes(&memory), ["vmm-ambiguous"]);
+    assert_eq!(collapse(&memory, 5, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
+    assert_eq!(vmm.huge_blocks(), 1, "it was collapsed at the VMM");
+    assert_eq!(others.map(|mut other| other.huge_blocks()), [0, 0]);
+}
