@@ -219,12 +219,7 @@ impl Daemon {
             .arg("--control-socket")
             .arg(&control)
             .args(&options.arguments)
-            .envs(
-                options
-                    .environment
-                    .iter()
-                    .map(|(name, value)| (name, value)),
-            )
+            .envs(options.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -239,11 +234,7 @@ impl Daemon {
         let child = sys::die_with_parent(&mut command)
             .spawn()
             .with_context(|| format!("cannot start {}", options.program.display()))?;
-        let mut daemon = Daemon {
-            child,
-            directory: directory.to_owned(),
-            exited: None,
-        };
+        let mut daemon = Daemon { child, directory: directory.to_owned(), exited: None };
         let deadline = Instant::now() + PATIENCE;
         while !(socket.exists() && UnixStream::connect(&control).is_ok()) {
             if let Some(status) = daemon.try_wait()? {
@@ -306,10 +297,7 @@ impl Daemon {
             if let Some(status) = self.try_wait()? {
                 return Ok(status);
             }
-            ensure!(
-                Instant::now() < deadline,
-                "daemon still runs after {patience:?}"
-            );
+            ensure!(Instant::now() < deadline, "daemon still runs after {patience:?}");
             std::thread::sleep(Duration::from_millis(2));
         }
     }
@@ -350,9 +338,7 @@ impl Daemon {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
-        BufReader::new(stream)
-            .read_line(&mut line)
-            .context("no answer on the control socket")?;
+        BufReader::new(stream).read_line(&mut line).context("no answer on the control socket")?;
         serde_json::from_str(&line).with_context(|| format!("answer is no JSON: {line:?}"))
     }
 

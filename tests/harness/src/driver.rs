@@ -323,8 +323,7 @@ impl Driver {
             "batch of {len} bytes"
         );
         let mut bytes = vec![0; len as usize];
-        self.memory
-            .read(self.area + HINT_BUFFERS + slot * BUFFER_LEN, &mut bytes);
+        self.memory.read(self.area + HINT_BUFFERS + slot * BUFFER_LEN, &mut bytes);
         let batch = Batch::parse(&bytes);
         let elements = &bytes[wire::BATCH_LEN..];
         let element_len = match batch.kind {
@@ -367,10 +366,7 @@ impl Driver {
 
     fn apply(&mut self, record: Record) -> anyhow::Result<()> {
         let known = usize::from(record.state) < host_state::NAMES.len();
-        ensure!(
-            record.count > 0 && known && record.flags == 0,
-            "unsound {record:?}"
-        );
+        ensure!(record.count > 0 && known && record.flags == 0, "unsound {record:?}");
         let first = usize::try_from(record.first)?;
         let blocks = first
             .checked_add(record.count as usize)
@@ -382,19 +378,12 @@ impl Driver {
     }
 
     fn take_answer(&mut self, request: Request, at: u64, len: u32) -> anyhow::Result<()> {
-        ensure!(
-            len as usize >= wire::RESPONSE_LEN,
-            "answer of {len} bytes to {request:?}"
-        );
+        ensure!(len as usize >= wire::RESPONSE_LEN, "answer of {len} bytes to {request:?}");
         let mut bytes = vec![0; len as usize];
         self.memory.read(at, &mut bytes);
         let response = Response::parse(&bytes);
         let elements = &bytes[wire::RESPONSE_LEN..];
-        ensure!(
-            response.status <= wire::S_BUSY,
-            "unknown status {}",
-            response.status
-        );
+        ensure!(response.status <= wire::S_BUSY, "unknown status {}", response.status);
         let (mut records, mut stats) = (Vec::new(), None);
         let expected = match request.kind {
             wire::REQ_STATS => {
@@ -418,12 +407,7 @@ impl Driver {
             response.count,
             elements.len()
         );
-        self.answers.push_back(Answer {
-            request,
-            response,
-            records,
-            stats,
-        });
+        self.answers.push_back(Answer { request, response, records, stats });
         Ok(())
     }
 
@@ -435,11 +419,7 @@ impl Driver {
         if self.poll()? {
             return Ok(true);
         }
-        let calls: Vec<_> = self
-            .queues
-            .iter()
-            .map(|queue| queue.call.as_raw_fd())
-            .collect();
+        let calls: Vec<_> = self.queues.iter().map(|queue| queue.call.as_raw_fd()).collect();
         sys::wait_readable(&calls, limit)?;
         for queue in &self.queues {
             // An event that was not signalled would block: nothing to take.
@@ -472,18 +452,12 @@ impl Driver {
     /// # Errors
     /// If no buffer comes back within `patience`.
     pub fn send_report(&mut self, bytes: &[u8], patience: Duration) -> anyhow::Result<()> {
-        self.wait_until("free report buffer", patience, |driver| {
-            !driver.report_free.is_empty()
-        })?;
+        self.wait_until("free report buffer", patience, |driver| !driver.report_free.is_empty())?;
         let slot = self.report_free.pop().context("no free report buffer")?;
         let addr = self.area + REPORT_BUFFERS + slot * BUFFER_LEN;
         self.memory.write(addr, bytes);
         let queue = &mut self.queues[REPORTQ];
-        queue.ring.add(&[Buffer {
-            addr,
-            len: u32::try_from(bytes.len())?,
-            writable: false,
-        }])?;
+        queue.ring.add(&[Buffer { addr, len: u32::try_from(bytes.len())?, writable: false }])?;
         self.report_slots.push_back(slot);
         queue.kick.write(1)?;
         Ok(())
@@ -555,11 +529,7 @@ impl Driver {
         ranges: &[Range],
     ) -> anyhow::Result<u64> {
         let drops = matches!(kind, wire::REQ_RELEASE | wire::REQ_RENEW);
-        let free = if drops {
-            &mut self.release_free
-        } else {
-            &mut self.ctrl_free
-        };
+        let free = if drops { &mut self.release_free } else { &mut self.ctrl_free };
         let slot = free.pop().context("all request slots are taken")?;
         let (queue, at, room) = if drops {
             let at = self.area + RELEASE_BUFFERS + slot * RELEASE_STRIDE;
@@ -572,27 +542,13 @@ impl Driver {
         ensure!(bytes.len() as u64 <= REQUEST_ROOM, "request is too long");
         self.memory.write(at, &bytes);
         let buffers = [
-            Buffer {
-                addr: at,
-                len: u32::try_from(bytes.len())?,
-                writable: false,
-            },
-            Buffer {
-                addr: at + REQUEST_ROOM,
-                len: u32::try_from(room)?,
-                writable: true,
-            },
+            Buffer { addr: at, len: u32::try_from(bytes.len())?, writable: false },
+            Buffer { addr: at + REQUEST_ROOM, len: u32::try_from(room)?, writable: true },
         ];
         self.queues[queue].ring.add(&buffers)?;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        let request = Request {
-            ticket,
-            kind,
-            generation,
-            ranges: ranges.to_vec(),
-            slot,
-        };
+        let request = Request { ticket, kind, generation, ranges: ranges.to_vec(), slot };
         if drops {
             self.release.push_back(request);
         } else {
@@ -613,15 +569,10 @@ impl Driver {
     /// If it does not come in time.
     pub fn answer(&mut self, ticket: u64, patience: Duration) -> anyhow::Result<Answer> {
         let found = |driver: &Driver| {
-            driver
-                .answers
-                .iter()
-                .position(|answer| answer.request.ticket == ticket)
+            driver.answers.iter().position(|answer| answer.request.ticket == ticket)
         };
         self.wait_until("answer", patience, |driver| found(driver).is_some())?;
-        found(self)
-            .and_then(|position| self.answers.remove(position))
-            .context("answer vanished")
+        found(self).and_then(|position| self.answers.remove(position)).context("answer vanished")
     }
 
     /// Sends a request and waits for its answer.

@@ -70,11 +70,7 @@ impl Scenario {
     pub fn new(name: &str) -> Self {
         let mut versions = BTreeMap::new();
         versions.insert("harness".into(), env!("CARGO_PKG_VERSION").into());
-        Scenario {
-            name: name.into(),
-            versions,
-            ..Default::default()
-        }
+        Scenario { name: name.into(), versions, ..Default::default() }
     }
 
     /// Records a measured figure and its bar.
@@ -105,11 +101,7 @@ impl Scenario {
     pub fn document(&self) -> serde_json::Result<Value> {
         serde_json::to_value(Document {
             scenario: &self.name,
-            figures: self
-                .figures
-                .iter()
-                .map(|(name, value, _)| (name.as_str(), *value))
-                .collect(),
+            figures: self.figures.iter().map(|(name, value, _)| (name.as_str(), *value)).collect(),
             args: &self.args,
             versions: &self.versions,
             machine: machine(),
@@ -128,11 +120,8 @@ impl fmt::Display for Scenario {
                 bar if bar.met(*value) => "ok",
                 _ => "MISSED",
             };
-            let value = if value.fract() == 0.0 {
-                format!("{value:.0}")
-            } else {
-                format!("{value:.3}")
-            };
+            let value =
+                if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value:.3}") };
             let line = format!("  {name:<width$}  {value:>14}  bar {bar:<10} {verdict}");
             writeln!(f, "{}", line.trim_end())?;
         }

@@ -41,11 +41,7 @@ impl Queue {
     /// # Errors
     /// Those of `eventfd`.
     pub fn new(ring: Ring) -> anyhow::Result<Self> {
-        Ok(Queue {
-            ring,
-            kick: EventFd::new(EFD_NONBLOCK)?,
-            call: EventFd::new(EFD_NONBLOCK)?,
-        })
+        Ok(Queue { ring, kick: EventFd::new(EFD_NONBLOCK)?, call: EventFd::new(EFD_NONBLOCK)? })
     }
 }
 
@@ -87,9 +83,7 @@ impl Session {
             offered & F_VERSION_1 != 0,
             "daemon does not offer VERSION_1 (features {offered:#x})"
         );
-        let protocol = frontend
-            .get_protocol_features()
-            .context("GET_PROTOCOL_FEATURES")?;
+        let protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")?;
         let needed = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::MQ;
@@ -104,22 +98,14 @@ impl Session {
             .context("SET_PROTOCOL_FEATURES")?;
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let queues = frontend.get_queue_num().context("GET_QUEUE_NUM")?;
-        ensure!(
-            queues >= wire::QUEUES as u64,
-            "daemon has {queues} queues, not {}",
-            wire::QUEUES
-        );
+        ensure!(queues >= wire::QUEUES as u64, "daemon has {queues} queues, not {}", wire::QUEUES);
 
         let device = wire::F_PREPARE | wire::F_RELEASE | wire::F_STATS;
         let transport = F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let features = offered & ((device & wanted) | transport);
         frontend.set_features(features).context("SET_FEATURES")?;
 
-        let mut session = Session {
-            frontend,
-            features,
-            config: Config::parse(&[]),
-        };
+        let mut session = Session { frontend, features, config: Config::parse(&[]) };
         session.config = session.read_config()?;
         ensure!(
             session.config.version == 1,
@@ -149,12 +135,7 @@ impl Session {
         let size = u32::try_from(wire::CONFIG_LEN)?;
         let (_, bytes) = self
             .frontend
-            .get_config(
-                0,
-                size,
-                VhostUserConfigFlags::empty(),
-                &[0; wire::CONFIG_LEN],
-            )
+            .get_config(0, size, VhostUserConfigFlags::empty(), &[0; wire::CONFIG_LEN])
             .context("GET_CONFIG")?;
         Ok(Config::parse(&bytes))
     }
@@ -164,9 +145,7 @@ impl Session {
     /// # Errors
     /// If the daemon refuses it.
     pub fn set_memory(&self, memory: &GuestMemory) -> anyhow::Result<()> {
-        self.frontend
-            .set_mem_table(&memory.table())
-            .context("SET_MEM_TABLE")?;
+        self.frontend.set_mem_table(&memory.table()).context("SET_MEM_TABLE")?;
         Ok(())
     }
 
@@ -182,20 +161,11 @@ impl Session {
         memory: &GuestMemory,
         base: u16,
     ) -> anyhow::Result<()> {
-        let RingLayout {
-            size,
-            desc,
-            avail,
-            used,
-        } = queue.ring.layout();
+        let RingLayout { size, desc, avail, used } = queue.ring.layout();
         let address = |gpa| memory.host_address(memory.offset(gpa));
         let frontend = &mut self.frontend;
-        frontend
-            .set_vring_num(index, size)
-            .context("SET_VRING_NUM")?;
-        frontend
-            .set_vring_base(index, base)
-            .context("SET_VRING_BASE")?;
+        frontend.set_vring_num(index, size).context("SET_VRING_NUM")?;
+        frontend.set_vring_base(index, base).context("SET_VRING_BASE")?;
         let config = VringConfigData {
             queue_max_size: size,
             queue_size: size,
@@ -205,18 +175,10 @@ impl Session {
             avail_ring_addr: address(avail),
             log_addr: None,
         };
-        frontend
-            .set_vring_addr(index, &config)
-            .context("SET_VRING_ADDR")?;
-        frontend
-            .set_vring_call(index, &queue.call)
-            .context("SET_VRING_CALL")?;
-        frontend
-            .set_vring_kick(index, &queue.kick)
-            .context("SET_VRING_KICK")?;
-        frontend
-            .set_vring_enable(index, true)
-            .context("SET_VRING_ENABLE")?;
+        frontend.set_vring_addr(index, &config).context("SET_VRING_ADDR")?;
+        frontend.set_vring_call(index, &queue.call).context("SET_VRING_CALL")?;
+        frontend.set_vring_kick(index, &queue.kick).context("SET_VRING_KICK")?;
+        frontend.set_vring_enable(index, true).context("SET_VRING_ENABLE")?;
         // What was offered before the start has been kicked in vain.
         queue.kick.write(1)?;
         Ok(())
@@ -228,13 +190,8 @@ impl Session {
     /// # Errors
     /// If the daemon does not answer.
     pub fn stop_queue(&mut self, index: usize) -> anyhow::Result<u16> {
-        self.frontend
-            .set_vring_enable(index, false)
-            .context("SET_VRING_ENABLE")?;
-        let base = self
-            .frontend
-            .get_vring_base(index)
-            .context("GET_VRING_BASE")?;
+        self.frontend.set_vring_enable(index, false).context("SET_VRING_ENABLE")?;
+        let base = self.frontend.get_vring_base(index).context("GET_VRING_BASE")?;
         u16::try_from(base).context("GET_VRING_BASE answered no ring index")
     }
 

@@ -69,11 +69,7 @@ impl fmt::Display for Damage {
             self.page / PAGES_PER_BLOCK,
             self.page % PAGES_PER_BLOCK,
             self.found,
-            if self.must_be_zero {
-                "be zero"
-            } else {
-                "hold what was written"
-            }
+            if self.must_be_zero { "be zero" } else { "hold what was written" }
         )
     }
 }
@@ -141,18 +137,13 @@ impl Guest {
             Use::Free => (guest_state::FREE, 0),
             Use::Huge => (guest_state::HUGE, 0),
             Use::Booked => (guest_state::BOOKED, 0),
-            Use::Base(used) => (
-                guest_state::BASE,
-                used.iter().map(|word| word.count_ones()).sum(),
-            ),
+            Use::Base(used) => (guest_state::BASE, used.iter().map(|word| word.count_ones()).sum()),
         }
     }
 
     /// The blocks in `state`, ascending.
     pub fn in_state(&self, state: u8) -> Vec<u64> {
-        (0..self.blocks())
-            .filter(|&block| self.state(block).0 == state)
-            .collect()
+        (0..self.blocks()).filter(|&block| self.state(block).0 == state).collect()
     }
 
     /// The state of all blocks; what is alike is merged.
@@ -178,13 +169,7 @@ impl Guest {
                 {
                     last.count += 1;
                 }
-                _ => records.push(Record {
-                    first: block,
-                    count: 1,
-                    used,
-                    state,
-                    flags: 0,
-                }),
+                _ => records.push(Record { first: block, count: 1, used, state, flags: 0 }),
             }
         }
         records
@@ -226,10 +211,7 @@ impl Guest {
             anyhow::bail!("block {block} is not in base pages");
         };
         let bit = 1 << (slot % 64);
-        ensure!(
-            used[slot / 64] & bit == 0,
-            "page {page} of block {block} is in use"
-        );
+        ensure!(used[slot / 64] & bit == 0, "page {page} of block {block} is in use");
         used[slot / 64] |= bit;
         self.changed.insert(block);
         let stamp = self.stamp();
@@ -291,10 +273,8 @@ impl Guest {
         };
         let mut page = [0; PAGE];
         for slot in 0..PAGES {
-            let (source, target) = (
-                from * PAGES_PER_BLOCK + slot as u64,
-                to * PAGES_PER_BLOCK + slot as u64,
-            );
+            let (source, target) =
+                (from * PAGES_PER_BLOCK + slot as u64, to * PAGES_PER_BLOCK + slot as u64);
             let in_use = used[slot / 64] & (1 << (slot % 64)) != 0;
             if in_use {
                 self.memory.read(source * PAGE_SIZE, &mut page);
@@ -566,10 +546,7 @@ mod tests {
         assert!(guest.changes().is_empty());
         guest.split(2).expect("huge");
         let changes = guest.changes();
-        assert_eq!(
-            (changes[0].state, changes[0].used),
-            (guest_state::BASE, 512)
-        );
+        assert_eq!((changes[0].state, changes[0].used), (guest_state::BASE, 512));
     }
 
     #[test]

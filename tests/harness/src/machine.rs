@@ -47,22 +47,14 @@ impl Machine {
         memory: GuestMemory,
         pinned: u64,
     ) -> anyhow::Result<Self> {
-        ensure!(
-            pinned >= AREA_BLOCKS,
-            "the driver needs {AREA_BLOCKS} blocks"
-        );
+        ensure!(pinned >= AREA_BLOCKS, "the driver needs {AREA_BLOCKS} blocks");
         let memory = Arc::new(memory);
         let mut session = Session::connect(socket, PATIENCE)?;
         let mut driver = Driver::new(Arc::clone(&memory), 0)?;
         let guest = Guest::new(Arc::clone(&memory), pinned)?;
         session.set_memory(&memory)?;
         driver.start(&mut session)?;
-        Ok(Machine {
-            memory,
-            session,
-            driver,
-            guest,
-        })
+        Ok(Machine { memory, session, driver, guest })
     }
 
     /// As [`Machine::connect`], then exchanges the full states.
@@ -83,10 +75,9 @@ impl Machine {
     pub fn sync(&mut self) -> anyhow::Result<Duration> {
         let start = Instant::now();
         loop {
-            self.driver
-                .wait_until("full host state", PATIENCE, |driver| {
-                    driver.report_due() || (driver.host_synced() && !driver.report_due())
-                })?;
+            self.driver.wait_until("full host state", PATIENCE, |driver| {
+                driver.report_due() || (driver.host_synced() && !driver.report_due())
+            })?;
             if self.driver.report_due() {
                 // What changed until now is in the full state.
                 self.guest.changes();
@@ -131,8 +122,7 @@ impl Machine {
             if now >= deadline {
                 return Ok(());
             }
-            self.driver
-                .wait((deadline - now).min(Duration::from_millis(50)))?;
+            self.driver.wait((deadline - now).min(Duration::from_millis(50)))?;
         }
     }
 
@@ -148,10 +138,7 @@ impl Machine {
         );
         let booked = wire::guest_state::BOOKED;
         for block in each(blocks) {
-            ensure!(
-                self.guest.state(block).0 == booked,
-                "block {block} is not held"
-            );
+            ensure!(self.guest.state(block).0 == booked, "block {block} is not held");
         }
         let ticket = self.driver.submit(kind, blocks)?;
         for block in each(blocks) {
@@ -191,14 +178,21 @@ impl Machine {
         Ok(unanswered)
     }
 
+    /// As [`Machine::reset_device`], where the rings may be broken: what is in
+    /// them is not looked at.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn reset_broken_device(&mut self) -> anyhow::Result<()> {
+        self.session.stop_queues()?;
+        self.driver.reset()?;
+        self.driver.start(&mut self.session)
+    }
+
     /// Closes the connection without a word, as a monitor that is killed does.
     #[must_use]
     pub fn detach(self) -> Detached {
-        Detached {
-            memory: self.memory,
-            driver: self.driver,
-            guest: self.guest,
-        }
+        Detached { memory: self.memory, driver: self.driver, guest: self.guest }
     }
 
     /// Connects again after the daemon died, as QEMU does: the rings stay, and
@@ -227,9 +221,8 @@ impl Machine {
         loop {
             self.talk()?;
             let missing = blocks.iter().copied().find(|&block| {
-                let state = usize::try_from(block)
-                    .ok()
-                    .and_then(|block| self.driver.host().get(block));
+                let state =
+                    usize::try_from(block).ok().and_then(|block| self.driver.host().get(block));
                 !state.is_some_and(|&state| wanted(state))
             });
             let Some(missing) = missing else {
@@ -267,37 +260,23 @@ impl Detached {
     /// # Errors
     /// If the daemon refuses a step of it.
     pub fn attach(self, socket: &Path) -> anyhow::Result<(Machine, Vec<Request>)> {
-        let Detached {
-            memory,
-            mut driver,
-            guest,
-        } = self;
+        let Detached { memory, mut driver, guest } = self;
         let mut session = Session::connect(socket, PATIENCE)?;
         session.set_memory(&memory)?;
         let unanswered = driver.reset()?;
         driver.start(&mut session)?;
-        let machine = Machine {
-            memory,
-            session,
-            driver,
-            guest,
-        };
+        let machine = Machine { memory, session, driver, guest };
         Ok((machine, unanswered))
     }
 }
 
 /// The blocks of `ranges`, one by one.
 pub fn each(ranges: &[Range]) -> impl Iterator<Item = u64> + '_ {
-    ranges
-        .iter()
-        .flat_map(|range| range.first..range.first.saturating_add(u64::from(range.count)))
+    ranges.iter().flat_map(|range| range.first..range.first.saturating_add(u64::from(range.count)))
 }
 
 /// One range for each of `blocks`.
 #[must_use]
 pub fn singles(blocks: &[u64]) -> Vec<Range> {
-    blocks
-        .iter()
-        .map(|&first| Range { first, count: 1 })
-        .collect()
+    blocks.iter().map(|&first| Range { first, count: 1 }).collect()
 }

@@ -80,17 +80,10 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
-        Command::Run {
-            common,
-            mem,
-            policy,
-        } => run_policies(&common, mem, &policy),
+        Command::Run { common, mem, policy } => run_policies(&common, mem, &policy),
         Command::Hostile { common, inputs } => hostile(&common, inputs),
         Command::Scale { common } => scale(&common),
-        Command::Restart {
-            common,
-            fault_daemon,
-        } => restart(&common, fault_daemon.as_deref()),
+        Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -113,10 +106,7 @@ fn run_policies(common: &Common, mem: u64, policies: &[String]) -> anyhow::Resul
         seed: common.seed,
         reads: if common.quick { 2_000_000 } else { 20_000_000 },
     };
-    println!(
-        "model guest, no virtual machine: {} MiB of memory",
-        memory >> 20
-    );
+    println!("model guest, no virtual machine: {} MiB of memory", memory >> 20);
     if memory < wanted {
         println!("({mem} MiB do not fit this machine)");
     }

@@ -48,11 +48,7 @@ impl GuestMemory {
     /// # Errors
     /// Those of creating and mapping the memory file.
     pub fn new(size: u64, placement: Placement) -> io::Result<Self> {
-        let region = Region {
-            gpa: 0,
-            size,
-            offset: 0,
-        };
+        let region = Region { gpa: 0, size, offset: 0 };
         Self::with_regions(size, placement, vec![region])
     }
 
@@ -67,11 +63,7 @@ impl GuestMemory {
             Placement::Skewed => BLOCK_SIZE - sys::PAGE_SIZE,
         };
         let mapping = Mapping::new(&file, size, BLOCK_SIZE, skew)?;
-        Ok(GuestMemory {
-            file,
-            mapping,
-            regions,
-        })
+        Ok(GuestMemory { file, mapping, regions })
     }
 
     /// The regions, in the order given.
@@ -220,16 +212,8 @@ mod tests {
     #[test]
     fn addresses_follow_the_regions() {
         let regions = vec![
-            Region {
-                gpa: 0,
-                size: BLOCK_SIZE,
-                offset: 0,
-            },
-            Region {
-                gpa: 1 << 32,
-                size: BLOCK_SIZE,
-                offset: BLOCK_SIZE,
-            },
+            Region { gpa: 0, size: BLOCK_SIZE, offset: 0 },
+            Region { gpa: 1 << 32, size: BLOCK_SIZE, offset: BLOCK_SIZE },
         ];
         let memory =
             GuestMemory::with_regions(2 * BLOCK_SIZE, Placement::Aligned, regions).expect("memory");

@@ -49,10 +49,7 @@ pub fn host_states(memory: &GuestMemory) -> anyhow::Result<Vec<u8>> {
 }
 
 fn populate(memory: &GuestMemory, start: u64, end: u64) -> anyhow::Result<()> {
-    match memory
-        .mapping()
-        .advise(start, end - start, libc::MADV_POPULATE_READ)
-    {
+    match memory.mapping().advise(start, end - start, libc::MADV_POPULATE_READ) {
         // A page that was resident a moment ago may be gone or hidden now;
         // looking on is right, as the scan decides.
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
@@ -134,20 +131,12 @@ mod tests {
     #[test]
     fn holes_and_base_pages_are_told_apart() {
         let memory = GuestMemory::new(4 * BLOCK_SIZE, Placement::Aligned).expect("memory");
-        memory
-            .mapping()
-            .advise(0, 4 * BLOCK_SIZE, libc::MADV_NOHUGEPAGE)
-            .expect("advice");
+        memory.mapping().advise(0, 4 * BLOCK_SIZE, libc::MADV_NOHUGEPAGE).expect("advice");
         memory.write(BLOCK_SIZE + 8192, &[1]);
         let states = host_states(&memory).expect("scan");
         assert_eq!(
             states,
-            [
-                host_state::ABSENT,
-                host_state::BASE,
-                host_state::ABSENT,
-                host_state::ABSENT
-            ]
+            [host_state::ABSENT, host_state::BASE, host_state::ABSENT, host_state::ABSENT]
         );
         assert_eq!(memory.resident_bytes().expect("stat"), 4096);
     }

@@ -242,10 +242,7 @@ host:  # huge, aligned   H huge, guest is not  b base pages   h huge, guest uses
 #[must_use]
 pub fn picture(map: &BlockMap) -> String {
     let width = usize::try_from(PICTURE_ROW).unwrap_or(0);
-    let mut text = format!(
-        "{:>9}   {:<width$}   {:<width$}\n",
-        "block", "guest", "host"
-    );
+    let mut text = format!("{:>9}   {:<width$}   host\n", "block", "guest");
     let mut row: Option<(u64, String, String)> = None;
     let mut last_row = None;
     let flush = |text: &mut String, row: &mut Option<(u64, String, String)>| {
@@ -287,12 +284,7 @@ mod tests {
     use super::*;
 
     fn run(first: u64, count: u64, guest: &str, host: &str) -> MapRun {
-        MapRun {
-            first,
-            count,
-            guest: guest.into(),
-            host: host.into(),
-        }
+        MapRun { first, count, guest: guest.into(), host: host.into() }
     }
 
     #[test]
@@ -346,16 +338,10 @@ mod tests {
 
     #[test]
     fn json_has_the_published_names() {
-        let document = RunsDocument {
-            runs: vec![RunFigures::default()],
-        };
+        let document = RunsDocument { runs: vec![RunFigures::default()] };
         let value = serde_json::to_value(document).expect("figures are plain data");
-        let mut names: Vec<_> = value["runs"][0]
-            .as_object()
-            .expect("a run is an object")
-            .keys()
-            .cloned()
-            .collect();
+        let mut names: Vec<_> =
+            value["runs"][0].as_object().expect("a run is an object").keys().cloned().collect();
         names.sort();
         assert_eq!(
             names,
@@ -377,16 +363,9 @@ mod tests {
     #[test]
     fn table_has_a_line_a_run() {
         let runs = [
-            RunFigures {
-                policy: "none".into(),
-                ..Default::default()
-            },
-            RunFigures {
-                policy: "gemini".into(),
-                collapse_bytes: 3 << 20,
-                ..Default::default()
-            }
-            .with_counts(96, 2, 2),
+            RunFigures { policy: "none".into(), ..Default::default() },
+            RunFigures { policy: "gemini".into(), collapse_bytes: 3 << 20, ..Default::default() }
+                .with_counts(96, 2, 2),
         ];
         let table = table(&runs);
         assert_eq!(table.lines().count(), 3);

@@ -167,13 +167,9 @@ fn kill_at(
         submit(&mut machine, kind, &singles(pair))?;
     }
 
-    let exit = doomed
-        .wait(PATIENCE)
-        .context("the daemon was not killed (built without fault points?)")?;
-    ensure!(
-        exit.signal() == Some(libc::SIGKILL),
-        "the daemon ended with {exit}"
-    );
+    let exit =
+        doomed.wait(PATIENCE).context("the daemon was not killed (built without fault points?)")?;
+    ensure!(exit.signal() == Some(libc::SIGKILL), "the daemon ended with {exit}");
     totals.kills += 1;
     // The guest runs on without a daemon, and sees the answers that were given.
     machine.driver.poll()?;
@@ -189,11 +185,9 @@ fn kill_at(
     })?;
     totals.worst_resync = totals.worst_resync.max(start.elapsed());
 
-    machine
-        .driver
-        .wait_until("answers after the restart", PATIENCE, |driver| {
-            driver.unanswered().next().is_none()
-        })?;
+    machine.driver.wait_until("answers after the restart", PATIENCE, |driver| {
+        driver.unanswered().next().is_none()
+    })?;
     totals.answered_after += take_answers(&mut machine, totals);
     totals.damaged += damaged(&machine, "after the restart")?;
 
@@ -266,14 +260,9 @@ fn well_behaved_end(machine: &mut Machine) -> anyhow::Result<()> {
     machine.talk()?;
     for (kind, block) in [(wire::REQ_RELEASE, first), (wire::REQ_RENEW, second)] {
         let status = machine.drop_blocks(kind, &singles(&[block]))?;
-        ensure!(
-            status == wire::S_OK,
-            "request {kind} answered with status {status}"
-        );
+        ensure!(status == wire::S_OK, "request {kind} answered with status {status}");
     }
-    let answer = machine
-        .driver
-        .request(wire::REQ_PREPARE, &singles(&[third]), PATIENCE)?;
+    let answer = machine.driver.request(wire::REQ_PREPARE, &singles(&[third]), PATIENCE)?;
     ensure!(
         answer.response.status == wire::S_OK,
         "PREPARE answered with status {}",

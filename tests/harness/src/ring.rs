@@ -77,12 +77,7 @@ impl RingLayout {
         let avail = gpa + entries * DESC_LEN;
         // The used ring is aligned to 4; a page of its own is simplest.
         let used = (avail + 6 + 2 * entries).next_multiple_of(4096);
-        RingLayout {
-            size,
-            desc: gpa,
-            avail,
-            used,
-        }
+        RingLayout { size, desc: gpa, avail, used }
     }
 
     /// Bytes from the start of the table to the end of the used ring.
@@ -177,12 +172,8 @@ impl Ring {
             if next.is_some() {
                 flags |= DESC_NEXT;
             }
-            let descriptor = Descriptor {
-                addr: buffer.addr,
-                len: buffer.len,
-                flags,
-                next: next.unwrap_or(0),
-            };
+            let descriptor =
+                Descriptor { addr: buffer.addr, len: buffer.len, flags, next: next.unwrap_or(0) };
             self.write_descriptor(index, &descriptor);
         }
         let head = chain[0];
@@ -194,15 +185,13 @@ impl Ring {
     /// Writes a descriptor as it is, sound or not.
     pub fn write_descriptor(&self, index: u16, descriptor: &Descriptor) {
         let slot = u64::from(index % self.layout.size);
-        self.memory
-            .write(self.layout.desc + slot * DESC_LEN, &descriptor.bytes());
+        self.memory.write(self.layout.desc + slot * DESC_LEN, &descriptor.bytes());
     }
 
     /// Puts `head`, sound or not, into the available ring.
     pub fn publish(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.layout.size);
-        self.memory
-            .store_u16(self.layout.avail + 4 + 2 * slot, head);
+        self.memory.store_u16(self.layout.avail + 4 + 2 * slot, head);
         self.set_avail_idx(self.avail_idx.wrapping_add(1));
     }
 
@@ -229,18 +218,14 @@ impl Ring {
         }
         let slot = u64::from(self.used_idx % self.layout.size);
         let mut element = [0; 8];
-        self.memory
-            .read(self.layout.used + 4 + 8 * slot, &mut element);
+        self.memory.read(self.layout.used + 4 + 8 * slot, &mut element);
         let [id @ .., l0, l1, l2, l3] = element;
         let id = u32::from_le_bytes(id);
         let len = u32::from_le_bytes([l0, l1, l2, l3]);
         let Some((head, chain)) = self.outstanding.pop_front() else {
             bail!("device used buffer {id}, yet none is outstanding");
         };
-        ensure!(
-            id == u32::from(head),
-            "device used buffer {id} where ring order has {head}"
-        );
+        ensure!(id == u32::from(head), "device used buffer {id} where ring order has {head}");
         self.free.extend(chain);
         self.used_idx = self.used_idx.wrapping_add(1);
         Ok(Some((head, len)))
@@ -263,15 +248,10 @@ mod tests {
         let mut element = id.to_le_bytes().to_vec();
         element.extend(len.to_le_bytes());
         ring.memory.write(layout.used + 4 + 8 * slot, &element);
-        ring.memory
-            .store_u16(layout.used + 2, index.wrapping_add(1));
+        ring.memory.store_u16(layout.used + 2, index.wrapping_add(1));
     }
 
-    const BUFFER: Buffer = Buffer {
-        addr: 0x1000,
-        len: 16,
-        writable: false,
-    };
+    const BUFFER: Buffer = Buffer { addr: 0x1000, len: 16, writable: false };
 
     #[test]
     fn used_buffers_come_back_and_free_their_descriptors() {

@@ -76,10 +76,7 @@ pub fn run(plan: &Plan, policy: &str) -> anyhow::Result<Outcome> {
 
     let settled = settle(&mut machine, &mut daemon)?;
     let (map, host) = agreed_map(&mut machine, &daemon)?;
-    machine
-        .guest
-        .ensure_intact()
-        .context("after the workload")?;
+    machine.guest.ensure_intact().context("after the workload")?;
 
     let (aligned, guest_only, host_only) = map.counts();
     let (mut user, mut covered) = (0, 0);
@@ -110,11 +107,7 @@ pub fn run(plan: &Plan, policy: &str) -> anyhow::Result<Outcome> {
         .iter()
         .map(|finding| format!("{}: {}", finding.severity, finding.message))
         .collect();
-    Ok(Outcome {
-        figures,
-        map,
-        findings,
-    })
+    Ok(Outcome { figures, map, findings })
 }
 
 /// Fills more than half of memory with guest huge pages and a little with
@@ -222,12 +215,7 @@ fn agreed_map(machine: &mut Machine, daemon: &Daemon) -> anyhow::Result<(BlockMa
             Instant::now() < deadline,
             "daemon's map differs in {} blocks from what is seen from outside: {}",
             differences.len(),
-            differences
-                .iter()
-                .take(5)
-                .cloned()
-                .collect::<Vec<_>>()
-                .join("; ")
+            differences.iter().take(5).cloned().collect::<Vec<_>>().join("; ")
         );
         machine.run_for(Duration::from_millis(200))?;
     }
@@ -239,9 +227,8 @@ fn differences(machine: &Machine, map: &BlockMap, host: &[u8]) -> Vec<String> {
     for run in &map.runs {
         for block in run.first..run.first + run.count {
             let index = usize::try_from(block).unwrap_or(usize::MAX);
-            let seen_host = host
-                .get(index)
-                .map_or("outside", |&state| host_state::NAMES[usize::from(state)]);
+            let seen_host =
+                host.get(index).map_or("outside", |&state| host_state::NAMES[usize::from(state)]);
             let seen_guest = if block < machine.guest.blocks() {
                 guest_state::NAMES[usize::from(machine.guest.state(block).0)]
             } else {

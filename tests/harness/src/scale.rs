@@ -96,10 +96,9 @@ impl Connected {
     fn resync(&mut self, daemon: &mut Daemon, census: &[Record]) -> anyhow::Result<()> {
         let deadline = Instant::now() + 3 * PATIENCE;
         loop {
-            self.driver
-                .wait_until("full host state", 3 * PATIENCE, |driver| {
-                    driver.report_due() || driver.host_synced()
-                })?;
+            self.driver.wait_until("full host state", 3 * PATIENCE, |driver| {
+                driver.report_due() || driver.host_synced()
+            })?;
             if self.driver.report_due() {
                 self.driver.report_full(census, 3 * PATIENCE)?;
                 continue;
@@ -208,11 +207,7 @@ fn wrong_hints(connected: &Connected, blocks: u64) -> u64 {
         .zip(connected.driver.host())
         .skip(usize::try_from(AREA_BLOCKS).unwrap_or(0))
         .filter(|(block, &state)| {
-            let expected = if block % 2 == 0 {
-                host_state::BASE
-            } else {
-                host_state::ABSENT
-            };
+            let expected = if block % 2 == 0 { host_state::BASE } else { host_state::ABSENT };
             state != expected
         })
         .count() as u64
@@ -222,9 +217,7 @@ fn idle(connected: &mut Connected, time: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + time;
     while Instant::now() < deadline {
         let left = deadline.saturating_duration_since(Instant::now());
-        connected
-            .driver
-            .wait(left.min(Duration::from_millis(200)))?;
+        connected.driver.wait(left.min(Duration::from_millis(200)))?;
     }
     Ok(())
 }
@@ -249,9 +242,8 @@ fn resident(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
 
     let scratch = Scratch::new()?;
     // The work shall be over soon; what it costs in memory is the question.
-    let options = Options::new(&plan.program, "gemini")
-        .arg("--copy-rate", "4G")
-        .arg("--cpu-share", "100");
+    let options =
+        Options::new(&plan.program, "gemini").arg("--copy-rate", "4G").arg("--cpu-share", "100");
     let mut daemon = Daemon::start(&options, scratch.path())?;
     let mut connected = Connected::new(&daemon, &memory)?;
     connected.session.set_memory(&connected.memory)?;
@@ -260,9 +252,7 @@ fn resident(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
     let synced = ProcessFigures::of(daemon.pid())?;
 
     // Then the guest makes all of it huge, and the host follows.
-    connected
-        .driver
-        .report(&[guest(AREA_BLOCKS, own, guest_state::HUGE)], PATIENCE)?;
+    connected.driver.report(&[guest(AREA_BLOCKS, own, guest_state::HUGE)], PATIENCE)?;
     let deadline = Instant::now() + Duration::from_secs(120);
     let mut peak = synced.rss_anon + synced.page_tables;
     let aligned = loop {
@@ -276,10 +266,7 @@ fn resident(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
         }
     };
     let states = outside::host_states(&memory)?;
-    let huge = states
-        .iter()
-        .filter(|&&state| state == host_state::HUGE)
-        .count();
+    let huge = states.iter().filter(|&&state| state == host_state::HUGE).count();
     #[rustfmt::skip]
     let figures = [
         ("resident_blocks", blocks as f64, Bar::None),

@@ -73,10 +73,7 @@ pub fn daemon_decides() -> anyhow::Result<(String, Option<Changed>)> {
     }
     if sys::is_root() && Path::new(SHMEM_ENABLED).exists() {
         let changed = Changed::shmem_enabled("never")?;
-        return Ok((
-            format!("never (was {value}, put back at the end)"),
-            Some(changed),
-        ));
+        return Ok((format!("never (was {value}, put back at the end)"), Some(changed)));
     }
     let why = if value == "deny" {
         "no memory file can have huge pages"

@@ -66,9 +66,7 @@ impl Mapping {
     /// Those of `mmap`.
     pub fn new(file: &File, len: u64, align: u64, skew: u64) -> io::Result<Self> {
         let (len, align, skew) = (to_usize(len)?, to_usize(align)?, to_usize(skew)?);
-        let reserve = len
-            .checked_add(2 * align)
-            .ok_or(io::ErrorKind::InvalidInput)?;
+        let reserve = len.checked_add(2 * align).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let reserved = unsafe {
             libc::mmap(
@@ -97,11 +95,7 @@ impl Mapping {
                 0,
             )
         };
-        let mapping = Mapping {
-            base,
-            len,
-            reserved: (reserved, reserve),
-        };
+        let mapping = Mapping { base, len, reserved: (reserved, reserve) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -224,11 +218,7 @@ pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
 /// # Errors
 /// Those of `lseek`.
 pub fn seek(file: &File, offset: u64, data: bool) -> io::Result<Option<u64>> {
-    let whence = if data {
-        libc::SEEK_DATA
-    } else {
-        libc::SEEK_HOLE
-    };
+    let whence = if data { libc::SEEK_DATA } else { libc::SEEK_HOLE };
     // SAFETY: a call on a descriptor that we own; no pointers.
     let found = unsafe { libc::lseek(file.as_raw_fd(), to_off(offset)?, whence) };
     match u64::try_from(found) {
@@ -313,14 +303,8 @@ pub fn huge_ranges(pagemap: &File, start: u64, end: u64) -> io::Result<Vec<(u64,
 /// # Errors
 /// Those of `poll`, an interrupted call apart, which counts as a timeout.
 pub fn wait_readable(fds: &[RawFd], timeout: Duration) -> io::Result<()> {
-    let mut polled: Vec<libc::pollfd> = fds
-        .iter()
-        .map(|&fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        })
-        .collect();
+    let mut polled: Vec<libc::pollfd> =
+        fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
     let timeout = libc::timespec {
         tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_nsec: libc::c_long::from(timeout.subsec_nanos()),

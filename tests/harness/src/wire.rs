@@ -328,11 +328,7 @@ impl Response {
     /// Reads it from the start of `bytes`.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Self {
-        Response {
-            status: u32_at(bytes, 0),
-            count: u32_at(bytes, 4),
-            generation: u64_at(bytes, 8),
-        }
+        Response { status: u32_at(bytes, 0), count: u32_at(bytes, 4), generation: u64_at(bytes, 8) }
     }
 }
 

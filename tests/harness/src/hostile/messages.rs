@@ -25,28 +25,13 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
         let mut raw = Raw::connect(&socket)?;
         let depth = arena.rng.below(4);
         raw.handshake(depth, memory, RINGS, &sound_table(memory))?;
-        let count = 1 + arena.rng.below(20);
-        for _ in 0..count {
-            let (kind, message) = unsound(&mut arena.rng, memory, &zoo);
-            arena.tally.count(kind, 1);
-            done += 1;
-            if !raw.send(&message)? {
-                break;
-            }
-            if depth == 3 && arena.rng.chance(30) {
-                raw.kick();
-            }
-        }
-        if arena.rng.chance(30) {
-            let (_, message) = unsound(&mut arena.rng, memory, &zoo);
-            let bytes = message.bytes();
-            let half = 1 + arena.rng.index(bytes.len() - 1);
-            raw.send_bytes(&bytes[..half], &message.descriptors)?;
-            arena.tally.count("message: half sent", 1);
-            done += 1;
-        }
-        if arena.rng.chance(50) {
-            raw.drain();
+        done += if arena.rng.chance(10) {
+            burst(arena, &raw, memory, &zoo)?
+        } else {
+            one_by_one(arena, &mut raw, depth, memory, &zoo)?
+        };
+        if arena.rng.chance(20) {
+            done += half(arena, &raw, memory, &zoo)?;
         }
         drop(raw);
         if arena.rng.chance(2) {
@@ -57,6 +42,56 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
     arena.attach(detached)?;
     arena.machine()?.sync()?;
     Ok(())
+}
+
+/// Sends unsound messages, each after the one before was dealt with, until the
+/// daemon closes the connection. Returns how many.
+fn one_by_one(
+    arena: &mut Arena,
+    raw: &mut Raw,
+    depth: u64,
+    memory: &GuestMemory,
+    zoo: &Zoo,
+) -> anyhow::Result<u64> {
+    let most = 1 + arena.rng.below(20);
+    for sent in 0..most {
+        let (kind, message) = unsound(&mut arena.rng, memory, zoo);
+        if !raw.send(&message)? {
+            return Ok(sent);
+        }
+        arena.tally.count(kind, 1);
+        if depth == 3 && arena.rng.chance(30) {
+            raw.kick();
+        }
+        // Behind a message whose size is a lie, nothing can be asked any more.
+        let whole = message.body.len() == usize::try_from(message.size).unwrap_or(0);
+        if !whole || !raw.barrier()? {
+            return Ok(sent + 1);
+        }
+    }
+    Ok(most)
+}
+
+/// Sends many at once. The daemon may close at the first, so all count as one.
+fn burst(arena: &mut Arena, raw: &Raw, memory: &GuestMemory, zoo: &Zoo) -> anyhow::Result<u64> {
+    for _ in 0..1 + arena.rng.below(20) {
+        let (_, message) = unsound(&mut arena.rng, memory, zoo);
+        if !raw.send(&message)? {
+            break;
+        }
+    }
+    arena.tally.count("message: a burst of all kinds", 1);
+    Ok(1)
+}
+
+fn half(arena: &mut Arena, raw: &Raw, memory: &GuestMemory, zoo: &Zoo) -> anyhow::Result<u64> {
+    let (_, message) = unsound(&mut arena.rng, memory, zoo);
+    let bytes = message.bytes();
+    let half = 1 + arena.rng.index(bytes.len() - 1);
+    let sent = raw.send_bytes(&bytes[..half], &message.descriptors)?;
+    let sent = u64::from(sent);
+    arena.tally.count("message: half sent", sent);
+    Ok(sent)
 }
 
 /// The table of the arena's own memory.
@@ -134,10 +169,7 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
                 code::SET_LOG_FD,
                 code::SET_BACKEND_REQ_FD,
             ]);
-            (
-                "message: no descriptor",
-                Message::new(code, u64s(&[u64::from(queue % 256)])),
-            )
+            ("message: no descriptor", Message::new(code, u64s(&[u64::from(queue % 256)])))
         }
         7 => {
             let code = rng.pick(&[
@@ -157,15 +189,9 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
         }
         9 => {
             let base = rng.bits32();
-            let code = rng.pick(&[
-                code::SET_VRING_BASE,
-                code::GET_VRING_BASE,
-                code::SET_VRING_ENABLE,
-            ]);
-            (
-                "message: queue index or base",
-                Message::new(code, vring_state(queue, base)),
-            )
+            let code =
+                rng.pick(&[code::SET_VRING_BASE, code::GET_VRING_BASE, code::SET_VRING_ENABLE]);
+            ("message: queue index or base", Message::new(code, vring_state(queue, base)))
         }
         10 => {
             let body = vring_addr(
@@ -175,10 +201,7 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
                 ring_address(rng, memory),
                 ring_address(rng, memory),
             );
-            (
-                "message: ring addresses",
-                Message::new(code::SET_VRING_ADDR, body),
-            )
+            ("message: ring addresses", Message::new(code::SET_VRING_ADDR, body))
         }
         11 => {
             let (offset, size) = (rng.bits32(), rng.pick(&[0, 1, 32, 256, 257, u32::MAX]));
@@ -191,10 +214,7 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
         }
         12 => {
             let code = rng.pick(&[code::SET_FEATURES, code::SET_PROTOCOL_FEATURES]);
-            (
-                "message: unknown features",
-                Message::new(code, u64s(&[rng.bits()])),
-            )
+            ("message: unknown features", Message::new(code, u64s(&[rng.bits()])))
         }
         13 => {
             let body = u64s(&[rng.pick(&[0, 1, 4096, 1 << 40, u64::MAX]), rng.bits()]);

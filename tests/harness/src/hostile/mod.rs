@@ -110,10 +110,7 @@ impl Arena {
     fn attach(&mut self, detached: Detached) -> anyhow::Result<Vec<wire::Range>> {
         let (machine, unanswered) = detached.attach(&self.daemon.socket())?;
         self.machine = Some(machine);
-        Ok(unanswered
-            .into_iter()
-            .flat_map(|request| request.ranges)
-            .collect())
+        Ok(unanswered.into_iter().flat_map(|request| request.ranges).collect())
     }
 
     /// Whether there is time, and `done` inputs are fewer than `wanted`.
@@ -135,14 +132,15 @@ impl Arena {
 /// What happens in one part of a round.
 type Part = fn(&mut Arena, u64) -> anyhow::Result<()>;
 
-/// The parts of a round and the share (in 100) of the inputs that each sends.
+/// The parts of a round and the share (in 1000) of the inputs that each sends;
+/// a message costs a thousand times as much as a record.
 const PARTS: [(&str, u64, Part); 6] = [
-    ("records", 50, records::attack),
-    ("requests", 17, requests::attack),
-    ("rings", 27, rings::attack),
-    ("resets", 3, resets::attack),
-    ("messages", 2, messages::attack),
-    ("tables", 1, tables::attack),
+    ("records", 500, records::attack),
+    ("requests", 180, requests::attack),
+    ("rings", 290, rings::attack),
+    ("resets", 20, resets::attack),
+    ("messages", 7, messages::attack),
+    ("tables", 4, tables::attack),
 ];
 
 /// Attacks and measures.
@@ -184,12 +182,9 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     let mut slowest = Duration::ZERO;
     for round in 0..ROUNDS {
         for (name, share, part) in PARTS {
-            let wanted = plan.inputs * share / 100 / ROUNDS + 1;
+            let wanted = plan.inputs * share / 1000 / ROUNDS + 1;
             part(&mut arena, wanted).with_context(|| format!("{name}, round {round}"))?;
-            arena
-                .daemon
-                .ensure_alive()
-                .with_context(|| format!("after {name}, round {round}"))?;
+            arena.daemon.ensure_alive().with_context(|| format!("after {name}, round {round}"))?;
             arena.verify(name)?;
         }
         let began = Instant::now();
@@ -246,9 +241,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
 }
 
 fn count(text: &[u8], word: &[u8]) -> usize {
-    text.windows(word.len())
-        .filter(|found| *found == word)
-        .count()
+    text.windows(word.len()).filter(|found| *found == word).count()
 }
 
 /// One good connection, so that what the daemon sets up only once is there.
@@ -306,10 +299,7 @@ fn serve_good_guest(arena: &mut Arena) -> anyhow::Result<()> {
     machine.wait_host(&[huge], |state| state == host_state::HUGE, PATIENCE)?;
     for (kind, block) in [(wire::REQ_RELEASE, released), (wire::REQ_RENEW, renewed)] {
         let status = machine.drop_blocks(kind, &singles(&[block]))?;
-        ensure!(
-            status == wire::S_OK,
-            "request {kind} answered with status {status}"
-        );
+        ensure!(status == wire::S_OK, "request {kind} answered with status {status}");
     }
     let damages = machine.guest.verify_blocks(&[huge, released, renewed])?;
     ensure!(damages.is_empty(), "wrong contents: {:?}", damages.first());

@@ -101,10 +101,7 @@ impl Message {
 
 /// The body of a message with numbers in it.
 pub fn u64s(values: &[u64]) -> Vec<u8> {
-    values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect()
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 /// The body of a message with a queue and a number.
@@ -140,10 +137,8 @@ impl Raw {
     pub fn connect(socket: &Path) -> anyhow::Result<Self> {
         let stream = frontend::connect(socket, PATIENCE)?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        stream.set_read_timeout(Some(Duration::from_millis(5)))?;
-        let events = (0..8)
-            .map(|_| EventFd::new(EFD_NONBLOCK))
-            .collect::<io::Result<Vec<_>>>()?;
+        stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let events = (0..8).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
         Ok(Raw { stream, events })
     }
 
@@ -175,11 +170,29 @@ impl Raw {
         }
     }
 
-    /// Reads replies until there are none for a while.
-    pub fn drain(&mut self) {
-        let mut bytes = [0; 4096];
-        // An error is the timeout or the end: either way there is no more.
-        while matches!(self.stream.read(&mut bytes), Ok(count) if count > 0) {}
+    /// Waits until the daemon has dealt with all that was sent: asks for something
+    /// harmless and waits for its answer. False if it closed the connection, or
+    /// takes the question for the rest of an earlier message.
+    ///
+    /// # Errors
+    /// As [`Raw::send`].
+    pub fn barrier(&mut self) -> anyhow::Result<bool> {
+        if !self.send(&Message::new(code::GET_FEATURES, Vec::new()))? {
+            return Ok(false);
+        }
+        let mut header = [0; 12];
+        while self.stream.read_exact(&mut header).is_ok() {
+            let [c0, c1, c2, c3, _, _, _, _, s0, s1, s2, s3] = header;
+            let size = u32::from_le_bytes([s0, s1, s2, s3]);
+            let mut body = vec![0; usize::try_from(size)?.min(8192)];
+            if self.stream.read_exact(&mut body).is_err() {
+                return Ok(false);
+            }
+            if u32::from_le_bytes([c0, c1, c2, c3]) == code::GET_FEATURES {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Takes all steps up to `depth`: 1 features, 2 memory, 3 running rings that
@@ -268,13 +281,7 @@ impl Zoo {
         let mut others: Vec<OwnedFd> = Vec::new();
         let (one, other) = UnixStream::pair()?;
         others.extend([OwnedFd::from(one), OwnedFd::from(other)]);
-        for path in [
-            "/dev/null",
-            "/dev/zero",
-            "/proc/self/status",
-            "/tmp",
-            "/proc/self/mem",
-        ] {
+        for path in ["/dev/null", "/dev/zero", "/proc/self/status", "/tmp", "/proc/self/mem"] {
             others.push(std::fs::File::open(path)?.into());
         }
         // Read only, and empty.

@@ -9,11 +9,7 @@ use crate::wire::{self, Batch, Record};
 pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
     let mut done = 0;
     while arena.go_on(done, wanted) {
-        let sent = if arena.rng.chance(25) {
-            odd_batch(arena)?
-        } else {
-            odd_records(arena)?
-        };
+        let sent = if arena.rng.chance(25) { odd_batch(arena)? } else { odd_records(arena)? };
         done += sent;
     }
     let machine = arena.machine()?;
@@ -24,11 +20,7 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
 
 /// A sound batch of unsound records. Now and then it is as long as one may be.
 fn odd_records(arena: &mut Arena) -> anyhow::Result<u64> {
-    let count = if arena.rng.chance(1) {
-        wire::MAX_RECORDS
-    } else {
-        1 + arena.rng.index(64)
-    };
+    let count = if arena.rng.chance(1) { wire::MAX_RECORDS } else { 1 + arena.rng.index(64) };
     let mut records = Vec::with_capacity(count);
     for _ in 0..count {
         let (kind, record) = odd_record(&mut arena.rng);
@@ -58,21 +50,14 @@ fn odd_record(rng: &mut Rng) -> (&'static str, Record) {
     match rng.below(9) {
         0 => {
             let first = BLOCKS + rng.below(1 << 20);
-            (
-                "record: first block out of range",
-                Record { first, ..sound },
-            )
+            ("record: first block out of range", Record { first, ..sound })
         }
         1 => {
             let count = u32::try_from(BLOCKS - sound.first + 1 + rng.below(1000)).unwrap_or(1);
             ("record: runs out of range", Record { count, ..sound })
         }
         2 => {
-            let record = Record {
-                first: u64::MAX - rng.below(4),
-                count: rng.bits32(),
-                ..sound
-            };
+            let record = Record { first: u64::MAX - rng.below(4), count: rng.bits32(), ..sound };
             ("record: first + count overflows", record)
         }
         3 => ("record: no blocks", Record { count: 0, ..sound }),
@@ -90,10 +75,7 @@ fn odd_record(rng: &mut Rng) -> (&'static str, Record) {
         }
         7 => {
             let used = rng.bits32().max(513);
-            (
-                "record: more pages than a block has",
-                Record { used, ..sound },
-            )
+            ("record: more pages than a block has", Record { used, ..sound })
         }
         _ => {
             let count = 1 + u32::try_from(rng.below(BLOCKS - sound.first)).unwrap_or(0);
@@ -106,53 +88,26 @@ fn odd_record(rng: &mut Rng) -> (&'static str, Record) {
 fn odd_batch(arena: &mut Arena) -> anyhow::Result<u64> {
     let generation = arena.machine()?.driver.generation().unwrap_or(0);
     let rng = &mut arena.rng;
-    let sound = Batch {
-        generation,
-        count: 1,
-        kind: wire::BATCH_STATE,
-        flags: 0,
-    };
+    let sound = Batch { generation, count: 1, kind: wire::BATCH_STATE, flags: 0 };
     let (_, record) = odd_record(rng);
     let (kind, batch, records) = match rng.below(9) {
         0 => {
             let generation = generation.wrapping_sub(1 + rng.below(3));
-            (
-                "batch: older generation",
-                Batch {
-                    generation,
-                    ..sound
-                },
-                1,
-            )
+            ("batch: older generation", Batch { generation, ..sound }, 1)
         }
         1 => {
             let generation = rng.bits();
-            (
-                "batch: any generation",
-                Batch {
-                    generation,
-                    ..sound
-                },
-                1,
-            )
+            ("batch: any generation", Batch { generation, ..sound }, 1)
         }
         2 => {
             let count = 2 + rng.bits32() / 2;
-            (
-                "batch: more records than bytes",
-                Batch { count, ..sound },
-                1,
-            )
+            ("batch: more records than bytes", Batch { count, ..sound }, 1)
         }
         3 => ("batch: fewer records than bytes", sound, 2 + rng.index(100)),
         4 => {
             let count = u32::try_from(wire::MAX_RECORDS + 1 + rng.index(1000)).unwrap_or(0);
             let records = count as usize;
-            (
-                "batch: more records than allowed",
-                Batch { count, ..sound },
-                records,
-            )
+            ("batch: more records than allowed", Batch { count, ..sound }, records)
         }
         5 => {
             let kind = 2 + rng.bits16() / 2;

@@ -51,7 +51,7 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
     }
     done_while_changed(arena)?;
     let machine = arena.machine()?;
-    machine.reset_device()?;
+    machine.reset_broken_device()?;
     machine.sync()?;
     Ok(())
 }
@@ -68,38 +68,17 @@ fn ranges_in_memory(rng: &mut Rng, most: usize) -> Vec<Range> {
 
 fn range_out_of_memory(rng: &mut Rng) -> Range {
     match rng.below(5) {
-        0 => Range {
-            first: BLOCKS + rng.below(1000),
-            count: 1,
-        },
-        1 => Range {
-            first: BLOCKS - 1,
-            count: 2 + rng.bits32() / 2,
-        },
-        2 => Range {
-            first: u64::MAX - rng.below(3),
-            count: 1 + rng.bits32() / 2,
-        },
-        3 => Range {
-            first: rng.below(BLOCKS),
-            count: 0,
-        },
-        _ => Range {
-            first: rng.bits() | 1 << 40,
-            count: rng.bits32(),
-        },
+        0 => Range { first: BLOCKS + rng.below(1000), count: 1 },
+        1 => Range { first: BLOCKS - 1, count: 2 + rng.bits32() / 2 },
+        2 => Range { first: u64::MAX - rng.below(3), count: 1 + rng.bits32() / 2 },
+        3 => Range { first: rng.below(BLOCKS), count: 0 },
+        _ => Range { first: rng.bits() | 1 << 40, count: rng.bits32() },
     }
 }
 
 /// Puts one request into the ring. `queue` decides which are right there.
 fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
-    let Arena {
-        rng,
-        machine: Some(machine),
-        tally,
-        ..
-    } = arena
-    else {
+    let Arena { rng, machine: Some(machine), tally, .. } = arena else {
         anyhow::bail!("no connection");
     };
     let generation = machine.driver.generation().context("no generation")?;
@@ -199,10 +178,7 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
         let mut blocks: Vec<u64> = each(&inside).collect();
         blocks.sort_unstable();
         blocks.dedup();
-        blocks
-            .into_iter()
-            .map(|block| machine.guest.put_at_stake(block))
-            .collect()
+        blocks.into_iter().map(|block| machine.guest.put_at_stake(block)).collect()
     } else {
         Vec::new()
     };
@@ -211,20 +187,11 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
     machine.memory.write(at + RESPONSE_AT, &[0xff; 16]);
     let mut buffers = split(rng, at, u32::try_from(bytes.len())?);
     if room > 0 {
-        buffers.push(Buffer {
-            addr: at + RESPONSE_AT,
-            len: room,
-            writable: true,
-        });
+        buffers.push(Buffer { addr: at + RESPONSE_AT, len: room, writable: true });
     }
     machine.driver.queue_mut(queue).ring.add(&buffers)?;
     tally.count(kind, 1);
-    Ok(Sent {
-        kind,
-        response: (room >= 16).then_some(at + RESPONSE_AT),
-        may_succeed,
-        stakes,
-    })
+    Ok(Sent { kind, response: (room >= 16).then_some(at + RESPONSE_AT), may_succeed, stakes })
 }
 
 /// One buffer, or now and then two or three that hold the same bytes in pieces.
@@ -238,33 +205,17 @@ fn split(rng: &mut Rng, at: u64, len: u32) -> Vec<Buffer> {
         cuts.dedup();
     }
     cuts.windows(2)
-        .map(|cut| Buffer {
-            addr: at + u64::from(cut[0]),
-            len: cut[1] - cut[0],
-            writable: false,
-        })
+        .map(|cut| Buffer { addr: at + u64::from(cut[0]), len: cut[1] - cut[0], writable: false })
         .collect()
 }
 
 /// Waits until all of `sent` came back, and judges what did.
 fn settle(arena: &mut Arena, queue: usize, sent: Vec<Sent>) -> anyhow::Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    for Sent {
-        kind,
-        response,
-        may_succeed,
-        stakes,
-    } in sent
-    {
+    let mut staked = Vec::new();
+    for Sent { kind, response, may_succeed, stakes } in sent {
         let machine = arena.machine()?;
-        while machine
-            .driver
-            .queue_mut(queue)
-            .ring
-            .take_used()
-            .context(kind)?
-            .is_none()
-        {
+        while machine.driver.queue_mut(queue).ring.take_used().context(kind)?.is_none() {
             ensure!(Instant::now() < deadline, "{kind}: not given back");
             machine.driver.poll_hints()?;
             std::thread::sleep(Duration::from_micros(20));
@@ -283,20 +234,22 @@ fn settle(arena: &mut Arena, queue: usize, sent: Vec<Sent>) -> anyhow::Result<()
                 _ => machine.guest.put_back(stake),
             }
         }
-        check_and_refill(arena, &stakes)?;
+        staked.extend(stakes.iter().map(|stake| stake.block));
         if succeeded && !may_succeed {
             println!("WRONG ANSWER: {kind}: answered with success");
             arena.wrong_answers += 1;
         }
     }
-    Ok(())
+    // Only now: as long as one is unanswered, it may be about the same block.
+    staked.sort_unstable();
+    staked.dedup();
+    check_and_refill(arena, &staked)
 }
 
-fn check_and_refill(arena: &mut Arena, stakes: &[Stake]) -> anyhow::Result<()> {
-    let blocks: Vec<u64> = stakes.iter().map(|stake| stake.block).collect();
+fn check_and_refill(arena: &mut Arena, blocks: &[u64]) -> anyhow::Result<()> {
     let machine = arena.machine()?;
-    let damages = machine.guest.verify_blocks(&blocks)?;
-    for block in blocks {
+    let damages = machine.guest.verify_blocks(blocks)?;
+    for &block in blocks {
         machine.guest.write_block(block);
     }
     arena.damaged += damages.len() as u64;
@@ -316,14 +269,7 @@ fn done_while_changed(arena: &mut Arena) -> anyhow::Result<()> {
     // The last block of the scratch area holds nothing that must stay.
     let victim = OWN - 1;
     let at = SCRATCH;
-    let bytes = wire::request(
-        wire::REQ_RELEASE,
-        generation,
-        &[Range {
-            first: victim,
-            count: 1,
-        }],
-    );
+    let bytes = wire::request(wire::REQ_RELEASE, generation, &[Range { first: victim, count: 1 }]);
     machine.memory.write(at, &bytes);
     let stop = Arc::new(AtomicBool::new(false));
     let flipper = {
@@ -342,41 +288,22 @@ fn done_while_changed(arena: &mut Arena) -> anyhow::Result<()> {
     let joined = flipper.join();
     ensure!(joined.is_ok(), "the flipping thread failed");
     result?;
-    arena
-        .tally
-        .count("request: changed while it is read", REQUESTS);
+    arena.tally.count("request: changed while it is read", REQUESTS);
     Ok(())
 }
 
 fn send_changing(machine: &mut Machine, at: u64, len: u32, count: u64) -> anyhow::Result<()> {
     let buffers = [
-        Buffer {
-            addr: at,
-            len,
-            writable: false,
-        },
-        Buffer {
-            addr: at + RESPONSE_AT,
-            len: 16,
-            writable: true,
-        },
+        Buffer { addr: at, len, writable: false },
+        Buffer { addr: at + RESPONSE_AT, len: 16, writable: true },
     ];
     for _ in 0..count {
         let queue = machine.driver.queue_mut(RELEASEQ);
         queue.ring.add(&buffers)?;
         queue.kick.write(1)?;
         let deadline = Instant::now() + PATIENCE;
-        while machine
-            .driver
-            .queue_mut(RELEASEQ)
-            .ring
-            .take_used()?
-            .is_none()
-        {
-            ensure!(
-                Instant::now() < deadline,
-                "changing request: not given back"
-            );
+        while machine.driver.queue_mut(RELEASEQ).ring.take_used()?.is_none() {
+            ensure!(Instant::now() < deadline, "changing request: not given back");
             machine.driver.poll_hints()?;
             std::thread::sleep(Duration::from_micros(20));
         }

@@ -55,9 +55,9 @@ fn once(arena: &mut Arena) -> anyhow::Result<u64> {
     if swapped {
         // The queues ran on: everything must be answered, by the table's barrier
         // or as of an older generation.
-        machine.driver.wait_until("answers", PATIENCE, |driver| {
-            driver.unanswered().next().is_none()
-        })?;
+        machine
+            .driver
+            .wait_until("answers", PATIENCE, |driver| driver.unanswered().next().is_none())?;
         while let Some(answer) = machine.driver.take_any_answer() {
             let drops = answer.request.kind != wire::REQ_PREPARE;
             if drops && answer.response.status == wire::S_OK {
@@ -107,21 +107,11 @@ fn submit_all(machine: &mut Machine, rng: &mut Rng, blocks: &[u64]) -> anyhow::R
         let times = if rng.chance(20) { 2 } else { 1 };
         for _ in 0..times {
             if kind == wire::REQ_PREPARE {
-                if machine
-                    .driver
-                    .unanswered()
-                    .filter(|r| r.kind == kind)
-                    .count()
-                    < 12
-                {
+                if machine.driver.unanswered().filter(|r| r.kind == kind).count() < 12 {
                     machine.driver.submit(kind, &ranges)?;
                     sent += 1;
                 }
-            } else if machine
-                .driver
-                .unanswered()
-                .filter(|r| r.kind != wire::REQ_PREPARE)
-                .count()
+            } else if machine.driver.unanswered().filter(|r| r.kind != wire::REQ_PREPARE).count()
                 < 30
             {
                 machine.submit_drop(kind, &ranges)?;

@@ -18,70 +18,80 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
     arena.rng.fill(&mut noise);
     arena.machine()?.memory.write(SCRATCH, &noise);
     while arena.go_on(done, wanted) {
-        let index = arena.rng.index(wire::QUEUES);
+        // A device uses few hint buffers, and only when it has something to tell.
+        let index =
+            if arena.rng.chance(10) { wire::HINTQ } else { 1 + arena.rng.index(wire::QUEUES - 1) };
         done += break_ring(arena, index)?;
     }
     let machine = arena.machine()?;
-    machine.reset_device()?;
+    machine.reset_broken_device()?;
     machine.sync()?;
     Ok(())
 }
 
-/// Fills one queue with bad chains, lets the device work on them, and starts the
-/// queue anew. Returns the number of elements.
+/// Fills one queue with bad chains and lets the device work on them. Returns the
+/// number of elements that it got to.
 fn break_ring(arena: &mut Arena, index: usize) -> anyhow::Result<u64> {
-    let Arena {
-        rng,
-        machine: Some(machine),
-        tally,
-        ..
-    } = arena
-    else {
+    let Arena { rng, machine: Some(machine), tally, .. } = arena else {
         anyhow::bail!("no connection");
     };
     machine.session.stop_queue(index)?;
     let ring = &mut machine.driver.queue_mut(index).ring;
     ring.reset();
     let size = ring.layout().size;
-    let count = 1 + rng.below(u64::from(size) - 1);
-    for _ in 0..count {
-        let (kind, head) = bad_chain(rng, size, &mut |slot, descriptor| {
+    let mut kinds = Vec::new();
+    if rng.chance(5) {
+        whole_table(rng, size, &mut |slot, descriptor| {
             ring.write_descriptor(slot, &descriptor);
         });
-        ring.publish(head);
-        tally.count(kind, 1);
+        ring.publish(0);
+        kinds.push("chain: through the whole table");
+    } else {
+        // Each chain has three descriptors to itself.
+        let count = 1 + rng.bits16() % (size / 3);
+        for slot in (0..).step_by(3).take(usize::from(count)) {
+            let slots = [slot, slot + 1, slot + 2];
+            kinds.push(bad_chain(rng, size, slots, &mut |slot, descriptor| {
+                ring.write_descriptor(slot, &descriptor);
+            }));
+            ring.publish(slot);
+        }
     }
-    let mut elements = count;
-    if rng.chance(15) {
+    // What a device may stop at comes last, so that it gets so far.
+    if rng.chance(20) {
+        ring.publish(rng.pick(&[size, size + 1, 0x7fff, 0xffff]));
+        kinds.push("ring: head out of the table");
+    } else if rng.chance(20) {
         let jump = rng.pick(&[size + 1, 0x7fff, 0x8000, 0xfff0, 2 * size]);
         ring.set_avail_idx(ring.avail_idx().wrapping_add(jump));
-        tally.count("ring: available index jumps", 1);
-        elements += 1;
+        // Nothing in such a ring has to be looked at.
+        kinds = vec!["ring: available index jumps"];
     }
     start(machine, index)?;
-    wait(machine, index)?;
-    Ok(elements)
+    let used = wait(machine, index)?;
+    // Counted is what the device got to: what it used, and what it stopped at.
+    kinds.truncate(usize::from(used) + 1);
+    for kind in &kinds {
+        tally.count(kind, 1);
+    }
+    Ok(kinds.len() as u64)
 }
 
 fn start(machine: &mut Machine, index: usize) -> anyhow::Result<()> {
-    let Machine {
-        memory,
-        session,
-        driver,
-        ..
-    } = machine;
+    let Machine { memory, session, driver, .. } = machine;
     session.start_queue(index, driver.queue_mut(index), memory, 0)
 }
 
-/// Gives the device time until it has used everything or makes no progress.
-fn wait(machine: &mut Machine, index: usize) -> anyhow::Result<()> {
+/// Gives the device time until it has used everything or makes no progress, and
+/// returns its used index.
+fn wait(machine: &mut Machine, index: usize) -> anyhow::Result<u16> {
     let mut last = None;
     let mut since = Instant::now();
     while since.elapsed() < Duration::from_millis(1) {
         let ring = &machine.driver.queue_mut(index).ring;
         let used = ring.used_index_in_memory();
         if used == ring.avail_idx() {
-            return Ok(());
+            return Ok(used);
         }
         if last != Some(used) {
             last = Some(used);
@@ -89,7 +99,7 @@ fn wait(machine: &mut Machine, index: usize) -> anyhow::Result<()> {
         }
         std::thread::sleep(Duration::from_micros(50));
     }
-    Ok(())
+    Ok(last.unwrap_or(0))
 }
 
 /// An address in the scratch area, with room for the longest batch behind it.
@@ -109,73 +119,47 @@ fn outside(rng: &mut Rng) -> u64 {
     ])
 }
 
-/// Writes a bad chain of at most a few descriptors and returns its head.
+/// A chain through the whole table, one byte in each descriptor.
+fn whole_table(rng: &mut Rng, size: u16, write: &mut dyn FnMut(u16, Descriptor)) {
+    for slot in 0..size {
+        let descriptor = Descriptor {
+            addr: scratch(rng),
+            len: 1,
+            flags: if slot + 1 < size { DESC_NEXT } else { 0 },
+            next: slot + 1,
+        };
+        write(slot, descriptor);
+    }
+}
+
+/// Writes a bad chain into at most three slots, the first of which is its head,
+/// and returns its kind.
 fn bad_chain(
     rng: &mut Rng,
     size: u16,
+    [head, second, third]: [u16; 3],
     write: &mut dyn FnMut(u16, Descriptor),
-) -> (&'static str, u16) {
-    let mut slot = || u16::try_from(rng.below(u64::from(size))).unwrap_or(0);
-    let (head, second, third) = (slot(), slot(), slot());
+) -> &'static str {
     let writable = if rng.chance(50) { DESC_WRITE } else { 0 };
-    let good = Descriptor {
-        addr: scratch(rng),
-        len: 1 + rng.bits32() % 4096,
-        flags: writable,
-        next: 0,
-    };
-    let kind = match rng.below(16) {
+    let good =
+        Descriptor { addr: scratch(rng), len: 1 + rng.bits32() % 4096, flags: writable, next: 0 };
+    match rng.below(14) {
         0 => {
             let flags = good.flags | DESC_NEXT;
-            write(
-                head,
-                Descriptor {
-                    flags,
-                    next: head,
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags, next: head, ..good });
             "chain: loops to itself"
         }
         1 => {
             let flags = good.flags | DESC_NEXT;
-            write(
-                head,
-                Descriptor {
-                    flags,
-                    next: second,
-                    ..good
-                },
-            );
-            write(
-                second,
-                Descriptor {
-                    flags,
-                    next: third,
-                    ..good
-                },
-            );
-            write(
-                third,
-                Descriptor {
-                    flags,
-                    next: head,
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags, next: second, ..good });
+            write(second, Descriptor { flags, next: third, ..good });
+            write(third, Descriptor { flags, next: head, ..good });
             "chain: loops"
         }
         2 => {
             let flags = good.flags | DESC_NEXT;
             let next = size + rng.bits16() / 2;
-            write(
-                head,
-                Descriptor {
-                    flags,
-                    next,
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags, next, ..good });
             "chain: next is out of the table"
         }
         3 => {
@@ -192,27 +176,12 @@ fn bad_chain(
             let addr = (super::BLOCKS << 21) - 8;
             // Read only: what lies before the end is the guest's.
             let flags = good.flags & !DESC_WRITE;
-            write(
-                head,
-                Descriptor {
-                    addr,
-                    flags,
-                    len: 64,
-                    ..good
-                },
-            );
+            write(head, Descriptor { addr, flags, len: 64, ..good });
             "buffer: runs out of memory"
         }
         6 => {
             let addr = u64::MAX - 7;
-            write(
-                head,
-                Descriptor {
-                    addr,
-                    len: 64,
-                    ..good
-                },
-            );
+            write(head, Descriptor { addr, len: 64, ..good });
             "buffer: address overflows"
         }
         7 => {
@@ -227,98 +196,30 @@ fn bad_chain(
         }
         9 => {
             let len = 1 + rng.bits32() % 15;
-            write(
-                head,
-                Descriptor {
-                    flags: DESC_INDIRECT,
-                    len,
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags: DESC_INDIRECT, len, ..good });
             "indirect: table is no multiple"
         }
         10 => {
             let addr = outside(rng);
-            write(
-                head,
-                Descriptor {
-                    flags: DESC_INDIRECT,
-                    addr,
-                    len: 64,
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags: DESC_INDIRECT, addr, len: 64, ..good });
             "indirect: table out of memory"
         }
         11 => {
             let flags = DESC_INDIRECT | DESC_NEXT;
-            write(
-                head,
-                Descriptor {
-                    flags,
-                    next: second,
-                    len: 32,
-                    ..good
-                },
-            );
-            write(
-                second,
-                Descriptor {
-                    flags: DESC_INDIRECT,
-                    len: u32::MAX,
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags, next: second, len: 32, ..good });
+            write(second, Descriptor { flags: DESC_INDIRECT, len: u32::MAX, ..good });
             "indirect: with next, gigantic"
         }
         12 => {
-            let head = rng.pick(&[size, size + 1, 0x7fff, 0xffff]);
-            return ("ring: head out of the table", head);
-        }
-        13 => {
             let next = second;
-            write(
-                head,
-                Descriptor {
-                    flags: DESC_WRITE | DESC_NEXT,
-                    next,
-                    len: 64,
-                    ..good
-                },
-            );
-            write(
-                second,
-                Descriptor {
-                    flags: 0,
-                    len: 64,
-                    addr: scratch(rng),
-                    ..good
-                },
-            );
+            write(head, Descriptor { flags: DESC_WRITE | DESC_NEXT, next, len: 64, ..good });
+            write(second, Descriptor { flags: 0, len: 64, addr: scratch(rng), ..good });
             "chain: writable before readable"
-        }
-        14 => {
-            // A chain through the whole table, one byte each.
-            for slot in 0..size {
-                let flags = if slot + 1 < size { DESC_NEXT } else { 0 };
-                let next = slot + 1;
-                write(
-                    slot,
-                    Descriptor {
-                        addr: scratch(rng),
-                        len: 1,
-                        flags,
-                        next,
-                    },
-                );
-            }
-            return ("chain: through the whole table", 0);
         }
         _ => {
             let flags = rng.bits16() & !(DESC_NEXT | DESC_INDIRECT);
             write(head, Descriptor { flags, ..good });
             "descriptor: unknown flags, random bytes"
         }
-    };
-    (kind, head)
+    }
 }

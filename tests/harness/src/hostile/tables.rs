@@ -29,15 +29,15 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
             if arena.rng.chance(50) {
                 message.flags |= NEED_REPLY;
             }
-            arena.tally.count(kind, 1);
-            done += 1;
             if !raw.send(&message)? {
                 break;
             }
+            arena.tally.count(kind, 1);
+            done += 1;
             raw.kick();
-        }
-        if arena.rng.chance(50) {
-            raw.drain();
+            if !raw.barrier()? {
+                break;
+            }
         }
     }
     arena.attach(detached)?;
@@ -71,11 +71,7 @@ fn swap_under_load(arena: &mut Arena, swaps: u64) -> anyhow::Result<()> {
 
 fn sound(memory: &GuestMemory) -> Message {
     let regions = [[0, SIZE, memory.host_address(0), 0]];
-    let descriptors: Vec<RawFd> = memory
-        .table()
-        .iter()
-        .map(|region| region.mmap_handle)
-        .collect();
+    let descriptors: Vec<RawFd> = memory.table().iter().map(|region| region.mmap_handle).collect();
     Message::new(code::SET_MEM_TABLE, mem_table(1, &regions)).with(&descriptors)
 }
 
@@ -102,24 +98,15 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
         }
         2 => {
             let gpa = u64::MAX - rng.below(SIZE);
-            (
-                "table: guest addresses overflow",
-                table(&[[gpa, SIZE, address, 0]]),
-            )
+            ("table: guest addresses overflow", table(&[[gpa, SIZE, address, 0]]))
         }
         3 => {
             let high = u64::MAX - rng.below(SIZE);
-            (
-                "table: monitor addresses overflow",
-                table(&[[0, SIZE, high, 0]]),
-            )
+            ("table: monitor addresses overflow", table(&[[0, SIZE, high, 0]]))
         }
         4 => {
             let offset = u64::MAX - rng.below(2) * 4095;
-            (
-                "table: offset overflows",
-                table(&[[0, SIZE, address, offset]]),
-            )
+            ("table: offset overflows", table(&[[0, SIZE, address, offset]]))
         }
         5 => {
             let size = rng.pick(&[1 << 46, 1 << 62, u64::MAX, u64::MAX - 4095]);
@@ -128,10 +115,7 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
         6 => ("table: empty region", table(&[[0, 0, address, 0]])),
         7 => {
             let size = SIZE + 4096 * (1 + rng.below(100));
-            (
-                "table: behind the end of the file",
-                table(&[[0, size, address, 0]]),
-            )
+            ("table: behind the end of the file", table(&[[0, size, address, 0]]))
         }
         8 => {
             let size = rng.pick(&[1, 16, 4095, 4096, 8192, BLOCK_SIZE - 4096]);
@@ -158,10 +142,7 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
         11 => {
             let count = rng.pick(&[0, 2, 8, 33, 255, u32::MAX]);
             let body = mem_table(count, &[good]);
-            (
-                "table: count does not match",
-                Message::new(code::SET_MEM_TABLE, body).with(&[fd]),
-            )
+            ("table: count does not match", Message::new(code::SET_MEM_TABLE, body).with(&[fd]))
         }
         12 => {
             let body = mem_table(1, &[good]);
@@ -184,10 +165,7 @@ fn unsound(rng: &mut Rng, memory: &GuestMemory, zoo: &Zoo) -> (&'static str, Mes
         15 => {
             let gpa = 4096 * rng.below(4096);
             let body = u64s(&[0, gpa, SIZE, address, 0]);
-            (
-                "table: unknown region removed",
-                Message::new(code::REM_MEM_REG, body),
-            )
+            ("table: unknown region removed", Message::new(code::REM_MEM_REG, body))
         }
         _ => {
             let regions = [[1 << 32, half, address, 0], [0, half, address + half, half]];
