@@ -142,3 +142,13 @@ fn daemon_of_another_user_falls_back() {
     assert_eq!(scene.daemon.ask("open"), "[vmm-not-found]");
     scene.collapse_all_charging(-15, 16);
 }
+
+#[test]
+fn daemon_that_is_not_dumpable_says_what_it_cannot_see() {
+    let test = "daemon_that_is_not_dumpable_says_what_it_cannot_see";
+    let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
+    // As a program with file capabilities is.
+    scene.daemon.ask("dumpable 0");
+    assert_eq!(scene.daemon.ask("open"), "[own-page-tables-hidden]");
+    scene.collapse_all_charging(1, 0);
+}

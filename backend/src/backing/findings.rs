@@ -176,6 +176,29 @@ pub(super) fn not_visible(pid: i32) -> Finding {
     )
 }
 
+pub(super) fn self_not_visible() -> Finding {
+    finding(
+        Severity::Warning,
+        "own-page-tables-hidden",
+        "/proc/self/pagemap cannot be opened: a huge page that the VMM has not touched yet is taken \
+         for base pages; give the daemon its capabilities by its service manager (ambient ones, \
+         AmbientCapabilities= in systemd) and not by setcap, which makes it undumpable"
+            .into(),
+    )
+}
+
+pub(super) fn scan_unavailable(why: &std::io::Error) -> Finding {
+    finding(
+        Severity::Error,
+        "page-table-scan-unavailable",
+        format!(
+            "the kernel does not tell which pages are huge (PAGEMAP_SCAN: {why}): everything is \
+             taken for base pages; use Linux 6.12 or later, and a seccomp filter that lets this \
+             ioctl pass"
+        ),
+    )
+}
+
 pub(super) fn declined(pid: i32, how: &str) -> Finding {
     finding(
         Severity::Error,
@@ -275,6 +298,8 @@ mod tests {
             not_traceable(1),
             collapse_unavailable(1),
             not_visible(1),
+            self_not_visible(),
+            scan_unavailable(&error),
             declined(1, "how"),
             refused(1),
             ambiguous(1, &[2, 3]),

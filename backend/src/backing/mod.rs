@@ -20,7 +20,7 @@ mod truncation;
 mod vmm;
 mod window;
 
-pub use descriptor::{inherit_listener, set_nonblocking, signal_event};
+pub use descriptor::{close_abandoned, inherit_listener, set_nonblocking, signal_event};
 pub use findings::{Finding, Severity};
 pub use process::{kill_self, process_cpu_time};
 pub use ranges::LayoutError;
@@ -35,6 +35,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use thiserror::Error;
@@ -288,11 +289,11 @@ impl Memory {
         let mut regions: Vec<Option<Box<dyn Backing>>> = Vec::new();
         regions.resize_with(table.len(), || None);
         let homes: Vec<usize> = layout.pieces(0, u64::MAX).map(|(region, _)| region).collect();
+        if homes.is_empty() {
+            return Ok(Self { layout, regions, findings: said });
+        }
         let mut vmm = find_vmm(&table, &homes, block_shift, &mut said)?;
-        let own_pagemap = File::open("/proc/self/pagemap")
-            .inspect_err(|error| log::debug!("cannot open our own pagemap: {error}"))
-            .ok()
-            .map(Arc::new);
+        let own_pagemap = open_own_pagemap(&mut said).map(Arc::new);
         let mut collapsible = None;
         for (index, region) in table.into_iter().enumerate() {
             if !homes.contains(&index) {
@@ -481,13 +482,32 @@ fn kind_of(system: &sys::FileSystem, shared: bool) -> Kind {
 /// the VMM, and looking for data moves it. Where that is not permitted, theirs has to do.
 fn reopen(file: File) -> File {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    match OpenOptions::new().read(true).write(true).open(path) {
+    // Not to wait for a lease on it.
+    let flags = libc::O_NONBLOCK;
+    match OpenOptions::new().read(true).write(true).custom_flags(flags).open(path) {
         Ok(own) => own,
         Err(error) => {
             log::debug!("cannot open the memory file anew: {error}");
             file
         }
     }
+}
+
+/// Our own page tables, as the kernel shows them.
+fn open_own_pagemap(said: &mut Vec<Finding>) -> Option<File> {
+    let pagemap = match File::open("/proc/self/pagemap") {
+        Ok(pagemap) => pagemap,
+        Err(error) => {
+            log::debug!("cannot open our own pagemap: {error}");
+            said.push(findings::self_not_visible());
+            return None;
+        }
+    };
+    if let Err(error) = sys::pagemap_scan(&pagemap, &(0..sys::page_size()), &mut []) {
+        said.push(findings::scan_unavailable(&error));
+        return None;
+    }
+    Some(pagemap)
 }
 
 /// The VMM and, by index of the region, where it maps it.
@@ -504,9 +524,6 @@ fn find_vmm(
         let file = FileId::of(&region.file)
             .map_err(|source| Error::File { guest_addr: region.guest_addr, source })?;
         wanted.push(Wanted { file, offset: region.file_offset, size: region.size });
-    }
-    if wanted.is_empty() {
-        return Ok(None);
     }
     let Search { found, others, denied, blind } = vmm::find(&wanted, block_shift);
     let Some((vmm, places)) = found else {

@@ -9,6 +9,10 @@ use thiserror::Error;
 /// Smallest and largest block size that make sense: 64 KiB and 16 GiB.
 const BLOCK_SHIFTS: std::ops::RangeInclusive<u32> = 16..=34;
 
+/// Most blocks of one guest: 32 TiB with 2 MiB blocks. Bounds what a memory table of sparse files
+/// can make the daemon remember.
+const MAX_BLOCKS: u64 = 1 << 24;
+
 /// One region of a memory table, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -37,6 +41,9 @@ pub enum LayoutError {
     /// Two regions claim the same guest memory.
     #[error("the regions at guest addresses {0:#x} and {1:#x} overlap")]
     Overlap(u64, u64),
+    /// More than the daemon is prepared to keep states of.
+    #[error("the guest has {0} blocks, more than the supported {MAX_BLOCKS}")]
+    TooLarge(u64),
 }
 
 impl Extent {
@@ -106,6 +113,11 @@ impl Layout {
             if extent.usable && !blocks.is_empty() && extent.is_congruent(block_shift) {
                 homes.push((blocks, index));
             }
+        }
+        // No overflow: the regions are disjoint.
+        let count = homes.iter().map(|(blocks, _)| blocks.end - blocks.start).sum();
+        if count > MAX_BLOCKS {
+            return Err(LayoutError::TooLarge(count));
         }
         let mut spans: Vec<Range<u64>> = Vec::new();
         for (blocks, _) in &homes {
@@ -265,6 +277,9 @@ mod tests {
         assert_eq!(at(&[extent(0, 4096, i64::MAX as u64)]), Err(LayoutError::Overflow(0)));
         let overlapping = [extent(8192, 4096, 0), extent(0, 8193, 0)];
         assert_eq!(at(&overlapping), Err(LayoutError::Overlap(0, 8192)));
+        let most = MAX_BLOCKS << SHIFT;
+        assert!(at(&[extent(0, most, 0)]).is_ok());
+        assert_eq!(at(&[extent(0, 2 * most, 0)]), Err(LayoutError::TooLarge(2 * MAX_BLOCKS)));
         assert_eq!(Layout::new(&[], 3), Err(LayoutError::BlockShift(3)));
         assert_eq!(Layout::new(&[], 64), Err(LayoutError::BlockShift(64)));
     }

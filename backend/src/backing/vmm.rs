@@ -249,7 +249,7 @@ fn own_pid() -> Option<i32> {
 
 /// Looks for the process that maps all of `wanted`. Other vhost-user back ends of the guest map
 /// it as well, but each region by itself, while the VMM maps its files whole: the process that
-/// maps most is taken, then one that runs a KVM guest.
+/// maps most is taken (sharing it, if any does), then one that runs a KVM guest.
 pub fn find(wanted: &[Wanted], block_shift: u32) -> Search {
     let mut search = Search::default();
     if wanted.is_empty() {
@@ -287,11 +287,16 @@ pub fn find(wanted: &[Wanted], block_shift: u32) -> Search {
         }
     }
     if candidates.len() > 1 {
-        candidates.sort_by_cached_key(|c| (c.extent, runs_kvm(c.pid), std::cmp::Reverse(c.pid)));
+        candidates.sort_by_cached_key(|c| {
+            let shared = c.places.iter().all(|place| place.shared);
+            (shared, c.extent, runs_kvm(c.pid), std::cmp::Reverse(c.pid))
+        });
     }
     search.found = candidates.pop().and_then(adopt);
     search.others = candidates.iter().map(|c| c.pid).collect();
-    let pid = search.found.as_ref().map_or(0, |(vmm, _)| vmm.pid);
+    // Where there was a choice it is made again each time.
+    let only = search.found.as_ref().filter(|_| search.others.is_empty());
+    let pid = only.map_or(0, |(vmm, _)| vmm.pid);
     FOUND_LAST.store(pid, Ordering::Relaxed);
     search
 }

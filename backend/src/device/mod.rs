@@ -8,10 +8,11 @@ mod wire;
 pub use queues::Queues;
 pub use vring::GuestMemory;
 
-use crate::backing::{Finding, Memory, RegionDesc, Severity};
+use crate::backing::{close_abandoned, Finding, Memory, RegionDesc, Severity};
 use crate::engine::{lock, Engine, RELEASE_MAX};
 use crate::protocol::{Config, F_PREPARE, F_RELEASE, F_STATS, VERSION, VQ_COUNT, VQ_RELEASE};
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
@@ -36,13 +37,23 @@ pub struct Device {
     engine: Arc<Engine>,
     /// What was said of the memory last, so that the same is not said at every memory table.
     said: Arc<Mutex<Vec<Finding>>>,
+    /// Ends of exit events that the frame turned into numbers and never closes.
+    abandoned: Mutex<Vec<RawFd>>,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // The frame's threads, which alone waited for them, were joined before the frame let
+        // go of the device.
+        lock(&self.abandoned).drain(..).for_each(close_abandoned);
+    }
 }
 
 impl Device {
     /// A device for a new connection. `said` outlives connections.
     pub fn new(memory: GuestMemory, engine: Arc<Engine>, said: Arc<Mutex<Vec<Finding>>>) -> Self {
         let queues = Arc::new(Queues::new(memory, Arc::clone(&engine)));
-        Self { queues, engine, said }
+        Self { queues, engine, said, abandoned: Mutex::default() }
     }
 
     /// The queues, for the engine's way to the driver.
@@ -165,6 +176,7 @@ impl VhostUserBackend for Device {
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
             .inspect_err(|error| log::error!("cannot make an event descriptor: {error}"))
+            .inspect(|(consumer, _)| lock(&self.abandoned).push(consumer.as_raw_fd()))
             .ok()
     }
 
