@@ -24,7 +24,7 @@ struct Scene {
     vmm_group: Cgroup,
     daemon_group: Cgroup,
     _setting: Setting,
-    _lock: Lock,
+    lock: Lock,
 }
 
 fn scene(test: &str, daemon_rights: &str) -> Option<Scene> {
@@ -46,7 +46,7 @@ fn scene(test: &str, daemon_rights: &str) -> Option<Scene> {
     let mut daemon = Child::spawn(&file);
     daemon_group.add(daemon.pid());
     daemon.ask(daemon_rights);
-    Some(Scene { vmm, daemon, vmm_group, daemon_group, _setting: setting, _lock: lock })
+    Some(Scene { vmm, daemon, vmm_group, daemon_group, _setting: setting, lock })
 }
 
 impl Scene {
@@ -54,11 +54,15 @@ impl Scene {
         let copied = vec!["Ok(Copied { bytes: 2097152 })"; usize::try_from(BLOCKS).unwrap() - 1];
         let answer = self.daemon.ask(&format!("collapse 0 {BLOCKS}"));
         assert_eq!(answer, format!("{} Err(Absent)", copied.join(" ")));
-        assert_eq!(self.daemon.ask(&format!("populate {}", BLOCKS - 1)), "Ok(Populated)");
+        self.populate_last();
         assert_eq!(self.daemon.ask(&format!("scan 0 {BLOCKS}")), format!("scan {BLOCKS}*huge"));
         assert!(self.vmm.is_filled(0, 0, (BLOCKS - 1) * 512));
         assert!(self.vmm.is_zero(BLOCKS - 1, 0, 512));
         assert_eq!(self.vmm.huge_blocks(), BLOCKS);
+    }
+
+    fn populate_last(&mut self) {
+        assert_eq!(self.daemon.ask(&format!("populate {}", BLOCKS - 1)), "Ok(Populated)");
     }
 
     fn charged(&self) -> (u64, u64) {
@@ -68,8 +72,12 @@ impl Scene {
     /// Collapses and populates everything, and checks how many blocks that adds to what is
     /// charged to the VMM and to the daemon.
     fn collapse_all_charging(&mut self, vmm: i64, daemon: i64) {
+        self.charging(Self::collapse_all, vmm, daemon);
+    }
+
+    fn charging(&mut self, action: impl FnOnce(&mut Self), vmm: i64, daemon: i64) {
         let before = self.charged();
-        self.collapse_all();
+        action(self);
         let after = self.charged();
         for (who, before, after, expected) in
             [("VMM", before.0, after.0, vmm), ("daemon", before.1, after.1, daemon)]
@@ -91,6 +99,16 @@ fn service_user_with_sys_nice_collapses_at_the_vmm_and_the_vmm_pays() {
     let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
     assert_eq!(scene.daemon.ask("open"), "[]");
     scene.collapse_all_charging(1, 0);
+}
+
+#[test]
+fn vmm_pays_for_populated_blocks_where_faults_give_huge_pages() {
+    let test = "vmm_pays_for_populated_blocks_where_faults_give_huge_pages";
+    let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
+    let _always = Setting::shmem_enabled(&scene.lock, "always");
+    assert_eq!(scene.daemon.ask("open"), "[]");
+    scene.charging(Scene::populate_last, 1, 0);
+    assert_eq!(scene.vmm.huge_blocks(), 1);
 }
 
 #[test]
