@@ -149,10 +149,10 @@ fn populate_makes_any_block_huge_and_keeps_contents() {
     vmm.fill(1, 3, 2);
     vmm.fill(2, 0, 512);
     let memory = memory(&file);
-    assert_eq!(memory.populate(0), Ok(Collapsed::Populated));
-    assert_eq!(memory.populate(0), Ok(Collapsed::AlreadyHuge));
-    assert_eq!(memory.populate(1), Ok(Collapsed::Copied { bytes: 2 * PAGE }));
-    assert_eq!(memory.populate(2), Ok(Collapsed::Copied { bytes: BLOCK }));
+    assert_eq!(populate(&memory, 0), Ok(Collapsed::Populated));
+    assert_eq!(populate(&memory, 0), Ok(Collapsed::AlreadyHuge));
+    assert_eq!(populate(&memory, 1), Ok(Collapsed::Copied { bytes: 2 * PAGE }));
+    assert_eq!(populate(&memory, 2), Ok(Collapsed::Copied { bytes: BLOCK }));
     assert_eq!(memory.populate(8), Err(Refusal::Unsupported), "not managed");
     assert_eq!(
         scan(&memory, 0, 8),
@@ -175,7 +175,7 @@ fn populate_works_where_faults_give_huge_pages_too() {
         let file = memfd(2 * BLOCK, 0);
         let mut vmm = Child::vmm(&file);
         let memory = memory(&file);
-        assert_eq!(memory.populate(1), Ok(Collapsed::Populated), "{setting}");
+        assert_eq!(populate(&memory, 1), Ok(Collapsed::Populated), "{setting}");
         assert_eq!(vmm.huge_blocks(), 1, "{setting}");
         assert_eq!(state(&memory, 0), HostState::Absent, "{setting}");
     }

@@ -127,7 +127,7 @@ fn file_system_too_small_refuses_what_would_kill_the_guest() {
     let memory = common::memory(&file);
     assert_eq!(codes(&memory), [""; 0]);
     assert_eq!(collapse(&memory, 1, 1), [Ok(Collapsed::Copied { bytes: PAGE })]);
-    assert_eq!(memory.populate(2), Ok(Collapsed::Populated));
+    assert_eq!(populate(&memory, 2), Ok(Collapsed::Populated));
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn hugetlb_is_recognised_and_never_dropped() {
     let expected = [Err(Refusal::Absent), Ok(Collapsed::AlreadyHuge)];
     assert_eq!(collapse(&memory, 0, 2), expected);
     for block in [0, 2, 3] {
-        assert_eq!(memory.populate(block), Ok(Collapsed::Populated));
+        assert_eq!(populate(&memory, block), Ok(Collapsed::Populated));
     }
     assert_eq!(scan(&memory, 0, 4), [run(0, 4, HostState::Hugetlb, 0)]);
     assert!(vmm.is_zero(0, 0, 512));

@@ -128,17 +128,15 @@ impl Helper {
                 }))
             }
             ["collapse", first, count] => {
-                let mut results = Vec::new();
                 let (first, count) = (number(first)? as u64, number(count)? as u64);
                 let memory = self.memory.as_ref().ok_or(io::ErrorKind::NotFound)?;
-                memory.collapse(first, count, &mut results);
-                let results: Vec<String> =
-                    results.iter().map(|(_, result)| format!("{result:?}")).collect();
+                let results = super::collapse(memory, first, count);
+                let results: Vec<String> = results.iter().map(|r| format!("{r:?}")).collect();
                 Ok(results.join(" "))
             }
             ["populate", block] => {
                 let memory = self.memory.as_ref().ok_or(io::ErrorKind::NotFound)?;
-                Ok(format!("{:?}", memory.populate(number(block)? as u64)))
+                Ok(format!("{:?}", super::populate(memory, number(block)? as u64)))
             }
             _ => Err(io::Error::other("no such command")),
         }

@@ -66,13 +66,46 @@ pub fn state(memory: &Memory, block: u64) -> HostState {
     scan(memory, block, 1)[0].state
 }
 
+/// How a block was made huge, or why not.
+pub type Outcome = Result<Collapsed, Refusal>;
+
 /// Collapses blocks, and returns the results in order of blocks.
-pub fn collapse(memory: &Memory, first: u64, count: u64) -> Vec<Result<Collapsed, Refusal>> {
+pub fn collapse(memory: &Memory, first: u64, count: u64) -> Vec<Outcome> {
     let mut results = Vec::new();
     memory.collapse(first, count, &mut results);
     let blocks: Vec<u64> = results.iter().map(|(block, _)| *block).collect();
     assert_eq!(blocks, (first..first + count).collect::<Vec<_>>(), "one result for each block");
-    results.into_iter().map(|(_, result)| result).collect()
+    let again = |block| {
+        let mut result = Vec::new();
+        memory.collapse(block, 1, &mut result);
+        result[0].1
+    };
+    results.into_iter().map(|(block, result)| patiently(result, || again(block))).collect()
+}
+
+/// Populates a block.
+pub fn populate(memory: &Memory, block: u64) -> Outcome {
+    match memory.populate(block) {
+        // It holds its first page by now.
+        Err(Refusal::Again) => match patiently(Err(Refusal::Again), || memory.populate(block)) {
+            Ok(Collapsed::Copied { bytes: PAGE }) => Ok(Collapsed::Populated),
+            other => other,
+        },
+        other => other,
+    }
+}
+
+/// Repeats what was refused because somebody held a page at that moment: on a busy machine that
+/// is anybody, and ordinary.
+fn patiently(mut result: Outcome, again: impl Fn() -> Outcome) -> Outcome {
+    for _ in 0..100 {
+        if result != Err(Refusal::Again) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        result = again();
+    }
+    result
 }
 
 /// A run, for comparison.
