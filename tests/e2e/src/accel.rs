@@ -90,11 +90,7 @@ impl AccelChoice {
                 Ok(()) => Ok(Accel::Kvm),
                 Err(error) => bail!("KVM was asked for, and no guest boots under it: {error:#}"),
             },
-            AccelChoice::Auto => Ok(if kvm_works(assets) {
-                Accel::Kvm
-            } else {
-                Accel::Tcg
-            }),
+            AccelChoice::Auto => Ok(if kvm_works(assets) { Accel::Kvm } else { Accel::Tcg }),
         }
     }
 }
@@ -107,10 +103,7 @@ fn kvm_works(assets: &Assets) -> bool {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let key = format!("{} {}", boot.trim(), assets.qemu.display());
     let memory = assets::cache_dir().map(|cache| cache.join("kvm-probe"));
-    if let Ok(text) = memory
-        .as_ref()
-        .map_or(Ok(String::new()), std::fs::read_to_string)
-    {
+    if let Ok(text) = memory.as_ref().map_or(Ok(String::new()), std::fs::read_to_string) {
         if let Some(result) = text.strip_prefix(&key) {
             return result.trim() == "works";
         }

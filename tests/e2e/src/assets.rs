@@ -42,17 +42,9 @@ impl Assets {
         let guest = variable(GUEST)?;
         let guest: GuestAssets = serde_json::from_str(&guest)
             .with_context(|| format!("{GUEST} is not what scripts/build-guest prints"))?;
-        let assets = Assets {
-            qemu: variable(QEMU)?.into(),
-            daemon: variable(DAEMON)?.into(),
-            guest,
-        };
-        for path in [
-            &assets.qemu,
-            &assets.daemon,
-            &assets.guest.kernel,
-            &assets.guest.initrd,
-        ] {
+        let assets =
+            Assets { qemu: variable(QEMU)?.into(), daemon: variable(DAEMON)?.into(), guest };
+        for path in [&assets.qemu, &assets.daemon, &assets.guest.kernel, &assets.guest.initrd] {
             if !path.exists() {
                 bail!("{} does not exist; run scripts/test again", path.display());
             }

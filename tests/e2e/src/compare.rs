@@ -56,10 +56,7 @@ impl Counts {
     /// `aligned / (aligned + guest_only + host_only)`.
     #[must_use]
     pub fn aligned_rate(&self) -> f64 {
-        ratio(
-            self.aligned,
-            self.aligned + self.guest_only + self.host_only,
-        )
+        ratio(self.aligned, self.aligned + self.guest_only + self.host_only)
     }
 
     /// Share of the resident user memory that lies in aligned blocks.
@@ -84,11 +81,7 @@ impl View {
         for run in &guest.runs {
             for number in run.first..run.first + run.count {
                 if let Some(&host) = host.get(&number) {
-                    let block = Block {
-                        guest: run.state,
-                        user: run.user,
-                        host,
-                    };
+                    let block = Block { guest: run.state, user: run.user, host };
                     blocks.insert(number, block);
                 }
             }
@@ -148,11 +141,7 @@ impl View {
                 }),
             }
         }
-        BlockMap {
-            generation: 0,
-            block_shift: BLOCK_SHIFT,
-            runs,
-        }
+        BlockMap { generation: 0, block_shift: BLOCK_SHIFT, runs }
     }
 }
 
@@ -226,9 +215,9 @@ fn agreement(view: &View, before: &BlockMap, after: &BlockMap) -> Agreement {
             // The end of memory may belong to the firmware: then the guest's
             // kernel has no pages there, and the driver must not claim any.
             if new.0 == "huge" {
-                result.disagreements.push(format!(
-                    "block {number}: huge to the daemon, no memory to the guest"
-                ));
+                result
+                    .disagreements
+                    .push(format!("block {number}: huge to the daemon, no memory to the guest"));
             }
             continue;
         };
@@ -272,12 +261,7 @@ mod tests {
     use gemini_guest::protocol::BlockRun;
 
     fn view() -> View {
-        let run = |first, count, state, user| BlockRun {
-            first,
-            count,
-            state,
-            user,
-        };
+        let run = |first, count, state, user| BlockRun { first, count, state, user };
         let guest = BlockStates {
             runs: vec![
                 run(1, 2, BlockState::Huge, 512),
@@ -314,10 +298,7 @@ mod tests {
     #[test]
     fn counts_weigh_blocks_and_bytes() {
         let counts = view().counts();
-        assert_eq!(
-            (counts.aligned, counts.guest_only, counts.host_only),
-            (1, 1, 1)
-        );
+        assert_eq!((counts.aligned, counts.guest_only, counts.host_only), (1, 1, 1));
         assert_eq!(counts.user_bytes, (512 + 512 + 256) * PAGE);
         assert!((counts.aligned_coverage() - 0.4).abs() < 1e-9);
     }

@@ -109,9 +109,7 @@ impl Daemon {
     /// # Errors
     /// If it ends, or does not listen in time.
     pub fn start(config: &DaemonConfig, socket: &Path, log: &Path) -> anyhow::Result<Self> {
-        let control = Control {
-            path: socket.with_extension("control"),
-        };
+        let control = Control { path: socket.with_extension("control") };
         let mut command = Command::new(&config.program);
         command
             .arg("--socket-path")
@@ -188,9 +186,7 @@ impl Control {
     /// The control socket at `path`.
     #[must_use]
     pub fn new(path: &Path) -> Self {
-        Control {
-            path: path.to_owned(),
-        }
+        Control { path: path.to_owned() }
     }
 
     /// The daemon's own figures.

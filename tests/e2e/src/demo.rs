@@ -115,10 +115,7 @@ fn run_policy(
     let counts = view.counts();
     let status = lab.daemon.status()?;
     for finding in &status.findings {
-        eprintln!(
-            "{}: {} ({})",
-            finding.severity, finding.message, finding.code
-        );
+        eprintln!("{}: {} ({})", finding.severity, finding.message, finding.code);
     }
     let figures = RunFigures {
         policy: policy.to_owned(),

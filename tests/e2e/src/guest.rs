@@ -69,10 +69,7 @@ impl Guest {
             .name("guest-channel".into())
             .spawn(move || receive(reader, &receiver))
             .context("cannot start a thread")?;
-        Ok(Guest {
-            writer: Mutex::new(stream),
-            shared,
-        })
+        Ok(Guest { writer: Mutex::new(stream), shared })
     }
 
     /// Waits until the agent answers: the guest is up.
@@ -118,11 +115,7 @@ impl Guest {
             .unwrap_or_else(PoisonError::into_inner)
             .write_all(text.as_bytes())
             .context("the channel to the guest is closed")?;
-        Ok(Pending {
-            id,
-            shared: Arc::clone(&self.shared),
-            result: std::marker::PhantomData,
-        })
+        Ok(Pending { id, shared: Arc::clone(&self.shared), result: std::marker::PhantomData })
     }
 
     fn call<T: DeserializeOwned>(&self, command: Command, timeout: Duration) -> anyhow::Result<T> {
@@ -134,12 +127,7 @@ impl Guest {
     /// # Errors
     /// If it exits with anything but 0.
     pub fn shell(&self, command: &str) -> anyhow::Result<String> {
-        let output: Output = self.call(
-            Command::Exec {
-                command: command.into(),
-            },
-            LONG_TIMEOUT,
-        )?;
+        let output: Output = self.call(Command::Exec { command: command.into() }, LONG_TIMEOUT)?;
         if output.code != 0 {
             bail!("`{command}` exits with {}: {}", output.code, output.output);
         }
@@ -152,10 +140,7 @@ impl Guest {
     /// If the kernel refuses it.
     pub fn load_driver(&self) -> anyhow::Result<Elapsed> {
         self.call(
-            Command::LoadModule {
-                path: DRIVER_PATH.into(),
-                parameters: String::new(),
-            },
+            Command::LoadModule { path: DRIVER_PATH.into(), parameters: String::new() },
             TIMEOUT,
         )
     }
@@ -165,12 +150,7 @@ impl Guest {
     /// # Errors
     /// If the kernel refuses.
     pub fn unload_driver(&self) -> anyhow::Result<Elapsed> {
-        self.call(
-            Command::UnloadModule {
-                name: DRIVER_NAME.into(),
-            },
-            TIMEOUT,
-        )
+        self.call(Command::UnloadModule { name: DRIVER_NAME.into() }, TIMEOUT)
     }
 
     /// Maps memory and fills it with the pattern of `seed`.
@@ -184,15 +164,7 @@ impl Guest {
         seed: u64,
         pages: PageSize,
     ) -> anyhow::Result<Filled> {
-        self.call(
-            Command::Fill {
-                name: name.into(),
-                bytes,
-                seed,
-                pages,
-            },
-            LONG_TIMEOUT,
-        )
+        self.call(Command::Fill { name: name.into(), bytes, seed, pages }, LONG_TIMEOUT)
     }
 
     /// Reads words at random.
@@ -236,8 +208,7 @@ impl Guest {
     /// If there is no such memory.
     pub fn free(&self, name: &str) -> anyhow::Result<()> {
         let name = name.into();
-        self.call::<Value>(Command::Free { name }, TIMEOUT)
-            .map(drop)
+        self.call::<Value>(Command::Free { name }, TIMEOUT).map(drop)
     }
 
     /// Starts memory load in the background.
@@ -246,8 +217,7 @@ impl Guest {
     /// If the guest cannot.
     pub fn start_churn(&self, name: &str, bytes: u64, seed: u64) -> anyhow::Result<()> {
         let name = name.into();
-        self.call::<Value>(Command::StartChurn { name, bytes, seed }, TIMEOUT)
-            .map(drop)
+        self.call::<Value>(Command::StartChurn { name, bytes, seed }, TIMEOUT).map(drop)
     }
 
     /// Ends a background load.
@@ -319,8 +289,7 @@ impl Guest {
     /// If the guest's kernel refuses.
     pub fn write_file(&self, path: &str, text: &str) -> anyhow::Result<()> {
         let (path, text) = (path.into(), text.into());
-        self.call::<Value>(Command::WriteFile { path, text }, LONG_TIMEOUT)
-            .map(drop)
+        self.call::<Value>(Command::WriteFile { path, text }, LONG_TIMEOUT).map(drop)
     }
 }
 
@@ -338,8 +307,7 @@ impl<T: DeserializeOwned> Pending<T> {
     /// # Errors
     /// What the guest says, or that it says nothing in time.
     pub fn wait(self, timeout: Duration) -> anyhow::Result<T> {
-        self.poll(timeout)?
-            .with_context(|| format!("the guest does not answer within {timeout:?}"))
+        self.poll(timeout)?.with_context(|| format!("the guest does not answer within {timeout:?}"))
     }
 
     /// Waits for the answer, but no longer than `timeout`.
@@ -424,10 +392,8 @@ fn is_complaint(message: &Message) -> bool {
         "lockup",
         "use-after-free",
     ];
-    const EXPECTED: [&str; 2] = [
-        "loading out-of-tree module taints kernel",
-        "module verification failed",
-    ];
+    const EXPECTED: [&str; 2] =
+        ["loading out-of-tree module taints kernel", "module verification failed"];
     if EXPECTED.iter().any(|text| message.text.contains(text)) {
         return false;
     }
@@ -439,10 +405,7 @@ mod tests {
     use super::*;
 
     fn message(level: u8, text: &str) -> Message {
-        Message {
-            level,
-            text: text.into(),
-        }
+        Message { level, text: text.into() }
     }
 
     #[test]

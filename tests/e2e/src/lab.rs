@@ -50,12 +50,7 @@ impl Bench {
         let settings = Settings::hold()?;
         let shmem_before = settings.set(SHMEM_ENABLED, "never")?;
         let accel = accel.resolve(&assets)?;
-        Ok(Bench {
-            assets,
-            accel,
-            shmem_before,
-            _settings: Arc::new(settings),
-        })
+        Ok(Bench { assets, accel, shmem_before, _settings: Arc::new(settings) })
     }
 }
 
@@ -75,10 +70,7 @@ impl Place {
         let log = log_directory(name)?.join("daemon.log");
         // The log is appended to, over several daemons of one test.
         std::fs::write(&log, "")?;
-        Ok(Place {
-            directory: RunDirectory::new()?,
-            log,
-        })
+        Ok(Place { directory: RunDirectory::new()?, log })
     }
 
     /// The daemon's socket.
@@ -149,14 +141,7 @@ impl Lab {
             daemon.wait_synced(SYNC_TIMEOUT)?;
         }
         let memory = GuestMemory::find(vm.process.pid(), size, &mut vm.qmp)?;
-        Ok(Lab {
-            vm,
-            memory,
-            daemon,
-            daemon_config,
-            place,
-            bench: bench.clone(),
-        })
+        Ok(Lab { vm, memory, daemon, daemon_config, place, bench: bench.clone() })
     }
 
     /// All three views, once they agree on every block.
@@ -204,23 +189,14 @@ impl Lab {
         process::wait_for("the daemon comes to rest", timeout, || {
             self.daemon.process.expect_running()?;
             let status = self.daemon.status()?;
-            let now = (
-                status.collapse_bytes,
-                status.aligned,
-                status.guest_only,
-                status.host_only,
-            );
+            let now = (status.collapse_bytes, status.aligned, status.guest_only, status.host_only);
             if last != Some(now) {
                 last = Some(now);
                 since = std::time::Instant::now();
             }
             // Work that is left shows as guest-only blocks, unless the policy
             // leaves them alone: then only time tells.
-            let rest = if status.guest_only == 0 {
-                REST / 2
-            } else {
-                REST
-            };
+            let rest = if status.guest_only == 0 { REST / 2 } else { REST };
             Ok((since.elapsed() >= rest).then_some(()))
         })
     }

@@ -87,11 +87,7 @@ impl GuestMemory {
             .find(|range| range.end - range.start == size)
             .with_context(|| format!("process {pid} maps no memfd of {size} bytes"))?;
         // The layout of the machine: a gap for devices below 4 GiB.
-        let low = if size >= 0xb000_0000 {
-            size.min(0x8000_0000)
-        } else {
-            size
-        };
+        let low = if size >= 0xb000_0000 { size.min(0x8000_0000) } else { size };
         let memory = GuestMemory { pid, mapping, low };
         let mut probes = vec![BLOCK, low - BLOCK];
         if size > low {
@@ -100,21 +96,14 @@ impl GuestMemory {
         for gpa in probes {
             let expected = memory.address(gpa).context("the probe lies in memory")?;
             let told = qmp.host_address(gpa)?;
-            ensure!(
-                told == expected,
-                "QEMU has {gpa:#x} at {told:#x}, not at {expected:#x}"
-            );
+            ensure!(told == expected, "QEMU has {gpa:#x} at {told:#x}, not at {expected:#x}");
         }
         Ok(memory)
     }
 
     /// QEMU's address of a guest physical address.
     fn address(&self, gpa: u64) -> Option<u64> {
-        let offset = if gpa < self.low {
-            gpa
-        } else {
-            self.low + gpa.checked_sub(HIGH_START)?
-        };
+        let offset = if gpa < self.low { gpa } else { self.low + gpa.checked_sub(HIGH_START)? };
         let address = self.mapping.start + offset;
         self.mapping.contains(&address).then_some(address)
     }
@@ -129,10 +118,7 @@ impl GuestMemory {
     fn block_ranges(&self) -> [Range<u64>; 2] {
         let size = self.mapping.end - self.mapping.start;
         let high = HIGH_START >> BLOCK_SHIFT;
-        [
-            0..self.low >> BLOCK_SHIFT,
-            high..high + ((size - self.low) >> BLOCK_SHIFT),
-        ]
+        [0..self.low >> BLOCK_SHIFT, high..high + ((size - self.low) >> BLOCK_SHIFT)]
     }
 
     /// The state of every block, in ascending order of block numbers.
@@ -146,9 +132,8 @@ impl GuestMemory {
         let mut states = Vec::new();
         for range in self.block_ranges() {
             for block in range {
-                let start = self
-                    .address(block << BLOCK_SHIFT)
-                    .context("a block outside of memory")?;
+                let start =
+                    self.address(block << BLOCK_SHIFT).context("a block outside of memory")?;
                 let offset = start - self.mapping.start;
                 let state = if covers(&huge, start..start + BLOCK) {
                     HostState::Huge
@@ -241,10 +226,8 @@ impl GuestMemory {
 
     /// The memory's file, opened anew through the mapping.
     fn file(&self) -> anyhow::Result<File> {
-        let path = format!(
-            "/proc/{}/map_files/{:x}-{:x}",
-            self.pid, self.mapping.start, self.mapping.end
-        );
+        let path =
+            format!("/proc/{}/map_files/{:x}-{:x}", self.pid, self.mapping.start, self.mapping.end);
         File::open(&path).with_context(|| format!("cannot open {path}"))
     }
 }
@@ -258,17 +241,13 @@ fn parse_range(line: &str) -> Option<Range<u64>> {
 /// Whether one of the sorted `ranges` covers all of `wanted`.
 fn covers(ranges: &[Range<u64>], wanted: Range<u64>) -> bool {
     let next = ranges.partition_point(|range| range.end < wanted.end);
-    ranges
-        .get(next)
-        .is_some_and(|range| range.start <= wanted.start && range.end >= wanted.end)
+    ranges.get(next).is_some_and(|range| range.start <= wanted.start && range.end >= wanted.end)
 }
 
 /// Whether one of the sorted `ranges` has a byte of `wanted`.
 fn touches(ranges: &[Range<u64>], wanted: Range<u64>) -> bool {
     let next = ranges.partition_point(|range| range.end <= wanted.start);
-    ranges
-        .get(next)
-        .is_some_and(|range| range.start < wanted.end)
+    ranges.get(next).is_some_and(|range| range.start < wanted.end)
 }
 
 #[cfg(test)]
@@ -291,11 +270,7 @@ mod tests {
     #[test]
     fn guest_addresses_follow_the_gap() {
         let start = 0x7f00_0000_0000;
-        let memory = GuestMemory {
-            pid: 0,
-            mapping: start..start + (4 << 30),
-            low: 2 << 30,
-        };
+        let memory = GuestMemory { pid: 0, mapping: start..start + (4 << 30), low: 2 << 30 };
         assert_eq!(memory.address(BLOCK), Some(start + BLOCK));
         assert_eq!(memory.address(3 << 30), None);
         assert_eq!(memory.address(4 << 30), Some(start + (2 << 30)));
@@ -323,11 +298,8 @@ mod tests {
         let start = (address as u64).next_multiple_of(BLOCK);
         // SAFETY: the block lies inside the mapping made above.
         unsafe { (start as *mut u8).write(1) };
-        let memory = GuestMemory {
-            pid: std::process::id(),
-            mapping: start..start + BLOCK,
-            low: BLOCK,
-        };
+        let memory =
+            GuestMemory { pid: std::process::id(), mapping: start..start + BLOCK, low: BLOCK };
         let present = memory.scan(PAGE_IS_PRESENT).expect("our own page tables");
         assert!(present.iter().any(|range| range.start == start));
         // SAFETY: unmaps what was mapped above; nothing refers to it.

@@ -58,14 +58,9 @@ impl Guarded {
                 Ok(())
             });
         }
-        let child = command
-            .spawn()
-            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
-        Ok(Guarded {
-            name,
-            child,
-            log: log.to_owned(),
-        })
+        let child =
+            command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        Ok(Guarded { name, child, log: log.to_owned() })
     }
 
     /// The process id.
@@ -133,11 +128,7 @@ impl Guarded {
         self.child.kill()?;
         let status = self.child.wait()?;
         if status.signal() != Some(libc::SIGKILL) {
-            bail!(
-                "{} ended by itself: {status}\n{}",
-                self.name,
-                self.log_tail()
-            );
+            bail!("{} ended by itself: {status}\n{}", self.name, self.log_tail());
         }
         Ok(())
     }

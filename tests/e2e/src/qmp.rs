@@ -28,10 +28,7 @@ impl Qmp {
             .with_context(|| format!("cannot connect to {}", path.display()))?;
         writer.set_read_timeout(Some(TIMEOUT))?;
         writer.set_write_timeout(Some(TIMEOUT))?;
-        let mut qmp = Qmp {
-            reader: BufReader::new(writer.try_clone()?),
-            writer,
-        };
+        let mut qmp = Qmp { reader: BufReader::new(writer.try_clone()?), writer };
         let greeting = qmp.read()?;
         if greeting.get("QMP").is_none() {
             bail!("no greeting of QEMU's: {greeting}");
@@ -51,9 +48,7 @@ impl Qmp {
             .write_all(text.as_bytes())
             .with_context(|| format!("cannot send {command} to QEMU"))?;
         loop {
-            let mut answer = self
-                .read()
-                .with_context(|| format!("no answer to {command}"))?;
+            let mut answer = self.read().with_context(|| format!("no answer to {command}"))?;
             if let Some(error) = answer.get("error") {
                 bail!("QEMU refuses {command}: {error}");
             }

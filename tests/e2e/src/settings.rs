@@ -10,9 +10,14 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Held by whoever changes settings of this machine, and keeps the old values:
-/// one that was killed can put nothing back, so the next one does.
+/// Keeps the old values of the settings that are changed: a run that was killed
+/// can put nothing back, so the next one does. Where only root can write,
+/// because root believes what it says.
 const LEDGER: &str = "/run/virtio-gemini-settings";
+
+/// Held by every program of this project that changes such a setting or depends
+/// on one.
+const LOCK: &str = "/run/lock/virtio-gemini-settings.lock";
 
 /// Where shared memory gets huge pages from: at a fault, or only when asked.
 pub const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
@@ -25,6 +30,8 @@ pub struct Settings {
 
 #[derive(Debug)]
 struct Ledger {
+    /// Held for as long as this lives.
+    _lock: File,
     file: File,
     /// Path and value before, in the order of the changes.
     before: Vec<(PathBuf, String)>,
@@ -39,7 +46,7 @@ impl Settings {
     /// # Errors
     /// If the ledger in /run cannot be written (it needs root).
     pub fn hold() -> anyhow::Result<Self> {
-        let ledger = Ledger::open(Path::new(LEDGER))?;
+        let ledger = Ledger::open(Path::new(LOCK), Path::new(LEDGER))?;
         let ledger = Arc::new(Mutex::new(ledger));
         let mut signals =
             Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot catch signals")?;
@@ -65,35 +72,33 @@ impl Settings {
     /// # Errors
     /// If it cannot be read or written.
     pub fn set(&self, path: &str, value: &str) -> anyhow::Result<String> {
-        self.ledger
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .set(Path::new(path), value)
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner).set(Path::new(path), value)
     }
 }
 
 impl Drop for Settings {
     fn drop(&mut self) {
-        self.ledger
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .restore();
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner).restore();
     }
 }
 
 impl Ledger {
-    fn open(path: &Path) -> anyhow::Result<Self> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .with_context(|| format!("cannot open {} (root is needed)", path.display()))?;
-        lock(&file, libc::LOCK_EX | libc::LOCK_NB).or_else(|_| {
+    fn open(lock_path: &Path, path: &Path) -> anyhow::Result<Self> {
+        let open = |path: &Path| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)
+                .with_context(|| format!("cannot open {} (root is needed)", path.display()))
+        };
+        let lock_file = open(lock_path)?;
+        lock(&lock_file, libc::LOCK_EX | libc::LOCK_NB).or_else(|_| {
             eprintln!("waiting for another run to give this machine's settings back");
-            lock(&file, libc::LOCK_EX)
+            lock(&lock_file, libc::LOCK_EX)
         })?;
+        let mut file = open(path)?;
         let mut text = String::new();
         file.read_to_string(&mut text)?;
         let before = text
@@ -101,7 +106,7 @@ impl Ledger {
             .filter_map(|line| line.split_once('='))
             .map(|(path, value)| (PathBuf::from(path), value.to_owned()))
             .collect();
-        let mut ledger = Ledger { file, before };
+        let mut ledger = Ledger { _lock: lock_file, file, before };
         if !ledger.before.is_empty() {
             eprintln!("putting back settings that a killed run has left behind");
             ledger.restore();
@@ -169,6 +174,10 @@ mod tests {
         path
     }
 
+    fn open(directory: &Path) -> anyhow::Result<Ledger> {
+        Ledger::open(&directory.join("lock"), &directory.join("ledger"))
+    }
+
     #[test]
     fn choice_in_brackets_is_the_value() {
         assert_eq!(selected("always [never] deny\n"), "never");
@@ -180,7 +189,7 @@ mod tests {
         let directory = directory("settings");
         let setting = directory.join("setting");
         fs::write(&setting, "[a] b c").expect("a file");
-        let mut ledger = Ledger::open(&directory.join("ledger")).expect("a ledger");
+        let mut ledger = open(&directory).expect("a ledger");
         assert_eq!(ledger.set(&setting, "b").expect("a file"), "a");
         assert_eq!(ledger.set(&setting, "c").expect("a file"), "b");
         ledger.restore();
@@ -193,12 +202,12 @@ mod tests {
         let directory = directory("ledger");
         let setting = directory.join("setting");
         fs::write(&setting, "old").expect("a file");
-        let mut ledger = Ledger::open(&directory.join("ledger")).expect("a ledger");
+        let mut ledger = open(&directory).expect("a ledger");
         ledger.set(&setting, "new").expect("a file");
         // As SIGKILL would: the lock is gone, nothing was put back.
         drop(ledger);
         assert_eq!(fs::read_to_string(&setting).expect("a file"), "new");
-        let ledger = Ledger::open(&directory.join("ledger")).expect("a ledger");
+        let ledger = open(&directory).expect("a ledger");
         assert_eq!(fs::read_to_string(&setting).expect("a file"), "old");
         assert!(ledger.before.is_empty());
         fs::remove_dir_all(directory).expect("made above");

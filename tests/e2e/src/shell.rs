@@ -50,10 +50,7 @@ pub fn run(args: &ShellArgs) -> anyhow::Result<()> {
     let (socket, daemon) = match &args.socket {
         Some(socket) => {
             if !socket.exists() {
-                eprintln!(
-                    "{} does not exist yet: QEMU will wait for it",
-                    socket.display()
-                );
+                eprintln!("{} does not exist yet: QEMU will wait for it", socket.display());
             }
             (socket.clone(), None)
         }
@@ -67,9 +64,7 @@ pub fn run(args: &ShellArgs) -> anyhow::Result<()> {
     config.cpus = args.cpus;
     config.kernel_arguments = vec!["gemini.shell=1".to_owned()];
     let mut command = Command::new(&assets.qemu);
-    command
-        .args(config.machine_arguments(&assets))
-        .args(["-serial", "mon:stdio"]);
+    command.args(config.machine_arguments(&assets)).args(["-serial", "mon:stdio"]);
     if args.print {
         println!("{command:?}");
         return Ok(());
@@ -81,11 +76,7 @@ pub fn run(args: &ShellArgs) -> anyhow::Result<()> {
         socket.display()
     );
     if let Some(daemon) = &daemon {
-        eprintln!(
-            "daemon: pid {}, policy {}",
-            daemon.process.pid(),
-            args.policy
-        );
+        eprintln!("daemon: pid {}, policy {}", daemon.process.pid(), args.policy);
     }
     eprintln!("`exit` switches the guest off, Ctrl-A X ends QEMU");
     // In the terminal's foreground, yet not ended by a Ctrl-C that is meant for

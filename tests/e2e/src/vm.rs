@@ -78,10 +78,7 @@ impl VmConfig {
         add(&self.accel.arguments());
         add(&["-smp", &self.cpus.to_string()]);
         add(&["-m", &format!("{}M", self.memory >> 20)]);
-        let memory = format!(
-            "memory-backend-memfd,id=mem,size={}M,share=on",
-            self.memory >> 20
-        );
+        let memory = format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory >> 20);
         add(&["-object", &memory, "-machine", "q35,memory-backend=mem"]);
         add(&["-kernel", &assets.guest.kernel.to_string_lossy()]);
         add(&["-initrd", &assets.guest.initrd.to_string_lossy()]);
@@ -89,10 +86,7 @@ impl VmConfig {
         if let Some(socket) = &self.device {
             // Without a daemon at the start QEMU goes on trying, as it does
             // when the daemon dies later.
-            let chardev = format!(
-                "socket,id=gem,path={},reconnect-ms=500",
-                socket.to_string_lossy()
-            );
+            let chardev = format!("socket,id=gem,path={}", socket.to_string_lossy());
             add(&["-chardev", &chardev]);
             add(&["-device", "vhost-user-gemini-pci,chardev=gem"]);
         }
@@ -152,10 +146,7 @@ impl Vm {
             .args(["-serial", &format!("file:{}", serial_log.display())])
             .args(["-device", "virtio-serial-pci"])
             .arg("-chardev")
-            .arg(format!(
-                "socket,id=channel,server=on,wait=off,path={}",
-                channel_path.display()
-            ))
+            .arg(format!("socket,id=channel,server=on,wait=off,path={}", channel_path.display()))
             .arg("-device")
             .arg(format!("virtserialport,chardev=channel,name={PORT_NAME}"))
             .arg("-qmp")
@@ -176,21 +167,9 @@ impl Vm {
         let guest = Guest::connect(&channel_path)?;
         let ready = guest.wait_ready(config.boot_timeout, || process.expect_running());
         if let Err(error) = ready {
-            bail!(
-                "{error:#}\n{}\n{}",
-                process.log_tail(),
-                process::tail(&serial_log)
-            );
+            bail!("{error:#}\n{}\n{}", process.log_tail(), process::tail(&serial_log));
         }
-        Ok(Vm {
-            process,
-            guest,
-            qmp,
-            config,
-            boot_time: start.elapsed(),
-            serial_log,
-            directory,
-        })
+        Ok(Vm { process, guest, qmp, config, boot_time: start.elapsed(), serial_log, directory })
     }
 
     /// Resets the machine and waits until the guest is up again.

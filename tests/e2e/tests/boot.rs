@@ -14,10 +14,7 @@ fn plain_guest_boots_and_both_outside_views_see_its_memory() -> anyhow::Result<(
     let bench = Bench::from_env()?;
     let mut vm = Vm::boot(&bench.assets, VmConfig::new("plain", bench.accel))?;
     let memory = GuestMemory::find(vm.process.pid(), vm.config.memory, &mut vm.qmp)?;
-    ensure!(
-        memory.is_aligned(),
-        "QEMU's mapping of the guest's memory cannot hold huge pages"
-    );
+    ensure!(memory.is_aligned(), "QEMU's mapping of the guest's memory cannot hold huge pages");
 
     vm.guest.fill("a", 256 * MIB, 1, PageSize::Huge)?;
     let blocks = vm.guest.blocks()?;
@@ -53,9 +50,6 @@ fn plain_guest_boots_and_both_outside_views_see_its_memory() -> anyhow::Result<(
     ensure!(left <= huge - 60, "{huge} huge pages before, {left} after");
     vm.guest.verify("a")?;
     vm.reset()?;
-    ensure!(
-        vm.guest.verify("a").is_err(),
-        "memory of before the reset is still known"
-    );
+    ensure!(vm.guest.verify("a").is_err(), "memory of before the reset is still known");
     Ok(())
 }

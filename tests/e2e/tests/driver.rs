@@ -42,9 +42,6 @@ fn daemon_without_a_driver_does_nothing_to_the_guest() -> anyhow::Result<()> {
     let counts = lab.view()?.counts();
     ensure!(counts.guest_only >= 60 && counts.aligned == 0, "{counts:?}");
     let status = lab.daemon.status()?;
-    ensure!(
-        !status.guest_synced && status.collapse_bytes == 0,
-        "{status:?}"
-    );
+    ensure!(!status.guest_synced && status.collapse_bytes == 0, "{status:?}");
     lab.daemon.stop()
 }

@@ -141,12 +141,7 @@ fn terminated_daemon_leaves_the_guest_as_it_is() -> anyhow::Result<()> {
     lab.wait_settled(SETTLE)?;
     let before = lab.view()?.counts();
     ensure!(before.aligned >= 60, "{before:?}");
-    let Lab {
-        mut vm,
-        memory,
-        daemon,
-        ..
-    } = lab;
+    let Lab { mut vm, memory, daemon, .. } = lab;
     daemon.stop()?;
     vm.expect_alive()?;
     vm.guest.verify("a")?;

@@ -38,9 +38,7 @@ pub fn run() -> anyhow::Result<()> {
         .write(true)
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    let writer = Arc::new(Mutex::new(
-        port.try_clone().context("cannot copy the port")?,
-    ));
+    let writer = Arc::new(Mutex::new(port.try_clone().context("cannot copy the port")?));
     let state = Arc::new(State::default());
     let mut reader = BufReader::new(port);
     let mut line = String::new();
@@ -88,16 +86,8 @@ fn find_port() -> anyhow::Result<PathBuf> {
 
 fn answer(writer: &Mutex<File>, id: u64, result: anyhow::Result<Value>) {
     let answer = match result {
-        Ok(value) => Answer {
-            id,
-            ok: Some(value),
-            error: None,
-        },
-        Err(error) => Answer {
-            id,
-            ok: None,
-            error: Some(format!("{error:#}")),
-        },
+        Ok(value) => Answer { id, ok: Some(value), error: None },
+        Err(error) => Answer { id, ok: None, error: Some(format!("{error:#}")) },
     };
     let Ok(mut text) = serde_json::to_string(&answer) else {
         return;
@@ -119,24 +109,15 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
         Command::Exec { command } => value(exec(&command)?),
         Command::LoadModule { path, parameters } => value(kernel::load_module(&path, &parameters)?),
         Command::UnloadModule { name } => value(kernel::unload_module(&name)?),
-        Command::Fill {
-            name,
-            bytes,
-            seed,
-            pages,
-        } => {
+        Command::Fill { name, bytes, seed, pages } => {
             if state.lock_memory().contains_key(&name) {
                 bail!("there is memory named {name} already");
             }
             let start = Instant::now();
             let memory = Memory::fill(bytes, seed, pages)?;
-            let filled = Filled {
-                seconds: start.elapsed().as_secs_f64(),
-                bytes: memory.bytes() as u64,
-            };
-            state
-                .lock_memory()
-                .insert(name, Arc::new(Mutex::new(memory)));
+            let filled =
+                Filled { seconds: start.elapsed().as_secs_f64(), bytes: memory.bytes() as u64 };
+            state.lock_memory().insert(name, Arc::new(Mutex::new(memory)));
             value(filled)
         }
         Command::Read { name, reads, seed } => state.with_memory(&name, |memory| {
@@ -163,11 +144,7 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
         }
         Command::StopChurn { name } => {
             let churn = state.lock_churns().remove(&name);
-            value(
-                churn
-                    .with_context(|| format!("there is no churn named {name}"))?
-                    .stop()?,
-            )
+            value(churn.with_context(|| format!("there is no churn named {name}"))?.stop()?)
         }
         Command::Blocks => value(blocks::read()?),
         Command::Messages { since } => value(kernel::messages(since)?),
@@ -180,8 +157,7 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
                 .write(true)
                 .open(&path)
                 .with_context(|| format!("cannot open {path}"))?;
-            file.write_all(text.as_bytes())
-                .with_context(|| format!("cannot write {path}"))?;
+            file.write_all(text.as_bytes()).with_context(|| format!("cannot write {path}"))?;
             Ok(Value::Null)
         }
     }
@@ -222,10 +198,7 @@ fn ping() -> anyhow::Result<Pong> {
         .context("/proc/uptime holds no number")?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .context("cannot read the kernel's release")?;
-    Ok(Pong {
-        uptime,
-        release: release.trim().to_owned(),
-    })
+    Ok(Pong { uptime, release: release.trim().to_owned() })
 }
 
 fn exec(command: &str) -> anyhow::Result<Output> {
@@ -240,8 +213,5 @@ fn exec(command: &str) -> anyhow::Result<Output> {
         .code()
         .or_else(|| output.status.signal().map(|signal| 128 + signal))
         .unwrap_or(-1);
-    Ok(Output {
-        code,
-        output: String::from_utf8_lossy(&output.stdout).into_owned(),
-    })
+    Ok(Output { code, output: String::from_utf8_lossy(&output.stdout).into_owned() })
 }

@@ -92,12 +92,7 @@ fn push(runs: &mut Vec<BlockRun>, number: u64, state: BlockState, user: u32) {
             return;
         }
     }
-    runs.push(BlockRun {
-        first: number,
-        count: 1,
-        state,
-        user,
-    });
+    runs.push(BlockRun { first: number, count: 1, state, user });
 }
 
 #[cfg(test)]
@@ -112,10 +107,7 @@ mod tests {
 
     #[test]
     fn anonymous_huge_page_is_huge_and_all_user() {
-        let flags = block(
-            COMPOUND_HEAD | THP | ANON | MMAP,
-            COMPOUND_TAIL | THP | ANON | MMAP,
-        );
+        let flags = block(COMPOUND_HEAD | THP | ANON | MMAP, COMPOUND_TAIL | THP | ANON | MMAP);
         assert_eq!(classify(&flags), Some((BlockState::Huge, 512)));
     }
 
@@ -134,10 +126,7 @@ mod tests {
 
     #[test]
     fn huge_zero_page_is_not_a_huge_page_of_the_user() {
-        let flags = block(
-            COMPOUND_HEAD | THP | ZERO_PAGE,
-            COMPOUND_TAIL | THP | ZERO_PAGE,
-        );
+        let flags = block(COMPOUND_HEAD | THP | ZERO_PAGE, COMPOUND_TAIL | THP | ZERO_PAGE);
         assert_eq!(classify(&flags), Some((BlockState::Held, 0)));
     }
 

@@ -52,11 +52,7 @@ pub fn run() -> anyhow::Result<()> {
     }
 
     let mut agent = start_agent()?;
-    let shell = if options.shell {
-        Some(start_shell()?)
-    } else {
-        None
-    };
+    let shell = if options.shell { Some(start_shell()?) } else { None };
     loop {
         let ended = wait_any();
         if ended == Some(agent) {
@@ -103,13 +99,7 @@ fn mount(kind: &str, target: &str) -> anyhow::Result<()> {
     let (source, path) = (text(kind)?, text(target)?);
     // SAFETY: all strings end with a zero, and no file system here takes data.
     let result = unsafe {
-        libc::mount(
-            source.as_ptr(),
-            path.as_ptr(),
-            source.as_ptr(),
-            0,
-            std::ptr::null(),
-        )
+        libc::mount(source.as_ptr(), path.as_ptr(), source.as_ptr(), 0, std::ptr::null())
     };
     if result != 0 {
         return Err(io::Error::last_os_error())

@@ -22,14 +22,8 @@ pub fn load_module(path: &str, parameters: &str) -> anyhow::Result<Elapsed> {
     let start = Instant::now();
     // SAFETY: the descriptor is open and the string ends with a zero; the call
     // keeps neither.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_finit_module,
-            file.as_raw_fd(),
-            parameters.as_ptr(),
-            0,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
     if result != 0 {
         return Err(io::Error::last_os_error()).with_context(|| format!("cannot load {path}"));
     }
@@ -54,9 +48,7 @@ pub fn unload_module(name: &str) -> anyhow::Result<Elapsed> {
 /// The time since `start`.
 #[must_use]
 pub fn elapsed(start: Instant) -> Elapsed {
-    Elapsed {
-        seconds: start.elapsed().as_secs_f64(),
-    }
+    Elapsed { seconds: start.elapsed().as_secs_f64() }
 }
 
 /// The messages of the kernel's log from sequence number `since` on.
@@ -69,10 +61,7 @@ pub fn messages(since: u64) -> anyhow::Result<Messages> {
         .custom_flags(libc::O_NONBLOCK)
         .open("/dev/kmsg")
         .context("cannot open /dev/kmsg")?;
-    let mut result = Messages {
-        messages: Vec::new(),
-        next: since,
-    };
+    let mut result = Messages { messages: Vec::new(), next: since };
     let mut buffer = vec![0; 8192];
     loop {
         match file.read(&mut buffer) {
@@ -144,13 +133,7 @@ mod tests {
 
     #[test]
     fn meminfo_is_in_bytes_except_for_counts() {
-        assert_eq!(
-            parse_meminfo("MemTotal:  16 kB"),
-            Some(("MemTotal".into(), 16384))
-        );
-        assert_eq!(
-            parse_meminfo("HugePages_Total:   3"),
-            Some(("HugePages_Total".into(), 3))
-        );
+        assert_eq!(parse_meminfo("MemTotal:  16 kB"), Some(("MemTotal".into(), 16384)));
+        assert_eq!(parse_meminfo("HugePages_Total:   3"), Some(("HugePages_Total".into(), 3)));
     }
 }

@@ -6,9 +6,9 @@ fn main() -> ExitCode {
     let argument = std::env::args().nth(1);
     let result = match argument.as_deref() {
         Some("agent") => gemini_guest::agent::run(),
-        Some(other) if std::process::id() != 1 => Err(anyhow::anyhow!(
-            "unknown argument {other}: only `agent` is known"
-        )),
+        Some(other) if std::process::id() != 1 => {
+            Err(anyhow::anyhow!("unknown argument {other}: only `agent` is known"))
+        }
         // The kernel hands words of its command line that it does not know to
         // process 1: they mean nothing here.
         _ if std::process::id() == 1 => gemini_guest::init::run(),

@@ -78,14 +78,7 @@ impl Memory {
         // SAFETY: one huge page more than needed was mapped, so the aligned
         // address and `count` huge pages from it on lie inside the mapping.
         let start = unsafe { base.byte_add(offset) }.cast();
-        let memory = Memory {
-            base,
-            mapped,
-            start,
-            count,
-            seed,
-            dropped: vec![false; count],
-        };
+        let memory = Memory { base, mapped, start, count, seed, dropped: vec![false; count] };
         let advice = match pages {
             PageSize::Huge => Some(libc::MADV_HUGEPAGE),
             PageSize::Base => Some(libc::MADV_NOHUGEPAGE),
@@ -133,11 +126,7 @@ impl Memory {
     /// Compares every word that was not dropped with the pattern.
     #[must_use]
     pub fn verify(&self) -> Verified {
-        let mut result = Verified {
-            words: 0,
-            bad_words: 0,
-            first_bad: None,
-        };
+        let mut result = Verified { words: 0, bad_words: 0, first_bad: None };
         for (page, dropped) in self.dropped.iter().enumerate() {
             let kept = if *dropped { HALF } else { HUGE };
             let first = page * HUGE / 8;
@@ -198,11 +187,7 @@ impl Memory {
     fn protect(&self, offset: usize, length: usize) -> anyhow::Result<()> {
         // SAFETY: as in `advise`; after the fill nothing writes to the memory.
         let result = unsafe {
-            libc::mprotect(
-                self.start.as_ptr().byte_add(offset).cast(),
-                length,
-                libc::PROT_READ,
-            )
+            libc::mprotect(self.start.as_ptr().byte_add(offset).cast(), length, libc::PROT_READ)
         };
         if result != 0 {
             return Err(io::Error::last_os_error()).context("mprotect is refused");
@@ -246,9 +231,7 @@ impl Churn {
     /// What went wrong in the thread.
     pub fn stop(self) -> anyhow::Result<Churned> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread
-            .join()
-            .map_err(|_| anyhow::anyhow!("the churning thread panicked"))?
+        self.thread.join().map_err(|_| anyhow::anyhow!("the churning thread panicked"))?
     }
 }
 
@@ -258,11 +241,7 @@ fn churn(bytes: u64, seed: u64, stop: &AtomicBool) -> anyhow::Result<Churned> {
         let random = word(seed, done.rounds);
         let size = random % bytes.max(1) + 1;
         // Mostly huge pages, and base pages to break free blocks up.
-        let pages = if random >> 62 == 0 {
-            PageSize::Base
-        } else {
-            PageSize::Huge
-        };
+        let pages = if random >> 62 == 0 { PageSize::Base } else { PageSize::Huge };
         let memory = Memory::fill(size, random, pages)?;
         let verified = memory.verify();
         done.rounds += 1;

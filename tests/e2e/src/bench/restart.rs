@@ -49,9 +49,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
 
     // Disconnected: the guest reads the device's configuration and is reset.
     lab.kill_daemon()?;
-    lab.vm
-        .guest
-        .shell("cat /sys/bus/virtio/devices/*/features > /dev/null")?;
+    lab.vm.guest.shell("cat /sys/bus/virtio/devices/*/features > /dev/null")?;
     lab.vm.reset()?;
     lab.restart_daemon()?;
     lab.daemon.wait_synced(RESYNC_TIMEOUT)?;
@@ -60,22 +58,10 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let mut scenario = Scenario::new("restart");
     scenario.arg("rounds", rounds);
     scenario.figure("kills", f64::from(rounds) + 1.0, Bar::None);
-    scenario.figure(
-        "resync_seconds_max",
-        slowest,
-        Bar::Below(RESYNC_BAR_SECONDS),
-    );
+    scenario.figure("resync_seconds_max", slowest, Bar::Below(RESYNC_BAR_SECONDS));
     scenario.figure("resync_seconds_mean", sum / f64::from(rounds), Bar::None);
-    scenario.figure(
-        "rounds_with_lost_bytes",
-        lost_words as f64,
-        Bar::AtMost(0.0),
-    );
-    scenario.figure(
-        "guest_complaints",
-        complaints.len() as f64,
-        Bar::AtMost(0.0),
-    );
+    scenario.figure("rounds_with_lost_bytes", lost_words as f64, Bar::AtMost(0.0));
+    scenario.figure("guest_complaints", complaints.len() as f64, Bar::AtMost(0.0));
     scenario.figure("load_rounds", churned.rounds as f64, Bar::AtLeast(1.0));
     Ok(scenario)
 }
