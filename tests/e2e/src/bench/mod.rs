@@ -1,5 +1,6 @@
 //! Measured scenarios that need a real guest.
 
+pub mod driver_cycle;
 pub mod restart;
 
 use std::path::{Path, PathBuf};
@@ -34,6 +35,8 @@ pub struct BenchArgs {
 enum Name {
     /// The daemon is killed and restarted under a guest under load
     Restart,
+    /// The driver is loaded and unloaded under memory load
+    DriverCycle,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -45,6 +48,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     let bench = Bench::new(AccelChoice::from_env()?)?;
     let mut scenario = match args.scenario {
         Name::Restart => restart::measure(&bench, args.seed, args.quick)?,
+        Name::DriverCycle => driver_cycle::measure(&bench, args.seed, args.quick)?,
     };
     scenario.arg("seed", args.seed);
     scenario.arg("quick", args.quick);
