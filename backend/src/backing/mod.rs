@@ -183,12 +183,13 @@ impl From<&io::Error> for Refusal {
 /// How an attempt to make a block huge ended.
 type Outcome = Result<Collapsed, Refusal>;
 
-/// Why a memory table is refused, or an action on it failed.
+/// Why a memory table is refused, or an action on it failed. Each message is complete: it holds
+/// the cause, which is therefore not told as a source again.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The table contradicts itself.
-    #[error("bad memory table")]
-    Layout(#[from] LayoutError),
+    #[error("bad memory table: {0}")]
+    Layout(LayoutError),
     /// A region reaches beyond its file: touching it would be SIGBUS.
     #[error(
         "the region at guest address {guest_addr:#x} ends at offset {end:#x} of a file of \
@@ -203,12 +204,12 @@ pub enum Error {
         length: u64,
     },
     /// A region's file cannot be looked at.
-    #[error("cannot look at the file of the region at guest address {guest_addr:#x}")]
+    #[error("cannot look at the file of the region at guest address {guest_addr:#x}: {cause}")]
     File {
         /// First guest physical address of the region.
         guest_addr: u64,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Blocks that no region holds.
     #[error("{count} block(s) from {first:#x} on are not all managed")]
@@ -219,7 +220,7 @@ pub enum Error {
         count: u64,
     },
     /// A system call failed.
-    #[error("cannot {action} block(s) {first:#x} to {last:#x}")]
+    #[error("cannot {action} block(s) {first:#x} to {last:#x}: {cause}")]
     System {
         /// What was tried.
         action: &'static str,
@@ -228,7 +229,7 @@ pub enum Error {
         /// Last block number.
         last: u64,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -275,7 +276,7 @@ impl Memory {
                 usable: is_regular(region)?,
             });
         }
-        let layout = Layout::new(&extents, block_shift)?;
+        let layout = Layout::new(&extents, block_shift).map_err(Error::Layout)?;
         for (region, extent) in table.iter().zip(&extents) {
             check_length(region, extent)?;
             if !extent.usable {
@@ -300,7 +301,7 @@ impl Memory {
                 continue;
             }
             let guest_addr = region.guest_addr;
-            let fail = |source| Error::File { guest_addr, source };
+            let fail = |cause| Error::File { guest_addr, cause };
             let place = vmm.as_mut().and_then(|(vmm, places)| {
                 let (_, place) = places.iter().find(|(region, _)| *region == index)?;
                 Some((Arc::clone(vmm), *place))
@@ -445,18 +446,18 @@ impl Memory {
 
 fn system_error(action: &'static str, blocks: &Range<u64>) -> impl FnOnce(io::Error) -> Error {
     let (first, last) = (blocks.start, blocks.end.saturating_sub(1));
-    move |source| Error::System { action, first, last, source }
+    move |cause| Error::System { action, first, last, cause }
 }
 
 fn is_regular(region: &RegionDesc) -> Result<bool, Error> {
     let metadata = region.file.metadata();
-    let fail = |source| Error::File { guest_addr: region.guest_addr, source };
+    let fail = |cause| Error::File { guest_addr: region.guest_addr, cause };
     Ok(metadata.map_err(fail)?.is_file())
 }
 
 fn check_length(region: &RegionDesc, extent: &Extent) -> Result<(), Error> {
     let guest_addr = region.guest_addr;
-    let metadata = region.file.metadata().map_err(|source| Error::File { guest_addr, source })?;
+    let metadata = region.file.metadata().map_err(|cause| Error::File { guest_addr, cause })?;
     let (length, end) = (metadata.len(), extent.file_end().unwrap_or(u64::MAX));
     if extent.usable && end > length {
         return Err(Error::BeyondEnd { guest_addr, end, length });
@@ -522,7 +523,7 @@ fn find_vmm(
     let mut wanted = Vec::with_capacity(homes.len());
     for region in homes.iter().filter_map(|index| table.get(*index)) {
         let file = FileId::of(&region.file)
-            .map_err(|source| Error::File { guest_addr: region.guest_addr, source })?;
+            .map_err(|cause| Error::File { guest_addr: region.guest_addr, cause })?;
         wanted.push(Wanted { file, offset: region.file_offset, size: region.size });
     }
     let Search { found, others, denied, blind } = vmm::find(&wanted, block_shift);

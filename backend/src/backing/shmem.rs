@@ -120,11 +120,12 @@ impl Shmem {
         let mut looks = vec![Look::default(); index(blocks, blocks.end)];
         let mut mapped = vec![Mapped::Nothing; looks.len()];
         let data = self.blocks_with_data(blocks)?;
-        let Some(first) = data.first() else { return Ok(looks) };
-        // Counting the pages of a file costs some 50 ns each, going through page tables 1 ns, and
-        // each has its guest: where the first block is full, its neighbours likely are, and page
-        // tables may tell all. A sparse guest is never looked up there: nothing of it is huge.
-        let dense = self.is_full(self.residency(*first)?);
+        let Some(&first) = data.first() else { return Ok(looks) };
+        // Counting the pages of a file costs some 50 ns a page, page tables a tenth of that; but
+        // where pages are few it is the other way round. Where the first block is full, so are
+        // its neighbours, likely, and the page tables are asked first: they may tell all.
+        let first_cached = self.residency(first)?;
+        let dense = self.is_full(first_cached);
         let mut visible = dense && self.look_at_vmm(blocks, &data, &mut mapped);
         let mut full = Vec::new();
         for block in data {
@@ -133,6 +134,7 @@ impl Shmem {
                 Some(Mapped::Huge | Mapped::Full) => {
                     Cached { resident: self.home.block_size() / page_size(), swapped: 0 }
                 }
+                _ if block == first => first_cached,
                 _ => self.residency(block)?,
             };
             if self.is_full(cached) {
@@ -222,13 +224,7 @@ impl Shmem {
                 log::debug!("cannot look at the memory file through a window: {error}");
             }
             for (block, mapped) in run.clone().zip(&mapped) {
-                let Some(look) = looks.get_mut(index(blocks, block)) else {
-                    continue;
-                };
-                look.file_huge = *mapped == Mapped::Huge;
-                if look.seen == Seen::Absent {
-                    look.seen = if look.file_huge { Seen::Huge } else { Seen::Base };
-                }
+                looks[index(blocks, block)].file_huge = *mapped == Mapped::Huge;
             }
         }
     }
