@@ -86,7 +86,8 @@ impl VmConfig {
         if let Some(socket) = &self.device {
             // Without a daemon at the start QEMU goes on trying, as it does
             // when the daemon dies later.
-            let chardev = format!("socket,id=gem,path={}", socket.to_string_lossy());
+            let chardev =
+                format!("socket,id=gem,path={},reconnect-ms=500", socket.to_string_lossy());
             add(&["-chardev", &chardev]);
             add(&["-device", "vhost-user-gemini-pci,chardev=gem"]);
         }
