@@ -3,7 +3,7 @@
 
 use crate::config::Args;
 use crate::control;
-use crate::device::{Device, GuestMemory};
+use crate::device::{say, Device, GuestMemory};
 use crate::engine::{Engine, Port, Settings, Threads};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -210,6 +210,7 @@ fn serve(
     }
     let mut listener = Listener::from(listener);
     let said = Arc::new(Mutex::new(Vec::new()));
+    say(&said, crate::backing::host_findings(BLOCK_SHIFT));
     log::info!("waiting for a VMM");
     loop {
         let mut events = [EpollEvent::default()];

@@ -538,6 +538,14 @@ fn find_vmm(
     Ok(Some((Arc::new(vmm), homes.iter().copied().zip(places).collect())))
 }
 
+/// What is wrong with the host for guests with blocks of `1 << block_shift` bytes, whatever VMM
+/// comes.
+pub fn host_findings(block_shift: u32) -> Vec<Finding> {
+    let mut said = Vec::new();
+    check_thp(block_shift, &mut said);
+    said
+}
+
 /// Whether blocks of this size can be collapsed here, as far as the kernel's settings tell.
 fn check_thp(block_shift: u32, said: &mut Vec<Finding>) -> bool {
     let thp = Path::new(THP);

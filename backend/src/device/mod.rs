@@ -61,22 +61,6 @@ impl Device {
         &self.queues
     }
 
-    /// Says what makes aligning pointless, or less than it could be, with its remedy.
-    fn say(&self, findings: Vec<Finding>) {
-        let mut said = lock(&self.said);
-        if *said == findings {
-            return;
-        }
-        for finding in &findings {
-            match finding.severity {
-                Severity::Error => log::error!("{}", finding.message),
-                Severity::Warning => log::warn!("{}", finding.message),
-                Severity::Info => log::info!("{}", finding.message),
-            }
-        }
-        *said = findings;
-    }
-
     /// The regions of the frame's memory map, with descriptors of their own.
     fn regions(memory: &GuestMemory) -> io::Result<Vec<RegionDesc>> {
         let memory = memory.memory();
@@ -95,6 +79,23 @@ impl Device {
             })
             .collect()
     }
+}
+
+/// Says what makes aligning pointless, or less than it could be, with its remedy; and nothing
+/// where that was said last.
+pub fn say(said: &Mutex<Vec<Finding>>, findings: Vec<Finding>) {
+    let mut said = lock(said);
+    if *said == findings {
+        return;
+    }
+    for finding in &findings {
+        match finding.severity {
+            Severity::Error => log::error!("{}", finding.message),
+            Severity::Warning => log::warn!("{}", finding.message),
+            Severity::Info => log::info!("{}", finding.message),
+        }
+    }
+    *said = findings;
 }
 
 impl VhostUserBackend for Device {
@@ -163,7 +164,7 @@ impl VhostUserBackend for Device {
             log::error!("the VMM's memory table is refused: {error}");
             io::Error::other(error)
         })?;
-        self.say(memory.findings());
+        say(&self.said, memory.findings());
         self.queues.quiesced(|| self.engine.set_memory(Arc::new(memory)));
         Ok(())
     }
