@@ -205,6 +205,8 @@ static void look_at_chunk(struct gemini *gemini, unsigned long index,
 				     block >= census->count_from;
 
 			seen[i] = look(gemini, block, count, huge);
+			if (seen[i].guest != VIRTIO_GEMINI_GUEST_UNKNOWN)
+				census->pass_blocks++;
 			if (count &&
 			    seen[i].guest == VIRTIO_GEMINI_GUEST_BASE &&
 			    !--census->count_left)
@@ -214,7 +216,6 @@ static void look_at_chunk(struct gemini *gemini, unsigned long index,
 						       first + group, seen,
 						       GROUP_BLOCKS);
 	}
-	census->pass_blocks += GEMINI_CHUNK_BLOCKS;
 }
 
 /* Makes chunks for all memory that the guest has now. */

@@ -243,7 +243,7 @@ static int contents(struct gemini *gemini, struct words *words, bool write,
 			if (write)
 				WRITE_ONCE(word[i], wanted);
 			else if (READ_ONCE(word[i]) != wanted)
-				ret = -EILSEQ;
+				ret = -EBADMSG;
 			if (i % per_page == per_page - 1)
 				cond_resched();
 		}
@@ -307,6 +307,11 @@ int gemini_command(struct gemini *gemini, char *line, struct seq_buf *result)
 		if (!ret)
 			flush_work(&gemini->report.work);
 		return ret;
+	}
+	if (!strcmp(word, "reset")) {
+		mod_delayed_work(gemini->wq, &gemini->reset_work, 0);
+		flush_delayed_work(&gemini->reset_work);
+		return READ_ONCE(gemini->stopped) ? -ENODEV : 0;
 	}
 	return -EINVAL;
 }

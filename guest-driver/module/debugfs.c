@@ -161,7 +161,7 @@ static ssize_t command_write(struct file *file, const char __user *from,
 	seq_buf_init(&result, buffer, RESULT_SIZE);
 	ret = gemini_command(command->gemini, line, &result);
 	if (ret < 0)
-		seq_buf_printf(&result, "failed %d\n", ret);
+		seq_buf_printf(&result, "failed: %pe\n", ERR_PTR(ret));
 	else
 		seq_buf_puts(&result, "ok\n");
 	seq_buf_str(&result);

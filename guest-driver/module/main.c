@@ -113,7 +113,7 @@ static int start(struct gemini *gemini)
 	return 0;
 }
 
-/* The device says that it cannot go on without a reset. */
+/* The device says that it cannot go on without a reset, or somebody asks. */
 static void reset_work(struct work_struct *work)
 {
 	struct gemini *gemini = container_of(to_delayed_work(work),
@@ -123,7 +123,7 @@ static void reset_work(struct work_struct *work)
 
 	mutex_lock(&gemini->lifecycle);
 	if (!gemini->stopped) {
-		dev_warn(&vdev->dev, "the device asked for a reset\n");
+		dev_warn(&vdev->dev, "resetting the device\n");
 		stop(gemini);
 		virtio_add_status(vdev, VIRTIO_CONFIG_S_ACKNOWLEDGE);
 		virtio_add_status(vdev, VIRTIO_CONFIG_S_DRIVER);
