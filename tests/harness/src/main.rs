@@ -97,7 +97,7 @@ fn main() -> ExitCode {
 
 fn run_policies(common: &Common, mem: u64, policies: &[String]) -> anyhow::Result<bool> {
     let start = Instant::now();
-    let (shmem_enabled, _changed) = settings::daemon_decides()?;
+    let held = settings::daemon_decides()?;
     let wanted = mem.checked_mul(1 << 20).context("--mem is too large")?;
     let memory = run::fitting_memory(wanted)?;
     let plan = run::Plan {
@@ -110,7 +110,7 @@ fn run_policies(common: &Common, mem: u64, policies: &[String]) -> anyhow::Resul
     if memory < wanted {
         println!("({mem} MiB do not fit this machine)");
     }
-    println!("shmem_enabled: {shmem_enabled}");
+    println!("shmem_enabled: {}", held.describe());
     let mut document = report::RunsDocument::default();
     for policy in policies {
         let outcome = run::run(&plan, policy).with_context(|| format!("policy {policy}"))?;

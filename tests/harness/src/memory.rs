@@ -32,6 +32,9 @@ pub enum Placement {
     /// One page below a multiple, as a careless monitor has it: no block can be
     /// mapped huge.
     Skewed,
+    /// Aligned, yet private: what is written never reaches the file, as with a
+    /// monitor whose memory is not shared.
+    Private,
 }
 
 /// The memory of the model guest.
@@ -59,10 +62,11 @@ impl GuestMemory {
     pub fn with_regions(size: u64, placement: Placement, regions: Vec<Region>) -> io::Result<Self> {
         let file = sys::memfd(size)?;
         let skew = match placement {
-            Placement::Aligned => 0,
             Placement::Skewed => BLOCK_SIZE - sys::PAGE_SIZE,
+            Placement::Aligned | Placement::Private => 0,
         };
-        let mapping = Mapping::new(&file, size, BLOCK_SIZE, skew)?;
+        let shared = placement != Placement::Private;
+        let mapping = Mapping::new(&file, size, BLOCK_SIZE, skew, shared)?;
         Ok(GuestMemory { file, mapping, regions })
     }
 

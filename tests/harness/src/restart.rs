@@ -15,6 +15,7 @@ use crate::machine::{each, singles, Machine, PATIENCE};
 use crate::memory::{GuestMemory, Placement, BLOCK_SIZE};
 use crate::rng::Rng;
 use crate::scratch::Scratch;
+use crate::settings;
 use crate::wire::{self, Range};
 
 /// Requests that are outstanding when the daemon is killed.
@@ -78,6 +79,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     scenario.arg("seed", plan.seed);
     scenario.arg("outstanding", OUTSTANDING);
     scenario.arg("passages", plan.passages.clone());
+    let _held = settings::daemon_decides()?;
     let mut totals = Totals::default();
     let mut expected = 0;
     for kind in ["prepare", "release", "renew"] {

@@ -58,7 +58,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     scenario.arg("sparse_bytes", plan.sparse);
     scenario.arg("resident_bytes", plan.resident);
     scenario.arg("idle_seconds", plan.idle.as_secs());
-    let (_, _changed) = settings::daemon_decides()?;
+    let _held = settings::daemon_decides()?;
     sparse(plan, &mut scenario)?;
     resident(plan, &mut scenario)?;
     Ok(scenario)

@@ -1,13 +1,18 @@
 //! The host-wide setting that decides whether a memory file may have huge pages.
 
 use std::fs::File;
-use std::path::Path;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{bail, Context};
 
-use crate::sys;
+use crate::sys::{self, Lock};
 
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// Held by whoever changes a host-wide setting (exclusively) or depends on one
+/// (shared), in all of the project's programs.
+const LOCK: &str = "/run/lock/virtio-gemini-settings.lock";
 
 /// The value of `shmem_enabled`.
 ///
@@ -22,67 +27,87 @@ pub fn shmem_enabled() -> anyhow::Result<String> {
         .with_context(|| format!("{SHMEM_ENABLED} has no value: {text:?}"))
 }
 
-/// A changed setting; dropping it puts the old value back.
+/// A setting that stays as it is while this lives. If it was changed for that,
+/// dropping this puts the old value back.
 #[derive(Debug)]
-pub struct Changed {
-    old: String,
-    // Held while the setting differs, so that two tests cannot each take the
-    // other's value for the machine's own.
+pub struct Held {
+    value: String,
+    old: Option<String>,
     _lock: File,
 }
 
-impl Changed {
-    /// Sets `shmem_enabled` to `value` for as long as the result lives. Others
-    /// that change it through here wait meanwhile.
+impl Held {
+    /// Holds `shmem_enabled` at `value`, whatever it was, for as long as the
+    /// result lives. Waits for others that depend on it.
     ///
     /// # Errors
     /// If this process may not change it.
     pub fn shmem_enabled(value: &str) -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join("gemini-host-settings.lock");
-        let lock = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
-        sys::lock(&lock)?;
+        let lock = lock(Lock::Exclusive)?;
         let old = shmem_enabled()?;
         std::fs::write(SHMEM_ENABLED, value)
             .with_context(|| format!("cannot write {value:?} to {SHMEM_ENABLED}"))?;
-        Ok(Changed { old, _lock: lock })
+        Ok(Held { value: value.to_owned(), old: Some(old), _lock: lock })
     }
-}
 
-impl Drop for Changed {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::write(SHMEM_ENABLED, &self.old) {
-            eprintln!("cannot put {SHMEM_ENABLED} back to {}: {error}", self.old);
+    /// What holds, for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match &self.old {
+            Some(old) => format!("{} (was {old}, put back at the end)", self.value),
+            None => self.value.clone(),
         }
     }
 }
 
-/// Makes sure that the daemon alone decides about huge pages: where every fault
-/// would give one, or none can exist, the setting is changed for the time being
-/// (which takes the superuser). Says what holds.
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(old) = &self.old else { return };
+        if let Err(error) = std::fs::write(SHMEM_ENABLED, old) {
+            eprintln!("cannot put {SHMEM_ENABLED} back to {old}: {error}");
+        }
+    }
+}
+
+/// The lock, taken; says so if it has to wait for others.
+fn lock(how: Lock) -> anyhow::Result<File> {
+    let opened = match File::open(LOCK) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            File::options().create(true).append(true).mode(0o644).open(LOCK)
+        }
+        other => other,
+    };
+    let file = opened.with_context(|| format!("cannot open {LOCK}"))?;
+    if !sys::try_lock(&file, how)? {
+        eprintln!("waiting for others that use the host's settings ({LOCK})");
+        sys::lock(&file, how)?;
+    }
+    Ok(file)
+}
+
+/// Makes sure that the daemon alone decides about huge pages, as long as the
+/// result lives: where every fault would give one, or none can exist, the setting
+/// is changed for the time being (which takes the superuser).
 ///
 /// # Errors
 /// If nothing can be measured under the setting; the error has the remedy.
-pub fn daemon_decides() -> anyhow::Result<(String, Option<Changed>)> {
-    let value = shmem_enabled()?;
-    if matches!(value.as_str(), "never" | "advise") {
-        return Ok((value, None));
+pub fn daemon_decides() -> anyhow::Result<Held> {
+    let held = Held { _lock: lock(Lock::Shared)?, value: shmem_enabled()?, old: None };
+    if matches!(held.value.as_str(), "never" | "advise") {
+        return Ok(held);
     }
-    if sys::is_root() && Path::new(SHMEM_ENABLED).exists() {
-        let changed = Changed::shmem_enabled("never")?;
-        return Ok((format!("never (was {value}, put back at the end)"), Some(changed)));
+    if sys::is_root() {
+        drop(held);
+        return Held::shmem_enabled("never");
     }
-    let why = if value == "deny" {
+    let why = if held.value == "deny" {
         "no memory file can have huge pages"
     } else {
         "every page fault gives a huge page, whatever the daemon does"
     };
     bail!(
-        "shmem_enabled is {value}: {why}. Remedy: as root, \
-         echo never > {SHMEM_ENABLED} (or advise), or run this as root, which sets it \
-         and puts it back"
+        "shmem_enabled is {}: {why}. Remedy: as root, echo never > {SHMEM_ENABLED} (or \
+         advise), or run this as root, which sets it and puts it back",
+        held.value
     )
 }

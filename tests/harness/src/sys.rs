@@ -60,11 +60,11 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `len` bytes of `file` at an address that is `skew` bytes above a
-    /// multiple of `align`.
+    /// multiple of `align`. Writes reach the file only if it is `shared`.
     ///
     /// # Errors
     /// Those of `mmap`.
-    pub fn new(file: &File, len: u64, align: u64, skew: u64) -> io::Result<Self> {
+    pub fn new(file: &File, len: u64, align: u64, skew: u64, shared: bool) -> io::Result<Self> {
         let (len, align, skew) = (to_usize(len)?, to_usize(align)?, to_usize(skew)?);
         let reserve = len.checked_add(2 * align).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -83,6 +83,7 @@ impl Mapping {
         }
         let reserved = reserved.cast::<u8>();
         let base = reserved.wrapping_add(reserved.align_offset(align) + skew);
+        let sharing = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         // SAFETY: [base, base + len) lies inside the reservation made above,
         // which nobody else uses.
         let mapped = unsafe {
@@ -90,7 +91,7 @@ impl Mapping {
                 base.cast(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                sharing | libc::MAP_NORESERVE | libc::MAP_FIXED,
                 file.as_raw_fd(),
                 0,
             )
@@ -345,17 +346,48 @@ pub fn inherit<'a>(command: &'a mut Command, fd: BorrowedFd<'_>, target: RawFd) 
     unsafe { command.pre_exec(move || check(libc::dup2(fd, target)).map(|_| ())) }
 }
 
-/// Waits for an exclusive lock on `file`, held until it is closed.
+/// How a file is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// Together with others that share.
+    Shared,
+    /// Alone.
+    Exclusive,
+}
+
+impl Lock {
+    fn operation(self) -> libc::c_int {
+        match self {
+            Lock::Shared => libc::LOCK_SH,
+            Lock::Exclusive => libc::LOCK_EX,
+        }
+    }
+}
+
+/// Waits for a lock on `file`, held until it is closed.
 ///
 /// # Errors
 /// Those of `flock`.
-pub fn lock(file: &File) -> io::Result<()> {
+pub fn lock(file: &File, how: Lock) -> io::Result<()> {
     loop {
         // SAFETY: a call on a descriptor that we own; no pointers.
-        match check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }) {
+        match check(unsafe { libc::flock(file.as_raw_fd(), how.operation()) }) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => return other.map(|_| ()),
         }
+    }
+}
+
+/// As [`lock`], yet returns false instead of waiting.
+///
+/// # Errors
+/// Those of `flock`.
+pub fn try_lock(file: &File, how: Lock) -> io::Result<bool> {
+    // SAFETY: a call on a descriptor that we own; no pointers.
+    match check(unsafe { libc::flock(file.as_raw_fd(), how.operation() | libc::LOCK_NB) }) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

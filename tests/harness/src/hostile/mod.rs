@@ -151,7 +151,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     let mut scenario = Scenario::new("hostile");
     scenario.arg("seed", plan.seed);
     scenario.arg("inputs", plan.inputs);
-    let (_, _changed) = settings::daemon_decides()?;
+    let _held = settings::daemon_decides()?;
     let scratch = Scratch::new()?;
     // The limits of the CPU budget would only make this slow.
     let options = Options::new(&plan.program, "gemini").arg("--cpu-share", "100");

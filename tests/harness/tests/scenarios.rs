@@ -1,0 +1,63 @@
+//! The measured scenarios, small: each must reach its bars.
+
+mod common;
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use common::Result;
+use gemini_harness::daemon::default_program;
+use gemini_harness::memory::BLOCK_SIZE;
+use gemini_harness::{hostile, restart, run, scale, settings};
+
+#[test]
+fn the_workload_is_aligned_under_gemini_alone() -> Result {
+    let _held = settings::daemon_decides()?;
+    let plan = run::Plan {
+        program: default_program()?,
+        memory: 128 * BLOCK_SIZE,
+        seed: 3,
+        reads: 100_000,
+    };
+    let none = run::run(&plan, "none")?.figures;
+    ensure!(none.aligned == 0 && none.aligned_coverage == 0.0, "{none:?}");
+    let always = run::run(&plan, "always")?.figures;
+    ensure!(always.aligned_coverage >= 0.9 && always.host_only > 0, "{always:?}");
+    let gemini = run::run(&plan, "gemini")?.figures;
+    ensure!(gemini.aligned_rate >= 0.95 && gemini.aligned_coverage >= 0.9, "{gemini:?}");
+    ensure!(gemini.host_rss_bytes < always.host_rss_bytes, "{gemini:?} {always:?}");
+    Ok(())
+}
+
+#[test]
+fn hostile_input_harms_nobody() -> Result {
+    let mut plan = hostile::Plan::new(default_program()?, 11, true);
+    plan.inputs = 10_000;
+    let scenario = hostile::measure(&plan)?;
+    ensure!(scenario.passed(), "{scenario}");
+    Ok(())
+}
+
+#[test]
+fn a_large_guest_is_cheap() -> Result {
+    let mut plan = scale::Plan::new(default_program()?, true);
+    plan.sparse = 1 << 32;
+    plan.resident = 1 << 27;
+    plan.idle = Duration::from_secs(4);
+    let scenario = scale::measure(&plan)?;
+    ensure!(scenario.passed(), "{scenario}");
+    Ok(())
+}
+
+#[test]
+fn a_killed_daemon_loses_nothing() -> Result {
+    let plan = restart::Plan {
+        program: default_program()?,
+        fault_program: restart::default_fault_program()?,
+        seed: 5,
+        passages: vec![3],
+    };
+    let scenario = restart::measure(&plan)?;
+    ensure!(scenario.passed(), "{scenario}");
+    Ok(())
+}
