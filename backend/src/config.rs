@@ -25,8 +25,8 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Policy::Gemini)]
     pub policy: Policy,
 
-    /// Most bytes that collapses may copy per second (K, M, G: powers of 1024).
-    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes)]
+    /// Most bytes that collapses may copy per second (K, M, G: powers of 1024), at least 2M.
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_copy_rate)]
     pub copy_rate: u64,
 
     /// Most CPU time the daemon may use, in percent of one CPU.
@@ -65,6 +65,19 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too large"))
 }
 
+/// Reads a copy rate. Less than a block a second would leave requests of the guest waiting for
+/// longer than anybody means.
+///
+/// # Errors
+/// A message that says what was expected.
+fn parse_copy_rate(text: &str) -> Result<u64, String> {
+    let rate = parse_bytes(text)?;
+    if rate < 1 << 21 {
+        return Err("at least 2M, one block a second; to copy nothing use --policy none".into());
+    }
+    Ok(rate)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,6 +91,13 @@ mod tests {
         assert!(parse_bytes("M").is_err());
         assert!(parse_bytes("99999999999999T").is_err());
         assert!(parse_bytes("-1").is_err());
+    }
+
+    #[test]
+    fn parse_copy_rate_refuses_less_than_a_block() {
+        assert!(parse_copy_rate("0").is_err());
+        assert!(parse_copy_rate("1M").is_err());
+        assert_eq!(parse_copy_rate("2M"), Ok(2 << 20));
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! The log: everything passes one rate limit, so that no guest and no peer can fill a disk,
-//! whichever crate the message comes from.
+//! The log: everything passes a rate limit, so that no guest and no peer can fill a disk,
+//! whichever crate the message comes from. Errors have a limit of their own: no flood of
+//! warnings, which a guest can cause, hides them.
 
 use crate::budget::Bucket;
 use crate::engine::lock;
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -14,7 +15,30 @@ const RATE: f64 = 2.0;
 
 struct Limited {
     inner: env_logger::Logger,
-    state: Mutex<(Bucket, u64)>,
+    errors: Mutex<Limit>,
+    others: Mutex<Limit>,
+}
+
+struct Limit {
+    bucket: Bucket,
+    /// Messages left out since the last one that passed.
+    suppressed: u64,
+}
+
+impl Limit {
+    fn new() -> Mutex<Self> {
+        Mutex::new(Self { bucket: Bucket::new(RATE, BURST, Instant::now()), suppressed: 0 })
+    }
+
+    /// Whether a message may pass; then, how many were left out before it.
+    fn pass(&mut self, now: Instant) -> Option<u64> {
+        if self.bucket.available(now) < 1.0 {
+            self.suppressed += 1;
+            return None;
+        }
+        self.bucket.spend(1.0, now);
+        Some(std::mem::take(&mut self.suppressed))
+    }
 }
 
 impl Log for Limited {
@@ -26,17 +50,8 @@ impl Log for Limited {
         if !self.inner.matches(record) {
             return;
         }
-        let suppressed = {
-            let now = Instant::now();
-            let mut state = lock(&self.state);
-            let (bucket, suppressed) = &mut *state;
-            if bucket.available(now) < 1.0 {
-                *suppressed += 1;
-                return;
-            }
-            bucket.spend(1.0, now);
-            std::mem::take(suppressed)
-        };
+        let limit = if record.level() == Level::Error { &self.errors } else { &self.others };
+        let Some(suppressed) = lock(limit).pass(Instant::now()) else { return };
         if suppressed > 0 {
             let note = format_args!("{suppressed} message(s) left out: too many at once");
             self.inner.log(&Record::builder().args(note).level(record.level()).build());
@@ -53,8 +68,26 @@ impl Log for Limited {
 pub fn init(level: LevelFilter) {
     let inner = env_logger::Builder::new().filter_level(level).format_target(false).build();
     log::set_max_level(inner.filter());
-    let state = Mutex::new((Bucket::new(RATE, BURST, Instant::now()), 0));
-    if log::set_boxed_logger(Box::new(Limited { inner, state })).is_err() {
+    let limited = Limited { inner, errors: Limit::new(), others: Limit::new() };
+    if log::set_boxed_logger(Box::new(limited)).is_err() {
         log::warn!("logging was started twice");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn limit_lets_a_burst_pass_and_counts_the_rest() {
+        let limit = Limit::new();
+        let mut limit = lock(&limit);
+        let now = Instant::now();
+        let passed = (0..1000).filter(|_| limit.pass(now).is_some()).count();
+        assert!((190..=210).contains(&passed), "{passed}");
+        let later = now + Duration::from_secs(10);
+        assert_eq!(limit.pass(later), Some(1000 - passed as u64));
+        assert_eq!(limit.pass(later), Some(0));
     }
 }

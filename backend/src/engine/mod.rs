@@ -366,7 +366,7 @@ impl Engine {
             return;
         }
         if let Some(next) = state.scan.next(&state.map, now) {
-            let job = Job::Look { memory, generation: state.generation, look: next };
+            let job = Job::Look { memory, look: next };
             *looking = look.try_send(job).is_ok();
         }
     }
@@ -450,11 +450,8 @@ impl Engine {
         let mut inner = self.lock();
         inner.looking = false;
         let state = &mut inner.state;
-        if state.generation == job.generation {
-            state.apply_scan(&job.runs);
-            state.scan.done(&job.look, job.took, now);
-        } else if state.memory.as_ref().is_some_and(|m| Arc::ptr_eq(m, &job.memory)) {
-            // The driver restarted meanwhile; what was seen of the host is still true.
+        // Should the driver have restarted meanwhile: what was seen of the host is still true.
+        if state.memory.as_ref().is_some_and(|memory| Arc::ptr_eq(memory, &job.memory)) {
             state.apply_scan(&job.runs);
             state.scan.done(&job.look, job.took, now);
         }

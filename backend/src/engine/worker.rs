@@ -14,8 +14,6 @@ pub enum Job {
     Look {
         /// Where.
         memory: Arc<Memory>,
-        /// The generation that asks.
-        generation: u64,
         /// Which blocks.
         look: Look,
     },
@@ -34,8 +32,6 @@ pub enum Job {
 pub struct Looked {
     /// The memory that was looked at.
     pub memory: Arc<Memory>,
-    /// The generation that asked.
-    pub generation: u64,
     /// Which blocks.
     pub look: Look,
     /// Their states.
@@ -73,11 +69,11 @@ pub struct Acted {
 pub fn run(engine: &Engine, jobs: &Receiver<Job>) {
     while let Ok(job) = jobs.recv() {
         match job {
-            Job::Look { memory, generation, look } => {
+            Job::Look { memory, look } => {
                 let start = Instant::now();
                 let mut runs = Vec::new();
                 scan(&memory, look.first, look.count, &mut runs);
-                engine.looked(Looked { memory, generation, look, runs, took: start.elapsed() });
+                engine.looked(Looked { memory, look, runs, took: start.elapsed() });
             }
             Job::Act { memory, generation, work } => {
                 let block_size = 1 << engine.settings().block_shift;
