@@ -45,6 +45,32 @@ struct Received {
     closed: bool,
 }
 
+/// Neighbouring blocks of which the driver knows the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DriverRun {
+    /// Number of the first block.
+    pub first: u64,
+    /// Number of blocks.
+    pub count: u64,
+    /// Guest state by name.
+    pub guest: String,
+    /// Host state by name.
+    pub host: String,
+}
+
+impl DriverRun {
+    /// FIRST COUNT GUEST USED HOST FLAGS
+    fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        Some(DriverRun {
+            first: words.next()?.parse().ok()?,
+            count: words.next()?.parse().ok()?,
+            guest: words.next()?.to_owned(),
+            host: words.nth(1)?.to_owned(),
+        })
+    }
+}
+
 /// A request that is under way.
 #[derive(Debug)]
 #[must_use]
@@ -151,6 +177,42 @@ impl Guest {
     /// If the kernel refuses.
     pub fn unload_driver(&self) -> anyhow::Result<Elapsed> {
         self.call(Command::UnloadModule { name: DRIVER_NAME.into() }, TIMEOUT)
+    }
+
+    /// Gives the driver a command through debugfs, and returns what it tells.
+    ///
+    /// # Errors
+    /// If the driver refuses or fails; the error has what it told.
+    pub fn driver_command(&self, line: &str) -> anyhow::Result<String> {
+        self.shell(&format!(
+            "cd /sys/kernel/debug/virtio_gemini/*/ || exit; \
+             echo '{line}' > command; result=$?; cat command; exit $result"
+        ))
+    }
+
+    /// The driver's map of blocks, as debugfs shows it.
+    ///
+    /// # Errors
+    /// If the driver has no device.
+    pub fn driver_blocks(&self) -> anyhow::Result<Vec<DriverRun>> {
+        let text = self.shell("cat /sys/kernel/debug/virtio_gemini/*/blocks")?;
+        text.lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(|line| {
+                DriverRun::parse(line)
+                    .with_context(|| format!("the driver's map has another form: {line}"))
+            })
+            .collect()
+    }
+
+    /// One of the driver's numbers in sysfs.
+    ///
+    /// # Errors
+    /// If there is no such number.
+    pub fn driver_number(&self, name: &str) -> anyhow::Result<u64> {
+        let text = self
+            .shell(&format!("cat /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini/{name}"))?;
+        text.trim().parse().with_context(|| format!("{name} is no number: {text}"))
     }
 
     /// Maps memory and fills it with the pattern of `seed`.
@@ -417,6 +479,13 @@ mod tests {
             5,
             "virtio_gemini: loading out-of-tree module taints kernel."
         )));
+    }
+
+    #[test]
+    fn line_of_the_drivers_map_is_read() {
+        let run = DriverRun::parse("12 3 booked 0 huge held,ready").expect("a line");
+        assert_eq!((run.first, run.count), (12, 3));
+        assert_eq!((run.guest.as_str(), run.host.as_str()), ("booked", "huge"));
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
 use gemini_harness::figures::{Bar, Scenario};
 
 use crate::lab::{Bench, Lab};
@@ -65,10 +64,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
 /// What the driver's last walk around all memory cost.
 fn census_ns_per_block(lab: &Lab) -> anyhow::Result<f64> {
     process::wait_for("a census has ended", CENSUS_TIMEOUT, || {
-        let text = lab.vm.guest.shell(
-            "cat /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini/census_ns_per_block",
-        )?;
-        let value: f64 = text.trim().parse().context("the driver tells no number")?;
-        Ok((value > 0.0).then_some(value))
+        let value = lab.vm.guest.driver_number("census_ns_per_block")?;
+        Ok((value > 0).then_some(value as f64))
     })
 }
