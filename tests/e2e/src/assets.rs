@@ -9,6 +9,7 @@ use serde::Deserialize;
 const QEMU: &str = "GEMINI_QEMU";
 const DAEMON: &str = "GEMINI_DAEMON";
 const GUEST: &str = "GEMINI_GUEST";
+const FAULT_DAEMON: &str = "GEMINI_FAULT_DAEMON";
 
 /// Where the parts are.
 #[derive(Clone, Debug)]
@@ -57,6 +58,15 @@ fn variable(name: &str) -> anyhow::Result<String> {
     std::env::var(name).with_context(|| {
         format!("{name} is not set: start this through scripts/demo, vm, bench or test")
     })
+}
+
+/// A `vhost-device-gemini` that was built with the feature `fault-points`, as
+/// scripts/bench hands it over.
+///
+/// # Errors
+/// If there is none.
+pub fn fault_daemon() -> anyhow::Result<PathBuf> {
+    variable(FAULT_DAEMON).map(PathBuf::from)
 }
 
 /// The directory for things that are kept between runs; the scripts' default.

@@ -1,11 +1,16 @@
 //! The daemon dies by SIGKILL under a guest under load, and comes back.
 
+use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
+use anyhow::{ensure, Context};
 use gemini_guest::protocol::PageSize;
 use gemini_harness::figures::{Bar, Scenario};
 
+use crate::assets;
+use crate::daemon::DaemonConfig;
 use crate::lab::{Bench, Lab};
+use crate::process;
 
 /// Time from the reconnect to both layers' full state.
 const RESYNC_BAR_SECONDS: f64 = 2.0;
@@ -13,32 +18,48 @@ const RESYNC_BAR_SECONDS: f64 = 2.0;
 /// How long QEMU and guest may take to be back; the bar is judged apart.
 const RESYNC_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Kills and restarts the daemon, with a guest reset while it is away in the
-/// end.
+/// Where a request can be when the daemon dies.
+const REQUESTS: [&str; 3] = ["prepare", "release", "renew"];
+const STEPS: [&str; 3] = ["fetched", "done", "published"];
+
+/// Requests under way at such a time, and which of them the daemon dies of.
+const OUTSTANDING: u32 = 6;
+const FATAL: u32 = 3;
+
+/// What a series of deaths has shown.
+#[derive(Default)]
+struct Seen {
+    kills: u32,
+    resync_seconds: Vec<f64>,
+    /// Times that memory was not what had been written to it.
+    losses: u32,
+}
+
+/// Kills and restarts the daemon: at random times, at every step of a request,
+/// and with a reset of the guest while it is away.
 ///
 /// # Errors
 /// If guest, QEMU or daemon fail in a way that is no figure.
 pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario> {
-    let rounds: u32 = if quick { 3 } else { 20 };
+    let rounds: u32 = if quick { 2 } else { 12 };
+    let mut seen = Seen::default();
     let mut lab = Lab::start(bench, "bench-restart", "gemini", |_| {})?;
     let log = lab.vm.guest.log_position()?;
     lab.vm.guest.fill("kept", 128 << 20, seed, PageSize::Huge)?;
-    lab.vm.guest.start_churn("load", 192 << 20, seed)?;
+    lab.vm.guest.start_churn("load", 160 << 20, seed)?;
 
-    let mut slowest: f64 = 0.0;
-    let mut sum = 0.0;
-    let mut lost_words = 0_u64;
     for _ in 0..rounds {
         lab.kill_daemon()?;
-        // Long enough for requests to pile up behind the dead daemon.
+        // Long enough for reports to pile up behind the dead daemon.
         std::thread::sleep(Duration::from_millis(300));
-        lab.vm.expect_alive()?;
-        lab.restart_daemon()?;
-        let seconds = resync_seconds(&mut lab)?;
-        slowest = slowest.max(seconds);
-        sum += seconds;
-        if lab.vm.guest.verify("kept").is_err() {
-            lost_words += 1;
+        come_back(&mut lab, &mut seen)?;
+    }
+    let mut points = 0;
+    for request in REQUESTS {
+        for step in STEPS {
+            let point = format!("{request}.{step}");
+            die_at(&mut lab, &mut seen, request, &point).with_context(|| point.clone())?;
+            points += 1;
         }
     }
     let churned = lab.vm.guest.stop_churn("load")?;
@@ -49,21 +70,85 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
 
     // Disconnected: the guest reads the device's configuration and is reset.
     lab.kill_daemon()?;
+    seen.kills += 1;
     lab.vm.guest.shell("cat /sys/bus/virtio/devices/*/features > /dev/null")?;
     lab.vm.reset()?;
     lab.restart_daemon()?;
     lab.daemon.wait_synced(RESYNC_TIMEOUT)?;
     lab.vm.expect_alive()?;
 
+    let slowest = seen.resync_seconds.iter().copied().fold(0.0, f64::max);
+    let mean = seen.resync_seconds.iter().sum::<f64>() / seen.resync_seconds.len() as f64;
     let mut scenario = Scenario::new("restart");
     scenario.arg("rounds", rounds);
-    scenario.figure("kills", f64::from(rounds) + 1.0, Bar::None);
+    scenario.arg("outstanding_requests", OUTSTANDING);
+    scenario.figure("kills", f64::from(seen.kills), Bar::None);
+    let all_points = (REQUESTS.len() * STEPS.len()) as f64;
+    scenario.figure("kill_points", f64::from(points), Bar::AtLeast(all_points));
     scenario.figure("resync_seconds_max", slowest, Bar::Below(RESYNC_BAR_SECONDS));
-    scenario.figure("resync_seconds_mean", sum / f64::from(rounds), Bar::None);
-    scenario.figure("rounds_with_lost_bytes", lost_words as f64, Bar::AtMost(0.0));
+    scenario.figure("resync_seconds_mean", mean, Bar::None);
+    scenario.figure("losses", f64::from(seen.losses), Bar::AtMost(0.0));
     scenario.figure("guest_complaints", complaints.len() as f64, Bar::AtMost(0.0));
     scenario.figure("load_rounds", churned.rounds as f64, Bar::AtLeast(1.0));
     Ok(scenario)
+}
+
+/// Has the daemon die at `point`, with several requests under way.
+fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow::Result<()> {
+    // Another daemon first: one that will die there.
+    lab.kill_daemon()?;
+    let ordinary = lab.daemon_config.clone();
+    lab.daemon_config = DaemonConfig {
+        program: assets::fault_daemon()?,
+        environment: vec![("GEMINI_FAULT".to_owned(), format!("{point}:{FATAL}"))],
+        ..ordinary.clone()
+    };
+    come_back(lab, seen)?;
+    lab.daemon_config = ordinary;
+
+    let told = lab.vm.guest.driver_command(&format!("book any {OUTSTANDING}"))?;
+    let blocks: Vec<u64> = told.lines().filter_map(|line| line.parse().ok()).collect();
+    ensure!(blocks.len() == OUTSTANDING as usize, "the driver booked {told}");
+    for block in &blocks {
+        lab.vm.guest.driver_command(&format!("fill {block} 5"))?;
+    }
+    for block in &blocks {
+        lab.vm.guest.driver_command(&format!("{request} {block} 1 nowait"))?;
+    }
+    let status = lab.daemon.process.wait(RESYNC_TIMEOUT)?;
+    ensure!(status.signal() == Some(libc::SIGKILL), "the daemon ended with {status}");
+    come_back(lab, seen)?;
+
+    // Everything that was under way is answered by the next daemon.
+    process::wait_for("every request is answered", RESYNC_TIMEOUT, || {
+        let pending = lab.vm.guest.driver_number("ctrl_pending")?
+            + lab.vm.guest.driver_number("release_pending")?;
+        Ok((pending == 0).then_some(()))
+    })?;
+    if request == "prepare" {
+        // The other two may have dropped these; nothing drops on ctrlq.
+        for block in &blocks {
+            if let Err(error) = lab.vm.guest.driver_command(&format!("check {block} 5")) {
+                eprintln!("{point}: block {block} is not what was written to it: {error:#}");
+                seen.losses += 1;
+            }
+        }
+    }
+    lab.vm.guest.driver_command("free all")?;
+    Ok(())
+}
+
+/// Starts the next daemon, takes the time, and looks for losses.
+fn come_back(lab: &mut Lab, seen: &mut Seen) -> anyhow::Result<()> {
+    lab.vm.expect_alive()?;
+    lab.restart_daemon()?;
+    seen.resync_seconds.push(resync_seconds(lab)?);
+    seen.kills += 1;
+    if let Err(error) = lab.vm.guest.verify("kept") {
+        eprintln!("{error:#}");
+        seen.losses += 1;
+    }
+    Ok(())
 }
 
 /// Seconds from the reconnect to the full state of both layers.
@@ -72,7 +157,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
 /// If it does not come in time.
 pub fn resync_seconds(lab: &mut Lab) -> anyhow::Result<f64> {
     let daemon = &mut lab.daemon;
-    crate::process::wait_for("QEMU reconnects", RESYNC_TIMEOUT, || {
+    process::wait_for("QEMU reconnects", RESYNC_TIMEOUT, || {
         daemon.process.expect_running()?;
         Ok(daemon.status()?.connected.then_some(()))
     })?;
