@@ -110,6 +110,23 @@ impl ProcessFigures {
     }
 }
 
+/// CPU time of all threads that a process has now, in seconds. Finer than
+/// [`ProcessFigures::cpu_seconds`], which counts clock ticks, and only good for a
+/// time in which no thread ends.
+///
+/// # Errors
+/// If the process is gone, or the kernel does not count.
+pub fn threads_cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    let mut nanoseconds = 0;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let path = thread?.path().join("schedstat");
+        let text = std::fs::read_to_string(&path)?;
+        let ran = text.split_whitespace().next().and_then(|field| field.parse::<u64>().ok());
+        nanoseconds += ran.with_context(|| format!("{} has no times", path.display()))?;
+    }
+    Ok(nanoseconds as f64 / 1e9)
+}
+
 /// Memory that can be used without swapping, in bytes.
 ///
 /// # Errors

@@ -14,9 +14,10 @@ use crate::figures::{Bar, Scenario};
 use crate::machine::{each, singles, Machine, PATIENCE};
 use crate::memory::{GuestMemory, Placement, BLOCK_SIZE};
 use crate::rng::Rng;
+use crate::run::agreed_map;
 use crate::scratch::Scratch;
 use crate::settings;
-use crate::wire::{self, Range};
+use crate::wire::{self, guest_state, Range};
 
 /// Requests that are outstanding when the daemon is killed.
 const OUTSTANDING: u64 = 8;
@@ -67,6 +68,7 @@ struct Totals {
     dropped: u64,
     void: u64,
     damaged: u64,
+    changed: u64,
     worst_resync: Duration,
 }
 
@@ -108,6 +110,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         ("answered_before_restart", totals.answered_before as f64, Bar::None),
         ("answered_after_restart", totals.answered_after as f64, Bar::None),
         ("blocks_dropped", totals.dropped as f64, Bar::AtLeast(1.0)),
+        ("changes_without_daemon", totals.changed as f64, Bar::AtLeast(1.0)),
         ("void_answers", totals.void as f64, Bar::AtLeast(1.0)),
     ];
     for (name, value, bar) in figures {
@@ -152,7 +155,7 @@ fn kill_at(
     populate(&mut machine, &mut rng)?;
 
     // All is booked before anything is asked for, as a driver does.
-    let free = machine.guest.in_state(wire::guest_state::FREE);
+    let free = machine.guest.in_state(guest_state::FREE);
     let wanted = 2 * usize::try_from(OUTSTANDING)?;
     ensure!(free.len() >= wanted, "only {} free blocks", free.len());
     let held = &free[..wanted];
@@ -176,6 +179,8 @@ fn kill_at(
     // The guest runs on without a daemon, and sees the answers that were given.
     machine.driver.poll()?;
     totals.answered_before += take_answers(&mut machine, totals);
+    let changed = live_on(&mut machine, &mut rng)?;
+    totals.changed += changed;
     totals.damaged += damaged(&machine, "after the kill")?;
 
     let mut daemon = Daemon::start(&Options::new(&plan.program, "gemini"), scratch.path())?;
@@ -186,6 +191,8 @@ fn kill_at(
         status.guest_synced && status.host_synced
     })?;
     totals.worst_resync = totals.worst_resync.max(start.elapsed());
+    // Nothing that happened meanwhile is missing, at either layer.
+    agreed_map(&mut machine, &daemon).context("states after the restart")?;
 
     machine.driver.wait_until("answers after the restart", PATIENCE, |driver| {
         driver.unanswered().next().is_none()
@@ -202,6 +209,30 @@ fn kill_at(
     let exit = daemon.terminate()?;
     ensure!(exit.success(), "daemon ended with {exit} on SIGTERM");
     Ok(())
+}
+
+/// The guest allocates, frees and splits without a daemon, and finds its memory
+/// as it was. Returns the number of changes.
+fn live_on(machine: &mut Machine, rng: &mut Rng) -> anyhow::Result<u64> {
+    let mut changes = 0;
+    for block in AREA_BLOCKS..machine.guest.blocks() {
+        if !rng.chance(30) {
+            continue;
+        }
+        match machine.guest.state(block).0 {
+            guest_state::FREE => machine.guest.alloc_huge(block)?,
+            guest_state::HUGE if rng.chance(50) => machine.guest.split(block)?,
+            guest_state::HUGE => machine.guest.free_huge(block)?,
+            _ => continue,
+        }
+        changes += 1;
+    }
+    // Some stay free for what comes later.
+    for block in machine.guest.in_state(guest_state::HUGE).into_iter().take(6) {
+        machine.guest.free_huge(block)?;
+        changes += 1;
+    }
+    Ok(changes)
 }
 
 fn submit(machine: &mut Machine, kind: u16, ranges: &[Range]) -> anyhow::Result<u64> {
@@ -252,7 +283,7 @@ fn reuse(machine: &mut Machine, held: &[u64]) -> anyhow::Result<()> {
 
 /// The restarted daemon serves a prepare, a release and a renew.
 fn well_behaved_end(machine: &mut Machine) -> anyhow::Result<()> {
-    let free = machine.guest.in_state(wire::guest_state::FREE);
+    let free = machine.guest.in_state(guest_state::FREE);
     let [first, second, third, ..] = free[..] else {
         anyhow::bail!("only {} free blocks", free.len());
     };

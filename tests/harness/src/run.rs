@@ -200,7 +200,10 @@ fn settle(machine: &mut Machine, daemon: &mut Daemon) -> anyhow::Result<Status> 
 
 /// The daemon's map, once it agrees block by block with the model guest's own
 /// states and with the page tables of the monitor; and the host states.
-fn agreed_map(machine: &mut Machine, daemon: &Daemon) -> anyhow::Result<(BlockMap, Vec<u8>)> {
+///
+/// # Errors
+/// If they do not agree in time, with the first differences.
+pub fn agreed_map(machine: &mut Machine, daemon: &Daemon) -> anyhow::Result<(BlockMap, Vec<u8>)> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         machine.talk()?;

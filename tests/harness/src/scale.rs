@@ -165,11 +165,12 @@ fn sparse(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
 
     // What the resync started may end first.
     idle(&mut connected, Duration::from_secs(2))?;
-    let before = ProcessFigures::of(start_pid)?;
+    let before = outside::threads_cpu_seconds(start_pid)?;
     let start = Instant::now();
     idle(&mut connected, plan.idle)?;
+    let ran = outside::threads_cpu_seconds(start_pid)? - before;
+    let idle = 100.0 * ran / start.elapsed().as_secs_f64();
     let after = ProcessFigures::of(start_pid)?;
-    let idle = 100.0 * (after.cpu_seconds - before.cpu_seconds) / start.elapsed().as_secs_f64();
 
     let status = daemon.status()?;
     scenario.figure("sparse_blocks", blocks as f64, Bar::None);

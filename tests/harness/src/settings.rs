@@ -33,7 +33,8 @@ pub fn shmem_enabled() -> anyhow::Result<String> {
 pub struct Held {
     value: String,
     old: Option<String>,
-    _lock: File,
+    // None where this user can neither open nor create it.
+    _lock: Option<File>,
 }
 
 impl Held {
@@ -69,20 +70,26 @@ impl Drop for Held {
     }
 }
 
-/// The lock, taken; says so if it has to wait for others.
-fn lock(how: Lock) -> anyhow::Result<File> {
+/// The lock, taken; says so if it has to wait for others. None where this user
+/// may not have it: such a user cannot change a setting either, and at worst
+/// measures under one that changes.
+fn lock(how: Lock) -> anyhow::Result<Option<File>> {
     let opened = match File::open(LOCK) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             File::options().create(true).append(true).mode(0o644).open(LOCK)
         }
         other => other,
     };
-    let file = opened.with_context(|| format!("cannot open {LOCK}"))?;
+    let file = match opened {
+        Ok(file) => file,
+        Err(_) if !sys::is_root() => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot open {LOCK}")),
+    };
     if !sys::try_lock(&file, how)? {
         eprintln!("waiting for others that use the host's settings ({LOCK})");
         sys::lock(&file, how)?;
     }
-    Ok(file)
+    Ok(Some(file))
 }
 
 /// Makes sure that the daemon alone decides about huge pages, as long as the

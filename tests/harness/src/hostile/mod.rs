@@ -177,6 +177,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         wrong_answers: 0,
     };
 
+    let bystander = Bystander::new()?;
     let mut warm = ProcessFigures::default();
     let mut served = 0;
     let mut slowest = Duration::ZERO;
@@ -224,6 +225,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         ("kinds", arena.tally.0.len() as f64, Bar::None),
         ("damaged_pages", arena.damaged as f64, Bar::AtMost(0.0)),
         ("wrong_answers", arena.wrong_answers as f64, Bar::AtMost(0.0)),
+        ("bystander_damaged_bytes", bystander.damaged()? as f64, Bar::AtMost(0.0)),
         ("panics", count(&log, b"panicked at") as f64, Bar::AtMost(0.0)),
         ("good_guests_served", f64::from(served), Bar::AtLeast(ROUNDS as f64)),
         ("good_guest_seconds_max", slowest.as_secs_f64(), Bar::None),
@@ -238,6 +240,29 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         scenario.figure(name, value, bar);
     }
     Ok(scenario)
+}
+
+/// Memory of the machine that is none of the guest's and of no table's: in the
+/// same process, and in a file of the same kind.
+struct Bystander {
+    memory: GuestMemory,
+    expected: Vec<u8>,
+}
+
+impl Bystander {
+    fn new() -> anyhow::Result<Self> {
+        let memory = GuestMemory::new(4 * BLOCK_SIZE, Placement::Aligned)?;
+        let mut expected = vec![0; usize::try_from(4 * BLOCK_SIZE)?];
+        Rng::new(7).fill(&mut expected);
+        memory.write(0, &expected);
+        Ok(Bystander { memory, expected })
+    }
+
+    fn damaged(&self) -> anyhow::Result<usize> {
+        let mut found = vec![0; self.expected.len()];
+        self.memory.peek(0, &mut found)?;
+        Ok(found.iter().zip(&self.expected).filter(|(found, expected)| found != expected).count())
+    }
 }
 
 fn count(text: &[u8], word: &[u8]) -> usize {

@@ -8,7 +8,9 @@ use std::os::fd::RawFd;
 use super::raw::{code, mem_table, u64s, Message, Raw, Zoo, NEED_REPLY};
 use super::Arena;
 use crate::memory::{GuestMemory, Placement, BLOCK_SIZE};
+use crate::ring::RingLayout;
 use crate::rng::Rng;
+use crate::wire;
 
 const SIZE: u64 = 8 * BLOCK_SIZE;
 
@@ -40,9 +42,33 @@ pub fn attack(arena: &mut Arena, wanted: u64) -> anyhow::Result<()> {
             }
         }
     }
+    for _ in 0..2 + wanted / 20 {
+        cut_short(arena)?;
+    }
     arena.attach(detached)?;
     let swaps = 10 + wanted / 50;
     swap_under_load(arena, swaps)
+}
+
+/// The memory file is cut short while the rings in it are in use: what was memory
+/// is none any more, and touching it is a bus error.
+fn cut_short(arena: &mut Arena) -> anyhow::Result<()> {
+    let memory = GuestMemory::new(SIZE, Placement::Aligned)?;
+    // Each ring says that it has something; its descriptors are all zeros.
+    for index in 0..wire::QUEUES as u64 {
+        let layout = RingLayout::new(index * (16 << 10), 64);
+        memory.store_u16(layout.avail + 2, 1 + arena.rng.bits16() % 64);
+    }
+    let mut raw = Raw::connect(&arena.daemon.socket())?;
+    raw.handshake(3, &memory, 0, &sound(&memory))?;
+    if arena.rng.chance(50) {
+        raw.barrier()?;
+    }
+    memory.file().set_len(arena.rng.pick(&[0, 4096, BLOCK_SIZE, SIZE / 2]))?;
+    raw.kick();
+    raw.barrier()?;
+    arena.tally.count("table: file cut short in use", 1);
+    Ok(())
 }
 
 /// The driver reports and the host collapses while the table comes again and
@@ -51,7 +77,7 @@ fn swap_under_load(arena: &mut Arena, swaps: u64) -> anyhow::Result<()> {
     let mut rng = arena.rng.clone();
     let machine = arena.machine()?;
     for _ in 0..swaps {
-        for block in machine.guest.in_state(crate::wire::guest_state::HUGE) {
+        for block in machine.guest.in_state(wire::guest_state::HUGE) {
             if rng.chance(30) {
                 machine.guest.split(block)?;
             }
