@@ -393,7 +393,7 @@ impl Memory {
     }
 
     /// Looks at how the managed ones among `count` blocks from `first` on are backed, and appends
-    /// what it sees, ascending. What is huge, is told in the module [`shmem`].
+    /// what it sees, ascending. What is huge, is told in the module `shmem`.
     ///
     /// # Errors
     /// If the memory file cannot be looked at; what was appended until then is true.
