@@ -119,6 +119,14 @@ impl Guarded {
         }
     }
 
+    /// Waits for the end, however long it takes.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub fn wait_for_ever(&mut self) -> anyhow::Result<ExitStatus> {
+        Ok(self.child.wait()?)
+    }
+
     /// SIGKILL, and returns when the process is gone.
     ///
     /// # Errors

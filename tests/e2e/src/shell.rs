@@ -1,10 +1,9 @@
 //! One guest for a person to log into.
 
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{bail, Context};
+use anyhow::bail;
 use clap::Args;
 
 use crate::accel::AccelChoice;
@@ -79,38 +78,13 @@ pub fn run(args: &ShellArgs) -> anyhow::Result<()> {
         eprintln!("daemon: pid {}, policy {}", daemon.process.pid(), args.policy);
     }
     eprintln!("`exit` switches the guest off, Ctrl-A X ends QEMU");
-    // In the terminal's foreground, yet not ended by a Ctrl-C that is meant for
-    // the guest: QEMU takes the terminal over.
-    command.process_group(0);
     let mut vm = Guarded::start_as_is("QEMU", command, &log_directory("vm")?.join("qemu.log"))?;
-    take_terminal(vm.pid())?;
-    let status = vm.wait(std::time::Duration::MAX)?;
-    take_terminal(std::process::id())?;
+    let status = vm.wait_for_ever()?;
     if !status.success() {
         bail!("QEMU ends with {status}");
     }
     if let Some(daemon) = daemon {
         daemon.stop()?;
-    }
-    Ok(())
-}
-
-/// Makes the process group `group` the one that the terminal talks to; nothing
-/// where there is no terminal.
-fn take_terminal(group: u32) -> anyhow::Result<()> {
-    let group = libc::pid_t::try_from(group).context("a pid that is none")?;
-    // SAFETY: none of the calls takes memory. SIGTTOU would stop a process that
-    // hands the terminal over from the background.
-    unsafe {
-        if libc::isatty(libc::STDIN_FILENO) == 1 {
-            let old = libc::signal(libc::SIGTTOU, libc::SIG_IGN);
-            let result = libc::tcsetpgrp(libc::STDIN_FILENO, group);
-            libc::signal(libc::SIGTTOU, old);
-            if result != 0 {
-                return Err(std::io::Error::last_os_error())
-                    .context("cannot hand the terminal over");
-            }
-        }
     }
     Ok(())
 }
