@@ -4,6 +4,7 @@
 //! real daemon process, over the real socket, with virtqueues that lie in real
 //! shared memory. Only the guest is a model: there is no virtual machine.
 
+pub mod cleanup;
 pub mod daemon;
 pub mod driver;
 pub mod figures;

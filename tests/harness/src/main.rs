@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
-use gemini_harness::{hostile, report, restart, run, scale, settings};
+use gemini_harness::{cleanup, hostile, report, restart, run, scale, settings};
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
 #[derive(Debug, Parser)]
@@ -79,6 +79,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Err(error) = cleanup::on_signals() {
+        eprintln!("gemini-harness: cannot handle signals: {error}");
+        return ExitCode::from(2);
+    }
     let result = match cli.command {
         Command::Run { common, mem, policy } => run_policies(&common, mem, &policy),
         Command::Hostile { common, inputs } => hostile(&common, inputs),
@@ -127,7 +131,11 @@ fn run_policies(common: &Common, mem: u64, policies: &[String]) -> anyhow::Resul
     if let Some(path) = &common.json {
         report::write_json(path, &document)?;
     }
-    Ok(true)
+    let missed: Vec<_> = document.runs.iter().flat_map(run::missed).collect();
+    for bar in &missed {
+        println!("MISSED {bar}");
+    }
+    Ok(missed.is_empty())
 }
 
 fn hostile(common: &Common, inputs: Option<u64>) -> anyhow::Result<bool> {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context};
 
 use crate::daemon::{Daemon, Options, Status};
+use crate::figures::Bar;
 use crate::machine::{Machine, PATIENCE};
 use crate::memory::{GuestMemory, Placement, BLOCK_SIZE};
 use crate::outside;
@@ -36,6 +37,24 @@ pub struct Outcome {
     pub map: BlockMap,
     /// Log of the daemon.
     pub findings: Vec<String>,
+}
+
+/// The bars that `figures` misses, in words. The same numbers are asked of a real
+/// guest.
+#[must_use]
+pub fn missed(figures: &RunFigures) -> Vec<String> {
+    let RunFigures { policy, aligned_rate, aligned_coverage, .. } = figures;
+    let bars = match policy.as_str() {
+        "gemini" => [Bar::AtLeast(0.95), Bar::AtLeast(0.9)],
+        "none" => [Bar::Below(0.05), Bar::Below(0.05)],
+        _ => return Vec::new(),
+    };
+    [("aligned_rate", aligned_rate), ("aligned_coverage", aligned_coverage)]
+        .into_iter()
+        .zip(bars)
+        .filter(|((_, &value), bar)| !bar.met(value))
+        .map(|((name, value), bar)| format!("{policy}: {name} is {value:.3}, bar {bar}"))
+        .collect()
 }
 
 /// Least guest memory that the workload has room in.

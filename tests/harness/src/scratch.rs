@@ -4,9 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::cleanup::{self, Guard};
+
 /// A new directory below the system's directory for temporary files.
 #[derive(Debug)]
-pub struct Scratch(PathBuf);
+pub struct Scratch {
+    path: PathBuf,
+    _removed: Guard,
+}
 
 impl Scratch {
     /// Creates it.
@@ -20,7 +25,11 @@ impl Scratch {
                 format!("gemini-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
             let path = std::env::temp_dir().join(name);
             match std::fs::create_dir(&path) {
-                Ok(()) => return Ok(Scratch(path)),
+                Ok(()) => {
+                    let theirs = path.clone();
+                    let removed = cleanup::guard(move || remove(&theirs));
+                    return Ok(Scratch { path, _removed: removed });
+                }
                 // Left by a process that was killed and had our id.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),
@@ -31,14 +40,12 @@ impl Scratch {
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            eprintln!("cannot remove {}: {error}", self.0.display());
-        }
+fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(path) {
+        eprintln!("cannot remove {}: {error}", path.display());
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{bail, Context};
 
+use crate::cleanup::{self, Guard};
 use crate::sys::{self, Lock};
 
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
@@ -32,7 +33,8 @@ pub fn shmem_enabled() -> anyhow::Result<String> {
 #[derive(Debug)]
 pub struct Held {
     value: String,
-    old: Option<String>,
+    // What it was, and what puts it back (before the lock is let go).
+    old: Option<(String, Guard)>,
     // None where this user can neither open nor create it.
     _lock: Option<File>,
 }
@@ -46,27 +48,26 @@ impl Held {
     pub fn shmem_enabled(value: &str) -> anyhow::Result<Self> {
         let lock = lock(Lock::Exclusive)?;
         let old = shmem_enabled()?;
+        let theirs = old.clone();
+        let guard = cleanup::guard(move || put_back(&theirs));
         std::fs::write(SHMEM_ENABLED, value)
             .with_context(|| format!("cannot write {value:?} to {SHMEM_ENABLED}"))?;
-        Ok(Held { value: value.to_owned(), old: Some(old), _lock: lock })
+        Ok(Held { value: value.to_owned(), old: Some((old, guard)), _lock: lock })
     }
 
     /// What holds, for people.
     #[must_use]
     pub fn describe(&self) -> String {
         match &self.old {
-            Some(old) => format!("{} (was {old}, put back at the end)", self.value),
+            Some((old, _)) => format!("{} (was {old}, put back at the end)", self.value),
             None => self.value.clone(),
         }
     }
 }
 
-impl Drop for Held {
-    fn drop(&mut self) {
-        let Some(old) = &self.old else { return };
-        if let Err(error) = std::fs::write(SHMEM_ENABLED, old) {
-            eprintln!("cannot put {SHMEM_ENABLED} back to {old}: {error}");
-        }
+fn put_back(old: &str) {
+    if let Err(error) = std::fs::write(SHMEM_ENABLED, old) {
+        eprintln!("cannot put {SHMEM_ENABLED} back to {old}: {error}");
     }
 }
 
