@@ -210,6 +210,8 @@ static void each_block(struct gemini_map *map, u64 first, u64 count,
 static void set_host(struct gemini_map *map, u64 block,
 		     struct gemini_block *entry, u8 state)
 {
+	lockdep_assert_held(&map->lock);
+
 	map->count[entry->guest][entry->host]--;
 	map->count[entry->guest][state]++;
 	entry->host = state;

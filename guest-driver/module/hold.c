@@ -116,7 +116,8 @@ int gemini_hold_exact(struct gemini *gemini, u64 block)
 		return -EINVAL;
 	}
 	page = pfn_to_online_page(pfn);
-	if (!page || zone_idx(page_zone(page)) == ZONE_MOVABLE)
+	if (!page || zone_idx(page_zone(page)) == ZONE_MOVABLE ||
+	    !gemini_pageblock_movable(pfn))
 		return -EINVAL;
 	ret = gemini_alloc_contig(pfn, gemini->block_order,
 				  GFP_KERNEL | __GFP_NOWARN);

@@ -75,7 +75,6 @@ static void stop(struct gemini *gemini)
 
 	/* From here on no block is dropped any more: holds may end. */
 	gemini_requests_abort(gemini);
-	gemini_hold_free_all(gemini);
 	gemini_queues_drop(gemini);
 }
 
@@ -250,6 +249,8 @@ static int gemini_freeze(struct virtio_device *vdev)
 	mutex_lock(&gemini->lifecycle);
 	stop(gemini);
 	mutex_unlock(&gemini->lifecycle);
+	/* An image of the system need not have them. */
+	gemini_hold_free_all(gemini);
 	return 0;
 }
 
