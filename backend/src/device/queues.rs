@@ -11,7 +11,7 @@ use crate::engine::{lock, Answer, Engine, HintBatch, Port};
 use crate::fault;
 use crate::protocol::{
     Batch, Record, Response, REQ_PREPARE, REQ_QUERY, REQ_RELEASE, REQ_RENEW, REQ_STATS, S_BUSY,
-    S_INVALID, S_UNSUPPORTED, VQ_COUNT, VQ_CTRL, VQ_HINT, VQ_RELEASE, VQ_REPORT,
+    S_INVALID, S_UNSUPPORTED, S_VOID, VQ_COUNT, VQ_CTRL, VQ_HINT, VQ_RELEASE, VQ_REPORT,
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -264,8 +264,13 @@ impl Queues {
             }
             REQ_QUERY => self.engine.query(&request, &ranges),
             REQ_STATS if self.has(crate::protocol::F_STATS) => {
+                let generation = self.engine.generation();
+                if request.generation != generation {
+                    self.answer(slot, &chain, S_VOID, &[]);
+                    return true;
+                }
                 let stats = self.engine.stats();
-                let written = wire::write_stats(&chain, self.engine.generation(), &stats);
+                let written = wire::write_stats(&chain, generation, &stats);
                 self.finish(slot, &chain, written);
                 return true;
             }
