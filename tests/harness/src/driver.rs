@@ -340,6 +340,7 @@ impl Driver {
 
         let starts = batch.kind == wire::BATCH_STATE && batch.flags & wire::SYNC_START != 0;
         if starts {
+            ensure!(batch.generation != 0, "a generation is 0");
             self.forget();
             self.generation = Some(batch.generation);
             self.report_due = true;

@@ -35,6 +35,8 @@ pub enum Placement {
     /// Aligned, yet private: what is written never reaches the file, as with a
     /// monitor whose memory is not shared.
     Private,
+    /// Aligned, in huge pages that the host reserved (hugetlb).
+    Reserved,
 }
 
 /// The memory of the model guest.
@@ -60,10 +62,10 @@ impl GuestMemory {
     /// # Errors
     /// Those of creating and mapping the memory file.
     pub fn with_regions(size: u64, placement: Placement, regions: Vec<Region>) -> io::Result<Self> {
-        let file = sys::memfd(size)?;
+        let file = sys::memfd(size, placement == Placement::Reserved)?;
         let skew = match placement {
             Placement::Skewed => BLOCK_SIZE - sys::PAGE_SIZE,
-            Placement::Aligned | Placement::Private => 0,
+            _ => 0,
         };
         let shared = placement != Placement::Private;
         let mapping = Mapping::new(&file, size, BLOCK_SIZE, skew, shared)?;

@@ -1,15 +1,17 @@
-//! The host-wide setting that decides whether a memory file may have huge pages.
+//! The host-wide settings that decide whether a memory file may have huge pages.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
-use anyhow::{bail, Context};
+use anyhow::{bail, ensure, Context};
 
 use crate::cleanup::{self, Guard};
 use crate::sys::{self, Lock};
 
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Held by whoever changes a host-wide setting (exclusively) or depends on one
 /// (shared), in all of the project's programs.
@@ -48,10 +50,36 @@ impl Held {
     pub fn shmem_enabled(value: &str) -> anyhow::Result<Self> {
         let lock = lock(Lock::Exclusive)?;
         let old = shmem_enabled()?;
+        Self::set(lock, SHMEM_ENABLED, old, value)
+    }
+
+    /// Reserves `count` more huge pages for as long as the result lives.
+    ///
+    /// # Errors
+    /// If this process may not, or the host has not so many.
+    pub fn reserved_huge_pages(count: u64) -> anyhow::Result<Self> {
+        let lock = lock(Lock::Exclusive)?;
+        let read = || -> anyhow::Result<u64> {
+            let text = std::fs::read_to_string(NR_HUGEPAGES)?;
+            text.trim().parse().with_context(|| format!("{NR_HUGEPAGES} holds {text:?}"))
+        };
+        let old = read()?;
+        let wanted = old + count;
+        let held = Self::set(lock, NR_HUGEPAGES, old.to_string(), &wanted.to_string())?;
+        let found = read()?;
+        ensure!(found >= wanted, "the host reserved {found} huge pages of {wanted}");
+        Ok(held)
+    }
+
+    fn set(
+        lock: Option<File>,
+        path: &'static str,
+        old: String,
+        value: &str,
+    ) -> anyhow::Result<Self> {
         let theirs = old.clone();
-        let guard = cleanup::guard(move || put_back(&theirs));
-        std::fs::write(SHMEM_ENABLED, value)
-            .with_context(|| format!("cannot write {value:?} to {SHMEM_ENABLED}"))?;
+        let guard = cleanup::guard(move || put_back(path, &theirs));
+        std::fs::write(path, value).with_context(|| format!("cannot write {value:?} to {path}"))?;
         Ok(Held { value: value.to_owned(), old: Some((old, guard)), _lock: lock })
     }
 
@@ -65,9 +93,9 @@ impl Held {
     }
 }
 
-fn put_back(old: &str) {
-    if let Err(error) = std::fs::write(SHMEM_ENABLED, old) {
-        eprintln!("cannot put {SHMEM_ENABLED} back to {old}: {error}");
+fn put_back(path: &str, old: &str) {
+    if let Err(error) = std::fs::write(path, old) {
+        eprintln!("cannot put {path} back to {old}: {error}");
     }
 }
 

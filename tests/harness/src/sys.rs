@@ -29,13 +29,16 @@ fn to_off(value: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// An anonymous shared memory file of `size` bytes, without any page in it.
+/// An anonymous shared memory file of `size` bytes, without any page in it; if
+/// `reserved`, of 2 MiB pages that the host set apart.
 ///
 /// # Errors
 /// Those of `memfd_create` and `ftruncate`.
-pub fn memfd(size: u64) -> io::Result<File> {
+pub fn memfd(size: u64, reserved: bool) -> io::Result<File> {
+    let huge = if reserved { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
+    let flags = libc::MFD_CLOEXEC | huge;
     // SAFETY: the name is a valid C string; the call touches no other memory.
-    let fd = check(unsafe { libc::memfd_create(c"gemini-guest".as_ptr(), libc::MFD_CLOEXEC) })?;
+    let fd = check(unsafe { libc::memfd_create(c"gemini-guest".as_ptr(), flags) })?;
     // SAFETY: the descriptor was just created and nobody else owns it.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size)?;

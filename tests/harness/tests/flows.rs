@@ -3,7 +3,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
 use common::{lab, memory, Result};
@@ -12,6 +12,9 @@ use gemini_harness::frontend::Session;
 use gemini_harness::machine::{singles, Machine, PATIENCE};
 use gemini_harness::memory::{GuestMemory, Placement, Region, BLOCK_SHIFT, BLOCK_SIZE};
 use gemini_harness::outside;
+use gemini_harness::ring::Buffer;
+use gemini_harness::settings::Held;
+use gemini_harness::sys;
 use gemini_harness::wire::{self, guest_state, host_state, Range, Record};
 
 const HUGE: u8 = host_state::HUGE;
@@ -417,5 +420,169 @@ fn the_copy_budget_is_kept() -> Result {
     // 128 MiB would be there to copy; a burst of one second's worth is fair.
     ensure!(copied <= 80 << 20, "{} MiB in 3 s", copied >> 20);
     ensure!(copied >= 16 << 20, "{} MiB in 3 s", copied >> 20);
+    machine.guest.ensure_intact()
+}
+
+#[test]
+fn reports_of_another_generation_are_dropped() -> Result {
+    let mut lab = lab("gemini")?;
+    let mut machine = lab.boot(32)?;
+    lab.daemon.wait_status("synchronised", PATIENCE, |status| status.guest_synced)?;
+    let current = machine.driver.generation().context("no generation")?;
+    let record = Record { first: 10, count: 4, state: guest_state::HUGE, ..Record::default() };
+    for other in [current - 1, current + 1, 0] {
+        let batch = wire::state_batch(other, wire::SYNC_START | wire::SYNC_END, &[record]);
+        machine.driver.send_report(&batch, PATIENCE)?;
+    }
+    // The queue is served in order: what follows is known when this is.
+    machine.guest.book(20)?;
+    machine.talk()?;
+    let status = lab
+        .daemon
+        .wait_status("told of the booking", PATIENCE, |status| status.guest.booked == 1)?;
+    ensure!(status.guest.huge == 0, "{status:?}");
+    Ok(())
+}
+
+#[test]
+fn reports_before_the_full_state_are_dropped() -> Result {
+    let lab = lab("gemini")?;
+    let mut machine = Machine::connect(&lab.daemon.socket(), memory(32)?)?;
+    machine.driver.wait_until("full host state", PATIENCE, Driver::host_synced)?;
+    let record = Record { first: 10, count: 4, state: guest_state::HUGE, ..Record::default() };
+    machine.driver.report(&[record], PATIENCE)?;
+    machine.run_for(Duration::from_millis(200))?;
+    let status = lab.daemon.status()?;
+    // By now the full state was sent, which says that nothing is huge.
+    ensure!(status.guest_synced && status.guest.huge == 0, "{status:?}");
+    Ok(())
+}
+
+#[test]
+fn what_is_only_reported_is_not_filled() -> Result {
+    for policy in ["gemini", "always"] {
+        let lab = lab(policy)?;
+        let mut machine = lab.boot(32)?;
+        // A guest huge page that nobody touched yet, as far as the host knows.
+        let record = Record { first: 10, count: 8, state: guest_state::HUGE, ..Record::default() };
+        machine.driver.report(&[record], PATIENCE)?;
+        machine.run_for(Duration::from_millis(700))?;
+        let seen = outside::host_states(&machine.memory)?;
+        ensure!(
+            seen[10..18].iter().all(|&state| state == host_state::ABSENT),
+            "{policy} filled memory that nobody asked for"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn requests_of_another_generation_are_void() -> Result {
+    let lab = lab("gemini")?;
+    let mut machine = lab.boot(32)?;
+    let current = machine.driver.generation().context("no generation")?;
+    ensure!(machine.session.read_config()?.generation == current);
+    for kind in [wire::REQ_PREPARE, wire::REQ_QUERY, wire::REQ_STATS] {
+        let ranges = if kind == wire::REQ_STATS { vec![] } else { singles(&[10]) };
+        let ticket = machine.driver.submit_in(current + 1, kind, &ranges)?;
+        let answer = machine.driver.answer(ticket, PATIENCE)?;
+        ensure!(answer.response.status == wire::S_VOID, "{answer:?}");
+    }
+    ensure!(outside::host_states(&machine.memory)?[10] == host_state::ABSENT);
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_does_not_fit_gives_the_first_records() -> Result {
+    let lab = lab("gemini")?;
+    let mut machine = lab.boot(32)?;
+    for block in [10, 12, 14] {
+        machine.guest.alloc_base(block, 0)?;
+    }
+    machine.talk()?;
+    machine.wait_host(&[10, 12, 14], |state| state == host_state::BASE, PATIENCE)?;
+    let generation = machine.driver.generation().context("no generation")?;
+    let range = Range { first: 10, count: 5 };
+    let request = wire::request(wire::REQ_QUERY, generation, &[range]);
+    // In a free block; the answer has room for two records and a half.
+    let (at, room) = (30 << BLOCK_SHIFT, 16 + 24 * 2 + 12);
+    machine.memory.write(at, &request);
+    let queue = machine.driver.queue_mut(wire::CTRLQ);
+    queue.ring.add(&[
+        Buffer { addr: at, len: u32::try_from(request.len())?, writable: false },
+        Buffer { addr: at + 4096, len: room, writable: true },
+    ])?;
+    queue.kick.write(1)?;
+    let deadline = Instant::now() + PATIENCE;
+    let len = loop {
+        if let Some((_, len)) = machine.driver.queue_mut(wire::CTRLQ).ring.take_used()? {
+            break len;
+        }
+        ensure!(Instant::now() < deadline, "no answer");
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    ensure!(len == 16 + 2 * 24, "{len} bytes were written");
+    let mut bytes = [0; 16 + 2 * 24];
+    machine.memory.read(at + 4096, &mut bytes);
+    let response = wire::Response::parse(&bytes);
+    ensure!((response.status, response.count) == (wire::S_OK, 2), "{response:?}");
+    let first = Record::parse(&bytes[16..]);
+    ensure!((first.first, first.state) == (10, host_state::BASE), "{first:?}");
+    let mut rest = [0; 12];
+    machine.memory.read(at + 4096 + 64, &mut rest);
+    ensure!(rest == [0; 12], "the device wrote behind its records");
+    Ok(())
+}
+
+#[test]
+fn releases_do_not_wait_for_prepares() -> Result {
+    // A prepare of 24 blocks takes seconds at this rate.
+    let lab = common::start(common::options("gemini")?.arg("--copy-rate", "4M"))?;
+    let mut machine = lab.boot(64)?;
+    for block in 10..40 {
+        use_and_free(&mut machine, block)?;
+        machine.guest.book(block)?;
+    }
+    machine.talk()?;
+    let range = Range { first: 10, count: 24 };
+    let prepare = machine.driver.submit(wire::REQ_PREPARE, &[range])?;
+    let start = Instant::now();
+    for block in 34..40 {
+        let status = machine.drop_blocks(wire::REQ_RELEASE, &singles(&[block]))?;
+        ensure!(status == wire::S_OK, "status {status}");
+    }
+    ensure!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    ensure!(
+        machine.driver.unanswered().any(|request| request.ticket == prepare),
+        "the prepare was too fast to show anything"
+    );
+    // And a reset does not wait for it either.
+    let start = Instant::now();
+    machine.reset_device()?;
+    ensure!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    machine.guest.ensure_intact()
+}
+
+#[test]
+fn reserved_huge_pages_are_told_as_such_and_never_dropped() -> Result {
+    if !sys::is_root() {
+        eprintln!("not tested: only the superuser can reserve huge pages");
+        return Ok(());
+    }
+    const BLOCKS: u64 = 16;
+    let held = Held::reserved_huge_pages(BLOCKS)?;
+    let lab = common::start_under(common::options("gemini")?, held)?;
+    let memory = GuestMemory::new(BLOCKS * BLOCK_SIZE, Placement::Reserved)?;
+    let mut machine = Machine::boot(&lab.daemon.socket(), memory)?;
+    machine.guest.alloc_huge(10)?;
+    use_and_free(&mut machine, 11)?;
+    machine.guest.book(11)?;
+    machine.talk()?;
+    machine.wait_host(&[10, 11], |state| state == host_state::HUGETLB, PATIENCE)?;
+    ensure!(lab.daemon.status()?.aligned == 1);
+    for kind in [wire::REQ_RELEASE, wire::REQ_RENEW] {
+        let answer = machine.driver.request(kind, &singles(&[11]), PATIENCE)?;
+        ensure!(answer.response.status == wire::S_UNSUPPORTED, "{answer:?}");
+    }
     machine.guest.ensure_intact()
 }
