@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{ensure, Context};
 use gemini_e2e::bench::restart::resync_seconds;
 use gemini_e2e::daemon::DaemonConfig;
 use gemini_e2e::lab::{Bench, Lab, Place, SYNC_TIMEOUT};
@@ -49,14 +49,15 @@ fn guest_survives_reset_and_config_reads_while_disconnected() -> anyhow::Result<
     let bench = Bench::from_env()?;
     let mut lab = Lab::start(&bench, "reset-disconnected", "gemini", |_| {})?;
     lab.kill_daemon()?;
-    read_device(&lab.vm)?;
+    read_device(&mut lab.vm)?;
     // A driver that is loaded anew reads the whole configuration space.
     lab.vm.guest.unload_driver()?;
-    read_device(&lab.vm)?;
+    read_device(&mut lab.vm)?;
+    lab.vm.guest.load_driver()?;
     lab.vm.expect_alive()?;
     lab.vm.reset()?;
     lab.vm.expect_alive()?;
-    read_device(&lab.vm)?;
+    read_device(&mut lab.vm)?;
 
     lab.restart_daemon()?;
     lab.daemon.wait_synced(SYNC_TIMEOUT)?;
@@ -67,12 +68,21 @@ fn guest_survives_reset_and_config_reads_while_disconnected() -> anyhow::Result<
     lab.daemon.stop()
 }
 
-/// Makes the guest and QEMU look at the device in every way that is cheap.
-fn read_device(vm: &Vm) -> anyhow::Result<()> {
+/// Has guest and QEMU look at the device in every way that is cheap.
+fn read_device(vm: &mut Vm) -> anyhow::Result<()> {
     vm.guest.shell(
         "for device in /sys/bus/virtio/devices/*; do cat $device/features $device/status; done; \
          for device in /sys/bus/pci/devices/*; do cat $device/config > /dev/null; done",
     )?;
+    let devices = vm.qmp.monitor("info virtio")?;
+    let path = devices
+        .lines()
+        .find(|line| line.contains("[virtio-gemini]"))
+        .and_then(|line| line.split_whitespace().next())
+        .with_context(|| format!("QEMU has no such device: {devices}"))?
+        .to_owned();
+    let status = vm.qmp.monitor(&format!("info virtio-status {path}"))?;
+    ensure!(status.contains("virtio-gemini"), "{status}");
     Ok(())
 }
 
