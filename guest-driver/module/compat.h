@@ -40,6 +40,19 @@ static inline unsigned long gemini_page_flags(const struct page *page)
 #endif
 }
 
+/* Where a page block's type is, and the bit that says that it is isolated. */
+#if defined(PAGEBLOCK_MIGRATETYPE_MASK)			/* 7.x */
+#define GEMINI_PAGEBLOCK_TYPE	PAGEBLOCK_MIGRATETYPE_MASK
+#define GEMINI_PAGEBLOCK_ISOLATED	PAGEBLOCK_ISO_MASK
+#elif defined(MIGRATETYPE_AND_ISO_MASK)			/* 6.17 */
+#define GEMINI_PAGEBLOCK_TYPE	MIGRATETYPE_MASK
+#define GEMINI_PAGEBLOCK_ISOLATED	\
+	(MIGRATETYPE_AND_ISO_MASK & ~MIGRATETYPE_MASK)
+#else							/* a type of its own */
+#define GEMINI_PAGEBLOCK_TYPE	MIGRATETYPE_MASK
+#define GEMINI_PAGEBLOCK_ISOLATED	0
+#endif
+
 /**
  * gemini_pageblock_movable() - is the page block one for movable pages?
  * @pfn: a page frame of the page block, online
@@ -56,15 +69,8 @@ static inline bool gemini_pageblock_movable(unsigned long pfn)
 	unsigned long word = READ_ONCE(bits[bit / BITS_PER_LONG]) >>
 			     (bit % BITS_PER_LONG);
 
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 17, 0)
-	/* Isolation became a bit of its own, beside the type. */
-	if (word & BIT(PB_migrate_isolate))
-		return false;
-	return (word & MIGRATETYPE_MASK & ~BIT(PB_migrate_isolate)) ==
-		MIGRATE_MOVABLE;
-#else
-	return (word & MIGRATETYPE_MASK) == MIGRATE_MOVABLE;
-#endif
+	return !(word & GEMINI_PAGEBLOCK_ISOLATED) &&
+	       (word & GEMINI_PAGEBLOCK_TYPE) == MIGRATE_MOVABLE;
 }
 
 /**
@@ -81,12 +87,22 @@ static inline bool gemini_pageblock_movable(unsigned long pfn)
 static inline int gemini_alloc_contig(unsigned long pfn, unsigned int order,
 				      gfp_t gfp)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
-	return alloc_contig_range_noprof(pfn, pfn + (1UL << order),
-					 ACR_FLAGS_NONE, gfp | __GFP_COMP);
+	unsigned long end = pfn + (1UL << order);
+
+#if defined(alloc_contig_frozen_range)			/* 7.x */
+	int ret = alloc_contig_frozen_range_noprof(pfn, end, ACR_FLAGS_NONE,
+						   gfp | __GFP_COMP);
+
+	/* Compound pages come frozen, only from this function. */
+	if (!ret)
+		set_page_count(pfn_to_page(pfn), 1);
+	return ret;
+#elif defined(ACR_FLAGS_NONE)				/* 6.16 */
+	return alloc_contig_range_noprof(pfn, end, ACR_FLAGS_NONE,
+					 gfp | __GFP_COMP);
 #else
-	return alloc_contig_range_noprof(pfn, pfn + (1UL << order),
-					 MIGRATE_MOVABLE, gfp | __GFP_COMP);
+	return alloc_contig_range_noprof(pfn, end, MIGRATE_MOVABLE,
+					 gfp | __GFP_COMP);
 #endif
 }
 
