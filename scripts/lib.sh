@@ -86,6 +86,12 @@ extra_suites() {
 # leaves its file name in APT_CONFIG_PRIVATE.  The machine's own lists,
 # preferences and sources stay as they are.
 apt_private() {
+	APT_CONFIG_PRIVATE=$GEMINI_CACHE/apt/apt.conf
+	# Two scripts may start at the same time.
+	with_lock apt write_apt_private
+}
+
+write_apt_private() {
 	local codename dir main label suite uri
 	codename=$(debian_codename) || die "this is not Debian: see README for what must be installed"
 	case $codename in
@@ -111,7 +117,7 @@ apt_private() {
 		rm -f "$dir/updated"
 	fi
 	mv "$dir/gemini.sources.new" "$dir/gemini.sources"
-	cat >"$dir/apt.conf" <<-CONF
+	cat >"$APT_CONFIG_PRIVATE" <<-CONF
 		Dir::Etc::sourcelist "$dir/gemini.sources";
 		Dir::Etc::sourceparts "$dir/empty";
 		Dir::State::lists "$dir/lists";
@@ -122,7 +128,6 @@ apt_private() {
 		Acquire::Retries "3";
 		APT::Sandbox::User "root";
 	CONF
-	APT_CONFIG_PRIVATE=$dir/apt.conf
 	# A day-old list is good enough, and a run with a warm cache is quick.
 	if [[ -z $(find "$dir/updated" -mtime -1 2>/dev/null) ]]; then
 		step "fetching the package lists"
