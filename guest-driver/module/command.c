@@ -29,8 +29,11 @@ static int number(const struct words *words, unsigned int i, u64 otherwise,
 static int blocks(struct gemini *gemini, const struct words *words, u64 *first,
 		  u64 *count)
 {
-	int ret = words->count > 1 ? number(words, 1, 0, first) : -EINVAL;
+	int ret;
 
+	if (words->count < 2 || words->count > 3)
+		return -EINVAL;
+	ret = number(words, 1, 0, first);
 	ret = ret ?: number(words, 2, 1, count);
 	if (ret)
 		return ret;
@@ -229,7 +232,9 @@ static int contents(struct gemini *gemini, struct words *words, bool write,
 	int ret;
 
 	/* The words FIRST SEED [COUNT]. */
-	ret = words->count > 2 ? number(words, 1, 0, &first) : -EINVAL;
+	if (words->count < 3 || words->count > 4)
+		return -EINVAL;
+	ret = number(words, 1, 0, &first);
 	if (!ret && !zero)
 		ret = number(words, 2, 0, &seed);
 	ret = ret ?: number(words, 3, 1, &count);
@@ -296,12 +301,16 @@ int gemini_command(struct gemini *gemini, char *line, struct seq_buf *result)
 	if (!strcmp(word, "renew"))
 		return dropping(gemini, &words, VIRTIO_GEMINI_REQ_RENEW,
 				result);
-	if (!strcmp(word, "stats"))
-		return stats(gemini, result);
 	if (!strcmp(word, "fill"))
 		return contents(gemini, &words, true, result);
 	if (!strcmp(word, "check"))
 		return contents(gemini, &words, false, result);
+
+	/* The others take nothing. */
+	if (words.count > 1)
+		return -EINVAL;
+	if (!strcmp(word, "stats"))
+		return stats(gemini, result);
 	if (!strcmp(word, "census")) {
 		ret = gemini_census_wait(gemini);
 		if (!ret)
