@@ -195,6 +195,18 @@ impl Session {
         u16::try_from(base).context("GET_VRING_BASE answered no ring index")
     }
 
+    /// Resets the device by the message for it; the queues have to be started
+    /// again afterwards.
+    ///
+    /// # Errors
+    /// If the daemon does not know the message or does not answer.
+    pub fn reset(&mut self) -> anyhow::Result<()> {
+        self.frontend.reset_device().context("RESET_DEVICE")?;
+        // A reset takes the accepted features back.
+        self.frontend.set_features(self.features).context("SET_FEATURES")?;
+        Ok(())
+    }
+
     /// Stops all queues as a monitor does when the guest resets the device.
     ///
     /// # Errors

@@ -178,6 +178,19 @@ impl Machine {
         Ok(unanswered)
     }
 
+    /// As [`Machine::reset_device`], by the message that resets the whole device
+    /// while its queues run.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn reset_device_by_message(&mut self) -> anyhow::Result<Vec<Request>> {
+        self.session.reset()?;
+        self.driver.poll()?;
+        let unanswered = self.driver.reset()?;
+        self.driver.start(&mut self.session)?;
+        Ok(unanswered)
+    }
+
     /// As [`Machine::reset_device`], where the rings may be broken: what is in
     /// them is not looked at.
     ///

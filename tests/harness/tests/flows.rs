@@ -336,6 +336,10 @@ fn a_device_reset_is_learned_anew() -> Result {
     ensure!(machine.driver.generation().is_none());
     machine.sync()?;
     ensure!(machine.driver.generation() != before);
+    let again = machine.driver.generation();
+    machine.reset_device_by_message()?;
+    machine.sync()?;
+    ensure!(machine.driver.generation() != again);
     machine.wait_host(&[10, 11, 12, 13], |state| state == HUGE, PATIENCE)?;
     lab.daemon.wait_status("aligned", PATIENCE, |status| status.aligned == 4)?;
     Ok(())

@@ -107,10 +107,11 @@ impl Arena {
         Ok(self.machine.take().context("no connection")?.detach())
     }
 
-    fn attach(&mut self, detached: Detached) -> anyhow::Result<Vec<wire::Range>> {
-        let (machine, unanswered) = detached.attach(&self.daemon.socket())?;
+    fn attach(&mut self, detached: Detached) -> anyhow::Result<()> {
+        // What was unanswered is over with the old connection.
+        let (machine, _) = detached.attach(&self.daemon.socket())?;
         self.machine = Some(machine);
-        Ok(unanswered.into_iter().flat_map(|request| request.ranges).collect())
+        Ok(())
     }
 
     /// Whether there is time, and `done` inputs are fewer than `wanted`.

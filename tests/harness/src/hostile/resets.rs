@@ -36,8 +36,12 @@ fn once(arena: &mut Arena) -> anyhow::Result<u64> {
     let mut sent = submit_all(machine, &mut rng, &held)?;
 
     let kind = match rng.below(4) {
-        0 | 1 => {
+        0 => {
             machine.reset_device()?;
+            "request: unanswered across a stop of the queues"
+        }
+        1 => {
+            machine.reset_device_by_message()?;
             "request: unanswered across a reset"
         }
         2 => {
