@@ -66,7 +66,7 @@ impl Plan {
             program,
             seed,
             inputs: if quick { 50_000 } else { 1_000_000 },
-            limit: Duration::from_secs(if quick { 120 } else { 1500 }),
+            limit: Duration::from_secs(if quick { 300 } else { 2400 }),
         }
     }
 }
