@@ -31,8 +31,8 @@ use crate::report::{Outcome, Report};
 const PASS_LIMIT: Duration = Duration::from_secs(30);
 
 /// A pass without work is followed by at least this many times its CPU time: an
-/// idle agent costs at most 1 % of a CPU.
-const IDLE_FACTOR: u32 = 100;
+/// idle agent costs at most half a percent of a CPU.
+const IDLE_FACTOR: u32 = 200;
 
 /// Rest when there is no free huge page.
 const SHORTAGE: Duration = Duration::from_secs(10);
