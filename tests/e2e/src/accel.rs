@@ -111,7 +111,10 @@ fn kvm_works(assets: &Assets) -> bool {
     let works = match probe(assets) {
         Ok(()) => true,
         Err(error) => {
-            eprintln!("KVM is there but no guest boots under it, so guests are emulated: {error}");
+            // The error goes on with the ends of two logs.
+            let text = error.to_string();
+            let cause = text.lines().next().unwrap_or_default();
+            eprintln!("KVM is there but no guest boots under it, so guests are emulated: {cause}");
             false
         }
     };
