@@ -35,8 +35,10 @@ const REPORT_BUFFERS: u64 = HINT_BUFFERS + HINT_SLOTS * BUFFER_LEN;
 const CTRL_BUFFERS: u64 = REPORT_BUFFERS + REPORT_SLOTS * BUFFER_LEN;
 const RELEASE_BUFFERS: u64 = CTRL_BUFFERS + CTRL_SLOTS * BUFFER_LEN;
 const RELEASE_STRIDE: u64 = 2 * REQUEST_ROOM;
-const AREA_USED: u64 = RELEASE_BUFFERS + RELEASE_SLOTS * RELEASE_STRIDE;
-const _: () = assert!(AREA_USED <= AREA_BLOCKS * BLOCK_SIZE);
+const _: () = assert!(
+    RELEASE_BUFFERS + RELEASE_SLOTS * RELEASE_STRIDE <= AREA_BLOCKS * BLOCK_SIZE,
+    "the buffers do not fit into the area"
+);
 const _: () = assert!(wire::MAX_RECORDS * wire::RECORD_LEN + wire::BATCH_LEN <= 128 << 10);
 
 /// A request that the device has not answered yet.
