@@ -105,8 +105,7 @@ pub fn available() -> io::Result<u64> {
 }
 
 /// The value of the line `NAME N kB`, in bytes.
-#[must_use]
-pub fn kilobytes(text: &str, name: &str) -> Option<u64> {
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }

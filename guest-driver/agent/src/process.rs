@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
-use crate::kernel::{self, Thp};
+use crate::kernel::Thp;
 
 /// One process, told from a later one of the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,33 +50,36 @@ pub fn all() -> io::Result<Vec<i32>> {
     Ok(pids)
 }
 
-/// What decides about a process as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Status {
-    /// Bytes of anonymous memory that it has in memory.
-    pub anonymous: u64,
-    /// False where the process asked for no huge pages at all
-    /// (PR_SET_THP_DISABLE).
-    pub thp_allowed: bool,
+/// Pages of anonymous memory that process `pid` has in memory, none for a kernel
+/// thread: the cheapest question that tells most processes from those worth a
+/// look.
+///
+/// # Errors
+/// If the process is gone.
+pub fn anonymous_pages(pid: i32) -> io::Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    resident_less_shared(&text).ok_or_else(|| io::Error::other("statm of another form"))
 }
 
-impl Status {
-    /// Reads it.
-    ///
-    /// # Errors
-    /// If the process is gone.
-    pub fn read(pid: i32) -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/status"))?))
-    }
+/// `SIZE RESIDENT SHARED ...`, where files and shared memory are shared.
+fn resident_less_shared(statm: &str) -> Option<u64> {
+    let mut numbers = statm.split_whitespace().map(str::parse::<u64>);
+    let resident = numbers.nth(1)?.ok()?;
+    Some(resident.saturating_sub(numbers.next()?.ok()?))
+}
 
-    /// Kernel threads and processes that have ended have no memory lines.
-    fn parse(text: &str) -> Self {
-        let thp = text.lines().find_map(|line| line.strip_prefix("THP_enabled:"));
-        Status {
-            anonymous: kernel::kilobytes(text, "RssAnon:").unwrap_or(0),
-            thp_allowed: thp.is_none_or(|value| value.trim() != "0"),
-        }
-    }
+/// False where process `pid` asked for no huge pages at all
+/// (PR_SET_THP_DISABLE).
+///
+/// # Errors
+/// If the process is gone.
+pub fn allows_huge_pages(pid: i32) -> io::Result<bool> {
+    Ok(thp_enabled(&std::fs::read_to_string(format!("/proc/{pid}/status"))?))
+}
+
+fn thp_enabled(status: &str) -> bool {
+    let value = status.lines().find_map(|line| line.strip_prefix("THP_enabled:"));
+    value.is_none_or(|value| value.trim() != "0")
 }
 
 /// The private anonymous mappings of process `pid`, ascending.
@@ -211,12 +214,17 @@ mod tests {
     }
 
     #[test]
-    fn status_tells_of_memory_and_the_opt_out() {
-        let kthread = Status::parse("Name:\tkthreadd\nThreads:\t1\n");
-        assert_eq!(kthread, Status { anonymous: 0, thp_allowed: true });
-        let status = Status::parse("RssAnon:\t   12 kB\nTHP_enabled:\t0\n");
-        assert_eq!(status, Status { anonymous: 12 << 10, thp_allowed: false });
-        assert!(Status::parse("THP_enabled:\t1\n").thp_allowed);
+    fn kernel_threads_have_no_anonymous_pages() {
+        assert_eq!(resident_less_shared("0 0 0 0 0 0 0\n"), Some(0));
+        assert_eq!(resident_less_shared("900 700 200 1 0 500 0\n"), Some(500));
+        assert_eq!(resident_less_shared("900"), None);
+    }
+
+    #[test]
+    fn opt_out_of_the_process_is_in_its_status() {
+        assert!(!thp_enabled("RssAnon:\t 12 kB\nTHP_enabled:\t0\n"));
+        assert!(thp_enabled("THP_enabled:\t1\n"));
+        assert!(thp_enabled("Name:\tkthreadd\n"));
     }
 
     #[test]

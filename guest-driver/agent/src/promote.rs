@@ -13,7 +13,7 @@ use crate::kernel::{self, Geometry, Thp};
 use crate::pace::Pace;
 use crate::pagemap::{Occupancy, Pagemap};
 use crate::plan::{self, Candidate, Run, Shortlist, Skip};
-use crate::process::{self, Flags, Identity, Refusal, Status};
+use crate::process::{self, Flags, Identity, Refusal};
 use crate::report::{Outcome, Planned, Report};
 use crate::sys::{self, Pidfd};
 use crate::{cgroup, fmfi};
@@ -157,12 +157,11 @@ impl Promoter {
         shortlist: &mut Shortlist,
         report: &mut Report,
     ) -> io::Result<()> {
-        let status = Status::read(pid)?;
         // Kernel threads have none, small processes not enough.
-        if status.anonymous < self.geometry.block / 2 {
+        if process::anonymous_pages(pid)? < self.geometry.pages() / 2 {
             return Ok(());
         }
-        if !status.thp_allowed {
+        if !process::allows_huge_pages(pid)? {
             report.opted_out_processes += 1;
             return Ok(());
         }

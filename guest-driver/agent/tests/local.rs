@@ -188,7 +188,7 @@ fn promote_half_full_ranges(kind: Kind) {
         assert_eq!(report["promoted"], BLOCKS, "{kind:?}: {report}");
         assert_eq!(target.huge(), BLOCKS);
     } else {
-        assert_eq!(skipped(&report, "fragmented"), BLOCKS, "{kind:?}: {report}");
+        assert!(skipped(&report, "fragmented") >= BLOCKS, "{kind:?}: {report}");
         assert_eq!(target.huge(), 0);
     }
     assert!(target.verify(), "{kind:?}");
@@ -199,7 +199,8 @@ fn assert_left_alone(kind: Kind, reason: &str) {
     let mut target = Target::start(kind);
     let report = target.promote(&[]);
     assert_eq!(report["ranges"].as_array().map(Vec::len), Some(0), "{kind:?}: {report}");
-    assert_eq!(skipped(&report, reason), BLOCKS, "{kind:?}: {report}");
+    // The target has its parent's memory, too.
+    assert!(skipped(&report, reason) >= BLOCKS, "{kind:?}: {report}");
     assert_eq!(target.huge(), 0, "{kind:?}: {report}");
     assert!(target.verify(), "{kind:?}");
 }
