@@ -53,8 +53,12 @@ impl Log for Limited {
         let limit = if record.level() == Level::Error { &self.errors } else { &self.others };
         let Some(suppressed) = lock(limit).pass(Instant::now()) else { return };
         if suppressed > 0 {
-            let note = format_args!("{suppressed} message(s) left out: too many at once");
-            self.inner.log(&Record::builder().args(note).level(record.level()).build());
+            self.inner.log(
+                &Record::builder()
+                    .args(format_args!("{suppressed} message(s) left out: too many at once"))
+                    .level(record.level())
+                    .build(),
+            );
         }
         self.inner.log(record);
     }
