@@ -441,7 +441,8 @@ fn parse_answer(line: &str) -> Option<Answer> {
 }
 
 /// Whether a kernel message tells of trouble. Warnings count by their level,
-/// except those that an out-of-tree module brings by being one.
+/// except those that an out-of-tree module brings by being one, and those of a
+/// clock that an overloaded host has stopped for a moment.
 fn is_complaint(message: &Message) -> bool {
     const TROUBLE: [&str; 9] = [
         "BUG:",
