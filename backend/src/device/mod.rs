@@ -113,13 +113,13 @@ impl VhostUserBackend for Device {
     fn features(&self) -> u64 {
         // The same under every policy: a daemon that is started anew under another one would
         // otherwise be refused by a driver that counts on PREPARE.
-        1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
-            | 1 << F_PREPARE
-            | 1 << F_RELEASE
-            | 1 << F_STATS
+            | (1 << F_PREPARE)
+            | (1 << F_RELEASE)
+            | (1 << F_STATS)
     }
 
     fn acked_features(&self, features: u64) {

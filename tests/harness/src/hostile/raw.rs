@@ -56,7 +56,7 @@ pub const NEED_REPLY: u32 = 8;
 
 /// Protocol features that this peer accepts: MQ, REPLY_ACK, CONFIG,
 /// RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-const PROTOCOL: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+const PROTOCOL: u64 = (1 << 0) | (1 << 3) | (1 << 9) | (1 << 13) | (1 << 15);
 const F_PROTOCOL: u64 = 1 << 30;
 
 /// A message: the header's three fields, the body, the descriptors.

@@ -72,7 +72,7 @@ fn range_out_of_memory(rng: &mut Rng) -> Range {
         1 => Range { first: BLOCKS - 1, count: 2 + rng.bits32() / 2 },
         2 => Range { first: u64::MAX - rng.below(3), count: 1 + rng.bits32() / 2 },
         3 => Range { first: rng.below(BLOCKS), count: 0 },
-        _ => Range { first: rng.bits() | 1 << 40, count: rng.bits32() },
+        _ => Range { first: rng.bits() | (1 << 40), count: rng.bits32() },
     }
 }
 
@@ -115,7 +115,7 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
             ("request: older generation", bytes, false)
         }
         4 => {
-            let other = rng.bits() | 1 << 63;
+            let other = rng.bits() | (1 << 63);
             let bytes = wire::request(right, other.wrapping_add(generation), &inside);
             ("request: any generation", bytes, false)
         }
