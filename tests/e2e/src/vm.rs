@@ -1,6 +1,6 @@
 //! One QEMU with a test guest in it.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -229,6 +229,7 @@ impl RunDirectory {
     /// If it cannot be made.
     pub fn new() -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        remove_abandoned(&std::env::temp_dir());
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("gemini-{}-{number}", std::process::id()));
         std::fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
@@ -240,6 +241,25 @@ impl RunDirectory {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// Removes directories of processes that a signal has ended. What cannot be
+/// removed belongs to somebody else, or waits for the next time.
+fn remove_abandoned(parent: &Path) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("gemini-"))
+            .and_then(|rest| rest.split_once('-'))
+            .and_then(|(pid, _)| pid.parse::<u32>().ok());
+        // SAFETY: takes nothing, and always succeeds.
+        let user = unsafe { libc::geteuid() };
+        let ours = entry.metadata().is_ok_and(|data| data.is_dir() && data.uid() == user);
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) && ours {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }
 
@@ -259,4 +279,24 @@ pub fn log_directory(name: &str) -> anyhow::Result<PathBuf> {
     let path = assets::cache_dir()?.join("logs").join("vm").join(name);
     std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_of_dead_processes_are_removed_and_others_are_not() {
+        let parent = std::env::temp_dir().join(format!("gemini-parent-{}", std::process::id()));
+        // No pid reaches this far.
+        let dead = parent.join("gemini-4294967295-0");
+        let alive = parent.join(format!("gemini-{}-7", std::process::id()));
+        let other = parent.join("gemini-harness");
+        for path in [&dead, &alive, &other] {
+            std::fs::create_dir_all(path).expect("a directory");
+        }
+        remove_abandoned(&parent);
+        assert!(!dead.exists() && alive.exists() && other.exists());
+        std::fs::remove_dir_all(parent).expect("made above");
+    }
 }

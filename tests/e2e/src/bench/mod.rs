@@ -99,8 +99,10 @@ fn read_document(path: &Path) -> anyhow::Result<Value> {
 fn describe(scenario: &mut Scenario, bench: &Bench) -> anyhow::Result<()> {
     scenario.arg("accel", bench.accel.name());
     scenario.version("guest_kernel", bench.assets.guest.release.clone());
-    let qemu = std::process::Command::new(&bench.assets.qemu).arg("--version").output()?;
-    let qemu = String::from_utf8_lossy(&qemu.stdout);
-    scenario.version("qemu", qemu.lines().next().unwrap_or("unknown"));
+    for (name, program) in [("qemu", &bench.assets.qemu), ("daemon", &bench.assets.daemon)] {
+        let output = std::process::Command::new(program).arg("--version").output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        scenario.version(name, text.lines().next().unwrap_or("unknown"));
+    }
     Ok(())
 }
