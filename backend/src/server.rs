@@ -168,7 +168,11 @@ pub fn run(args: &Args) -> Result<(), Error> {
                 .map_err(|source| Error::Inherited { fd, source })?,
             None,
         ),
-        (None, None) => unreachable_socket()?,
+        // The command line demands one; callers that build `Args` themselves may not.
+        (None, None) => {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "no --socket-path, no --fd");
+            return Err(Error::System { what: "listen", source });
+        }
     };
     let settings = Settings {
         policy: args.policy,
@@ -188,12 +192,6 @@ pub fn run(args: &Args) -> Result<(), Error> {
         })
         .transpose()?;
     serve(listener, &threads, &ending, &end)
-}
-
-/// The command line demands a socket; this is for callers that build [`Args`] themselves.
-fn unreachable_socket<T>() -> Result<T, Error> {
-    let source = io::Error::new(io::ErrorKind::InvalidInput, "neither --socket-path nor --fd");
-    Err(Error::System { what: "listen", source })
 }
 
 fn serve(

@@ -320,18 +320,20 @@ impl Port for Queues {
                 }
                 return false;
             };
+            // One buffer a call, also a useless one: a driver that goes on giving those must not
+            // keep us here, with the lock, past the end of the connection or of the CPU budget.
             // An advice is as long as a record: room for one is room for either.
             let room = match wire::room(&chain, Batch::SIZE) {
                 Ok(Some(room)) if room > 0 => room,
                 Ok(_) => {
                     self.bad("hintq", &wire::Error::TooMany(1, 0));
                     slot.publish(&chain, 0);
-                    continue;
+                    return true;
                 }
                 Err(error) => {
                     self.bad("hintq", &error);
                     slot.publish(&chain, 0);
-                    continue;
+                    return true;
                 }
             };
             let Some((generation, hint)) = fill(room) else {

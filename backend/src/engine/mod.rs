@@ -38,7 +38,8 @@ const THROTTLE: Duration = Duration::from_millis(10);
 /// The engine's way to the driver; the device implements it.
 pub trait Port: Send + Sync {
     /// Offers the next free `hintq` buffer: `fill` is called with the number of records that it
-    /// holds, and what it returns is published. False if there is no buffer.
+    /// holds, and what it returns is published; a buffer that holds none is given back unused.
+    /// False if there is no buffer.
     fn send_hint(&self, fill: &mut dyn FnMut(usize) -> Option<(u64, HintBatch)>) -> bool;
 
     /// Answers the PREPARE `id`, if it is still waiting.
@@ -328,7 +329,7 @@ impl Engine {
                 self.dispatch_look(&mut inner, look, now, &mut sleep);
                 self.dispatch_act(&mut inner, act, now, &mut sleep);
             }
-            self.publish_hints(now, &mut sleep);
+            self.publish_hints(&mut sleep);
             let inner = self.lock();
             if !inner.woken && !inner.stopping {
                 let waited = self.wake.wait_timeout_while(inner, sleep, |i| !i.woken);
@@ -411,19 +412,25 @@ impl Engine {
     }
 
     /// Tells the driver what it does not know, as far as it has posted buffers.
-    fn publish_hints(&self, now: Instant, sleep: &mut Duration) {
+    fn publish_hints(&self, sleep: &mut Duration) {
         let advice = self.advice();
         loop {
             let port = {
                 let inner = self.lock();
                 let state = &inner.state;
-                if !state.scan.complete() || !state.hints.pending(&advice) {
+                if inner.stopping || !state.scan.complete() || !state.hints.pending(&advice) {
                     return;
                 }
                 inner.port.clone()
             };
             let Some(port) = port else { return };
-            if !lock(&self.cpu).foreground_ok(now) {
+            let now = Instant::now();
+            let in_budget = {
+                let mut cpu = lock(&self.cpu);
+                cpu.update(process_cpu_time(), now);
+                cpu.foreground_ok(now)
+            };
+            if !in_budget {
                 *sleep = (*sleep).min(THROTTLE);
                 return;
             }
