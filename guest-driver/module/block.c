@@ -5,7 +5,12 @@
  * Blocks live in page-sized chunks, made where there is memory.  Every change
  * of a guest state marks the block dirty, until a report takes it; sums over
  * pairs of states are kept with each change, so that reading them is cheap.
+ *
+ * Held blocks are on lists as well, by node and by what they are good for: who
+ * needs one in a hurry takes the first.  Only the links are in their pages.
  */
+#include <linux/jiffies.h>
+#include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
 
@@ -27,14 +32,22 @@ static unsigned int slot_of(u64 block)
 	return block % GEMINI_CHUNK_BLOCKS;
 }
 
-void gemini_map_init(struct gemini_map *map, u64 limit)
+int gemini_map_init(struct gemini_map *map)
 {
+	unsigned int stock, nid;
+
 	BUILD_BUG_ON(sizeof(struct gemini_block) != 4);
 	BUILD_BUG_ON(sizeof(struct gemini_chunk) != PAGE_SIZE);
 
 	spin_lock_init(&map->lock);
 	xa_init(&map->chunks);
-	map->limit = limit;
+	map->pools = kcalloc(nr_node_ids, sizeof(*map->pools), GFP_KERNEL);
+	if (!map->pools)
+		return -ENOMEM;
+	for (nid = 0; nid < nr_node_ids; nid++)
+		for (stock = 0; stock < GEMINI_STOCKS; stock++)
+			INIT_LIST_HEAD(&map->pools[nid].list[stock]);
+	return 0;
 }
 
 void gemini_map_destroy(struct gemini_map *map)
@@ -45,6 +58,7 @@ void gemini_map_destroy(struct gemini_map *map)
 	xa_for_each(&map->chunks, index, chunk)
 		kfree(chunk);
 	xa_destroy(&map->chunks);
+	kfree(map->pools);
 }
 
 /**
@@ -127,6 +141,74 @@ static void set_dirty(struct gemini_map *map, u64 block,
 	mark(map, block, GEMINI_MARK_DIRTY);
 }
 
+static struct page *page_of(struct gemini_map *map, u64 block)
+{
+	return pfn_to_page(block << map->order);
+}
+
+static enum gemini_stock stock_of(const struct gemini_block *entry)
+{
+	if (!gemini_host_huge(entry->host))
+		return GEMINI_STOCK_IDLE;
+	return entry->flags & GEMINI_BLOCK_ZERO ? GEMINI_STOCK_ZERO :
+						  GEMINI_STOCK_READY;
+}
+
+/* Is the block on one of the lists? */
+static bool listed(const struct gemini_block *entry)
+{
+	return (entry->flags & (GEMINI_BLOCK_HELD | GEMINI_BLOCK_BUSY)) ==
+	       GEMINI_BLOCK_HELD;
+}
+
+static void list_block(struct gemini_map *map, u64 block,
+		       const struct gemini_block *entry)
+{
+	enum gemini_stock stock = stock_of(entry);
+	struct page *page = page_of(map, block);
+	struct gemini_pool *pool = &map->pools[page_to_nid(page)];
+
+	lockdep_assert_held(&map->lock);
+
+	set_page_private(page, jiffies);
+	list_add_tail(&page->lru, &pool->list[stock]);
+	WRITE_ONCE(pool->count[stock], pool->count[stock] + 1);
+}
+
+static void unlist_block(struct gemini_map *map, u64 block,
+			 const struct gemini_block *entry)
+{
+	enum gemini_stock stock = stock_of(entry);
+	struct page *page = page_of(map, block);
+	struct gemini_pool *pool = &map->pools[page_to_nid(page)];
+
+	lockdep_assert_held(&map->lock);
+
+	list_del(&page->lru);
+	set_page_private(page, 0);
+	WRITE_ONCE(pool->count[stock], pool->count[stock] - 1);
+}
+
+/* Every change of a host state or of a flag that may concern a held block. */
+static void change(struct gemini_map *map, u64 block,
+		   struct gemini_block *entry, u8 host, u8 flags)
+{
+	struct gemini_block after = *entry;
+
+	after.host = host;
+	after.flags = flags;
+	if (listed(entry) != listed(&after) ||
+	    (listed(entry) && stock_of(entry) != stock_of(&after))) {
+		if (listed(entry))
+			unlist_block(map, block, entry);
+		*entry = after;
+		if (listed(entry))
+			list_block(map, block, entry);
+	} else {
+		*entry = after;
+	}
+}
+
 /* Returns whether there is something to report. */
 static bool set_guest(struct gemini_map *map, u64 block,
 		      struct gemini_block *entry, u8 state, u16 used)
@@ -143,6 +225,7 @@ static bool set_guest(struct gemini_map *map, u64 block,
 		map->count[entry->guest][entry->host]--;
 		map->count[state][entry->host]++;
 		entry->guest = state;
+		entry->flags &= ~GEMINI_BLOCK_PASSED;
 	}
 	entry->used = used;
 	set_dirty(map, block, entry);
@@ -210,11 +293,15 @@ static void each_block(struct gemini_map *map, u64 first, u64 count,
 static void set_host(struct gemini_map *map, u64 block,
 		     struct gemini_block *entry, u8 state)
 {
+	u8 flags = entry->flags;
+
 	lockdep_assert_held(&map->lock);
 
 	map->count[entry->guest][entry->host]--;
 	map->count[entry->guest][state]++;
-	entry->host = state;
+	if (gemini_host_huge(state))
+		flags &= ~GEMINI_BLOCK_ASKED;
+	change(map, block, entry, state, flags);
 }
 
 /**
@@ -367,24 +454,26 @@ int gemini_map_hold(struct gemini_map *map, u64 block, bool zero)
 		ret = -ERANGE;
 	} else {
 		set_guest(map, block, entry, VIRTIO_GEMINI_GUEST_BOOKED, 0);
-		entry->flags |= GEMINI_BLOCK_HELD;
-		if (zero)
-			entry->flags |= GEMINI_BLOCK_ZERO;
-		mark(map, block, GEMINI_MARK_HELD);
+		change(map, block, entry, entry->host,
+		       entry->flags | GEMINI_BLOCK_HELD |
+		       (zero ? GEMINI_BLOCK_ZERO : 0));
 		map->held++;
 	}
 	spin_unlock(&map->lock);
 	return ret;
 }
 
+/* The block's pages are @state from here on. */
 static void unhold(struct gemini_map *map, u64 block,
-		   struct gemini_block *entry)
+		   struct gemini_block *entry, u8 state)
 {
 	lockdep_assert_held(&map->lock);
 
-	entry->flags &= ~(GEMINI_BLOCK_HELD | GEMINI_BLOCK_ZERO);
+	change(map, block, entry, entry->host,
+	       entry->flags & ~(GEMINI_BLOCK_HELD | GEMINI_BLOCK_ZERO |
+				GEMINI_BLOCK_ASKED));
 	map->held--;
-	set_guest(map, block, entry, VIRTIO_GEMINI_GUEST_FREE, 0);
+	set_guest(map, block, entry, state, 0);
 }
 
 /**
@@ -407,55 +496,209 @@ int gemini_map_unhold(struct gemini_map *map, u64 block)
 	else if (entry->flags & GEMINI_BLOCK_BUSY)
 		ret = -EBUSY;
 	else
-		unhold(map, block, entry);
+		unhold(map, block, entry, VIRTIO_GEMINI_GUEST_FREE);
 	spin_unlock(&map->lock);
 	return ret;
 }
 
+static u64 block_of(struct gemini_map *map, struct page *page)
+{
+	return page_to_pfn(page) >> map->order;
+}
+
 /**
- * gemini_map_unhold_any() - some block is about to be freed
+ * gemini_map_unhold_any() - the least useful block is about to be freed
  * @map: the map
- * @block: where the search starts, and what it found
+ * @block: which one
  *
  * Does not sleep: it is called to free memory.
  *
- * Return: false if no held block from @block on can be freed now.
+ * Return: false if no held block can be freed now.
  */
 bool gemini_map_unhold_any(struct gemini_map *map, u64 *block)
 {
-	unsigned long index = chunk_of(*block);
-	struct gemini_chunk *chunk;
+	unsigned int stock, nid;
+	struct page *page;
 
-	chunk = xa_find(&map->chunks, &index, ULONG_MAX, GEMINI_MARK_HELD);
-	while (chunk) {
-		u64 start = (u64)index * GEMINI_CHUNK_BLOCKS;
-		bool held = false;
-		unsigned int i;
-
-		i = *block > start ? *block - start : 0;
-		spin_lock(&map->lock);
-		/* The mark may go only if the whole chunk is looked at. */
-		held = i > 0;
-		for (; i < GEMINI_CHUNK_BLOCKS; i++) {
-			struct gemini_block *entry = &chunk->block[i];
-
-			if (!(entry->flags & GEMINI_BLOCK_HELD))
+	spin_lock(&map->lock);
+	for (stock = 0; stock < GEMINI_STOCKS; stock++) {
+		for (nid = 0; nid < nr_node_ids; nid++) {
+			page = list_first_entry_or_null(&map->pools[nid].list[stock],
+							struct page, lru);
+			if (!page)
 				continue;
-			held = true;
-			if (entry->flags & GEMINI_BLOCK_BUSY)
-				continue;
-			unhold(map, start + i, entry);
+			*block = block_of(map, page);
+			unhold(map, *block, gemini_map_find(map, *block),
+			       VIRTIO_GEMINI_GUEST_FREE);
 			spin_unlock(&map->lock);
-			*block = start + i;
 			return true;
 		}
-		if (!held)
-			xa_clear_mark(&map->chunks, index, GEMINI_MARK_HELD);
-		spin_unlock(&map->lock);
-		chunk = xa_find_after(&map->chunks, &index, ULONG_MAX,
-				      GEMINI_MARK_HELD);
 	}
+	spin_unlock(&map->lock);
 	return false;
+}
+
+/**
+ * gemini_map_unhold_old() - a block that was held in vain is about to be freed
+ * @map: the map
+ * @nid: its node
+ * @stock: its list
+ * @before: it has been there since before this time, in jiffies
+ * @block: which one
+ *
+ * Return: false if there is none.
+ */
+bool gemini_map_unhold_old(struct gemini_map *map, int nid,
+			   enum gemini_stock stock, unsigned long before,
+			   u64 *block)
+{
+	struct gemini_block *entry;
+	struct page *page;
+
+	spin_lock(&map->lock);
+	page = list_first_entry_or_null(&map->pools[nid].list[stock],
+					struct page, lru);
+	if (page && !time_before(page_private(page), before))
+		page = NULL;
+	if (page) {
+		*block = block_of(map, page);
+		entry = gemini_map_find(map, *block);
+		unhold(map, *block, entry, VIRTIO_GEMINI_GUEST_FREE);
+		entry->flags |= GEMINI_BLOCK_PASSED;
+	}
+	spin_unlock(&map->lock);
+	return page;
+}
+
+/**
+ * gemini_map_take() - a ready block is about to become a huge page
+ * @map: the map
+ * @nid: its node
+ * @zero: one that reads as zero is wanted
+ * @block: which one
+ * @clean: it does read as zero
+ *
+ * Return: false if there is none.
+ */
+bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
+		     bool *clean)
+{
+	struct gemini_pool *pool = &map->pools[nid];
+	enum gemini_stock stock = zero ? GEMINI_STOCK_ZERO : GEMINI_STOCK_READY;
+
+	spin_lock(&map->lock);
+	if (list_empty(&pool->list[stock]))
+		stock = zero ? GEMINI_STOCK_READY : GEMINI_STOCK_ZERO;
+	if (list_empty(&pool->list[stock])) {
+		spin_unlock(&map->lock);
+		return false;
+	}
+	*clean = stock == GEMINI_STOCK_ZERO;
+	/* The last one, so that a stock that is too large grows old. */
+	*block = block_of(map, list_last_entry(&pool->list[stock], struct page,
+					       lru));
+	unhold(map, *block, gemini_map_find(map, *block),
+	       VIRTIO_GEMINI_GUEST_HUGE);
+	spin_unlock(&map->lock);
+	return true;
+}
+
+/**
+ * gemini_map_stock() - how many blocks there are to be had
+ * @map: the map
+ * @nid: the node, or NUMA_NO_NODE for all
+ * @stock: of which kind
+ *
+ * Return: number of blocks, which may be another at once.
+ */
+u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock)
+{
+	unsigned int node;
+	u64 count = 0;
+
+	if (nid != NUMA_NO_NODE)
+		return READ_ONCE(map->pools[nid].count[stock]);
+	for (node = 0; node < nr_node_ids; node++)
+		count += READ_ONCE(map->pools[node].count[stock]);
+	return count;
+}
+
+/**
+ * gemini_map_ask() - choose held blocks that the host is to make huge
+ * @map: the map
+ * @nid: their node
+ * @blocks: where to, in no order
+ * @max: room, in blocks
+ *
+ * Return: number of blocks; none of them was asked for before.
+ */
+unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
+			    unsigned int max)
+{
+	struct gemini_block *entry;
+	unsigned int count = 0;
+	struct page *page;
+
+	spin_lock(&map->lock);
+	list_for_each_entry(page, &map->pools[nid].list[GEMINI_STOCK_IDLE],
+			    lru) {
+		if (count == max)
+			break;
+		entry = gemini_map_find(map, block_of(map, page));
+		if (entry->flags & GEMINI_BLOCK_ASKED)
+			continue;
+		entry->flags |= GEMINI_BLOCK_ASKED;
+		blocks[count++] = block_of(map, page);
+	}
+	spin_unlock(&map->lock);
+	return count;
+}
+
+/**
+ * gemini_map_unask() - the host was not asked after all, or did not do it
+ * @map: the map
+ * @block: any block
+ */
+void gemini_map_unask(struct gemini_map *map, u64 block)
+{
+	struct gemini_block *entry;
+
+	spin_lock(&map->lock);
+	entry = gemini_map_find(map, block);
+	if (entry)
+		entry->flags &= ~GEMINI_BLOCK_ASKED;
+	spin_unlock(&map->lock);
+}
+
+/**
+ * gemini_map_pass() - leave a block alone for now
+ * @map: the map
+ * @block: any block
+ */
+void gemini_map_pass(struct gemini_map *map, u64 block)
+{
+	struct gemini_block *entry;
+
+	spin_lock(&map->lock);
+	entry = gemini_map_find(map, block);
+	if (entry)
+		entry->flags |= GEMINI_BLOCK_PASSED;
+	spin_unlock(&map->lock);
+}
+
+static void forgive(struct gemini_map *map, u64 block,
+		    struct gemini_block *entry, u8 unused)
+{
+	entry->flags &= ~GEMINI_BLOCK_PASSED;
+}
+
+/**
+ * gemini_map_forgive() - no block is left alone any more
+ * @map: the map
+ */
+void gemini_map_forgive(struct gemini_map *map)
+{
+	each_block(map, 0, map->limit, forgive, 0);
 }
 
 /**
@@ -485,7 +728,8 @@ int gemini_map_busy(struct gemini_map *map, u64 first, u64 count)
 	}
 	for (i = 0; i < count && !ret; i++) {
 		entry = gemini_map_find(map, first + i);
-		entry->flags |= GEMINI_BLOCK_BUSY;
+		change(map, first + i, entry, entry->host,
+		       entry->flags | GEMINI_BLOCK_BUSY);
 		map->busy++;
 	}
 	spin_unlock(&map->lock);
@@ -501,6 +745,7 @@ int gemini_map_busy(struct gemini_map *map, u64 first, u64 count)
  */
 void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero)
 {
+	u8 flags;
 	u64 i;
 
 	spin_lock(&map->lock);
@@ -510,9 +755,10 @@ void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero)
 		if (WARN_ON_ONCE(!entry ||
 				 !(entry->flags & GEMINI_BLOCK_BUSY)))
 			continue;
-		entry->flags &= ~(GEMINI_BLOCK_BUSY | GEMINI_BLOCK_ZERO);
+		flags = entry->flags & ~(GEMINI_BLOCK_BUSY | GEMINI_BLOCK_ZERO);
 		if (zero)
-			entry->flags |= GEMINI_BLOCK_ZERO;
+			flags |= GEMINI_BLOCK_ZERO;
+		change(map, first + i, entry, entry->host, flags);
 		map->busy--;
 	}
 	spin_unlock(&map->lock);
@@ -520,7 +766,8 @@ void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero)
 
 static bool same(const struct gemini_block *a, const struct gemini_block *b)
 {
-	const u8 shown = (u8)~GEMINI_BLOCK_DIRTY;
+	const u8 shown = (u8)~(GEMINI_BLOCK_DIRTY | GEMINI_BLOCK_PASSED |
+			       GEMINI_BLOCK_ASKED);
 
 	return a->guest == b->guest && a->host == b->host &&
 	       a->used == b->used && (a->flags & shown) == (b->flags & shown);

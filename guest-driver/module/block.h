@@ -7,6 +7,7 @@
 #ifndef _GEMINI_BLOCK_H
 #define _GEMINI_BLOCK_H
 
+#include <linux/list.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
 #include <linux/xarray.h>
@@ -27,6 +28,13 @@
 #define GEMINI_BLOCK_BUSY	BIT(2)
 /* Held, and every byte reads as zero. */
 #define GEMINI_BLOCK_ZERO	BIT(3)
+/*
+ * Held in vain, or not to be had: left alone until the census finds it used in
+ * another way, or until gemini_map_forgive().
+ */
+#define GEMINI_BLOCK_PASSED	BIT(4)
+/* Held, and the host was asked to make it huge. */
+#define GEMINI_BLOCK_ASKED	BIT(5)
 
 /**
  * struct gemini_block - one block, in four bytes: 1 TiB takes 2 MiB
@@ -49,9 +57,27 @@ struct gemini_chunk {
 	struct gemini_block block[GEMINI_CHUNK_BLOCKS];
 };
 
-/* Chunks that may have dirty blocks, and held blocks. */
+/* Chunks that may have dirty blocks. */
 #define GEMINI_MARK_DIRTY	XA_MARK_0
-#define GEMINI_MARK_HELD	XA_MARK_1
+
+/* What a held block is good for, worst first; busy ones are in none of these. */
+enum gemini_stock {
+	GEMINI_STOCK_IDLE,	/* the host does not back it with a huge page */
+	GEMINI_STOCK_READY,	/* it does */
+	GEMINI_STOCK_ZERO,	/* it does, and every byte reads as zero */
+	GEMINI_STOCKS
+};
+
+/**
+ * struct gemini_pool - the held blocks of one node
+ * @list: their first pages, by lru, the ones that came last at the end; since
+ *	when they are there is in the page's private word, in jiffies
+ * @count: number of them
+ */
+struct gemini_pool {
+	struct list_head list[GEMINI_STOCKS];
+	u64 count[GEMINI_STOCKS];
+};
 
 /* Used pages that are not to be changed, in struct gemini_seen. */
 #define GEMINI_USED_KEEP	U16_MAX
@@ -63,7 +89,9 @@ struct gemini_chunk {
  *	allocates or sleeps
  * @chunks: struct gemini_chunk by block number / GEMINI_CHUNK_BLOCKS; chunks
  *	are added at any time and go away only with the map
+ * @pools: held blocks by node
  * @limit: the first block number that no memory can have
+ * @order: log2 of the number of pages in a block
  * @count: number of blocks in each pair of states
  * @held: blocks that the driver owns
  * @busy: held blocks that are not to be freed
@@ -74,7 +102,9 @@ struct gemini_chunk {
 struct gemini_map {
 	spinlock_t lock;	/* see above */
 	struct xarray chunks;
+	struct gemini_pool *pools;
 	u64 limit;
+	unsigned int order;
 	u64 count[GEMINI_GUEST_STATES][GEMINI_HOST_STATES];
 	u64 held;
 	u64 busy;
@@ -107,7 +137,7 @@ struct gemini_sums {
 	u64 busy;
 };
 
-void gemini_map_init(struct gemini_map *map, u64 limit);
+int gemini_map_init(struct gemini_map *map);
 void gemini_map_destroy(struct gemini_map *map);
 int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
 struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
@@ -127,8 +157,19 @@ unsigned int gemini_map_take_dirty(struct gemini_map *map,
 int gemini_map_hold(struct gemini_map *map, u64 block, bool zero);
 int gemini_map_unhold(struct gemini_map *map, u64 block);
 bool gemini_map_unhold_any(struct gemini_map *map, u64 *block);
+bool gemini_map_unhold_old(struct gemini_map *map, int nid,
+			   enum gemini_stock stock, unsigned long before,
+			   u64 *block);
+bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
+		     bool *clean);
+u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock);
 int gemini_map_busy(struct gemini_map *map, u64 first, u64 count);
 void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero);
+unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
+			    unsigned int max);
+void gemini_map_unask(struct gemini_map *map, u64 block);
+void gemini_map_pass(struct gemini_map *map, u64 block);
+void gemini_map_forgive(struct gemini_map *map);
 
 bool gemini_map_next_run(struct gemini_map *map, u64 from,
 			 struct gemini_run *run);

@@ -67,7 +67,7 @@ static int book(struct gemini *gemini, struct words *words,
 		ret = blocks(gemini, words, &first, &count);
 	for (i = 0; !ret && i < count; i++) {
 		block = first + i;
-		ret = any ? gemini_hold_any(gemini, &block) :
+		ret = any ? gemini_hold_any(gemini, NUMA_NO_NODE, &block) :
 			    gemini_hold_exact(gemini, block);
 		if (!ret)
 			seq_buf_printf(result, "%llu\n", block);

@@ -7,6 +7,8 @@
  *   sync_lock      generation and report state; held while a report is made
  *   requests.lock  one for each request queue: its ring and what is unanswered
  *   map.lock       contents of the map; see block.h
+ *
+ * exact_lock is outside of all these: it is held over an allocation.
  */
 #ifndef _GEMINI_H
 #define _GEMINI_H
@@ -162,6 +164,9 @@ struct gemini_requests {
  * @generation: the device's, 0 until it told it
  * @release_max: most unanswered blocks on releaseq
  * @wanted: blocks that the host would like to have released
+ * @scarce: the host has no huge pages to give
+ * @bucket_max: blocks that the host would have us hold at most; 0: our choice
+ * @booking_timeout_ms: how long it would have us hold them; 0: our choice
  * @broken: a queue does not work any more, until the next reset
  * @census: see struct gemini_census
  * @hints: see struct gemini_hints
@@ -172,8 +177,11 @@ struct gemini_requests {
  * @reset_work: resets a device that says that it needs it
  * @lifecycle: held while the device is started or stopped
  * @stopped: gemini_stop() has run, under @lifecycle
+ * @exact_lock: held while one block is taken at its address, one at a time
+ * @exact_task: who takes it
  * @shrinker: gives held blocks back under memory pressure
  * @oom: gives all of them back when there is no memory left
+ * @returned_pressure: blocks given back because memory was short
  * @debugfs: the device's folder
  * @command_lock: protects @command_result
  * @command_result: what the last command said
@@ -190,6 +198,9 @@ struct gemini {
 	u64 generation;
 	unsigned int release_max;
 	u64 wanted;
+	bool scarce;
+	unsigned int bucket_max;
+	unsigned int booking_timeout_ms;
 	bool broken;
 
 	struct gemini_census census;
@@ -203,8 +214,11 @@ struct gemini {
 	struct mutex lifecycle;	/* see above */
 	bool stopped;
 
+	struct mutex exact_lock;	/* see above */
+	struct task_struct *exact_task;
 	struct shrinker *shrinker;
 	struct notifier_block oom;
+	atomic64_t returned_pressure;
 
 	struct dentry *debugfs;
 	struct mutex command_lock;	/* see above */
@@ -318,10 +332,16 @@ int gemini_hold_init(struct gemini *gemini);
 void gemini_hold_exit(struct gemini *gemini);
 void gemini_hold_open(struct gemini *gemini);
 void gemini_hold_close(struct gemini *gemini);
-int gemini_hold_any(struct gemini *gemini, u64 *block);
+int gemini_hold_any(struct gemini *gemini, int nid, u64 *block);
 int gemini_hold_exact(struct gemini *gemini, u64 block);
 int gemini_hold_free(struct gemini *gemini, u64 block);
 u64 gemini_hold_free_all(struct gemini *gemini);
+u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count);
+u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
+		       unsigned long before, u64 most);
+struct page *gemini_hold_take(struct gemini *gemini, int nid, bool zero);
+u64 gemini_hold_ready(struct gemini *gemini, int nid);
+bool gemini_hold_is_exact_caller(struct gemini *gemini);
 
 /* sysfs.c */
 extern const struct attribute_group *gemini_groups[];

@@ -98,6 +98,11 @@ static void take_advice(struct gemini *gemini,
 	WRITE_ONCE(gemini->release_max, release_max ?
 		   min_t(u32, release_max, GEMINI_RELEASE_CAP) :
 		   GEMINI_RELEASE_DEFAULT);
+	WRITE_ONCE(gemini->scarce, le32_to_cpu(advice->flags) &
+		   VIRTIO_GEMINI_ADVICE_SCARCE);
+	WRITE_ONCE(gemini->bucket_max, le32_to_cpu(advice->bucket_max));
+	WRITE_ONCE(gemini->booking_timeout_ms,
+		   le32_to_cpu(advice->booking_timeout_ms));
 	wake_up_all(&gemini->waitq);
 	trace_gemini_advice(gemini, le64_to_cpu(advice->wanted), release_max,
 			    le32_to_cpu(advice->flags));

@@ -6,6 +6,7 @@
  * A hold is a flag in the map; its pages are one compound page, found from the
  * block's number.  Which blocks are worth holding is decided elsewhere.
  */
+#include <linux/highmem.h>
 #include <linux/mmzone.h>
 #include <linux/oom.h>
 #include <linux/vmstat.h>
@@ -14,11 +15,11 @@
 #include "gemini.h"
 
 /*
- * Movable, so that page blocks keep their type; not highmem, so that nothing
- * comes from ZONE_MOVABLE, which must stay free of what cannot be moved.
+ * What a huge page of a process would get without effort.  Not highmem, so
+ * that nothing comes from ZONE_MOVABLE, which must stay free of what cannot be
+ * moved.
  */
-#define HOLD_GFP	(GFP_KERNEL | __GFP_MOVABLE | __GFP_COMP |	\
-			 __GFP_NORETRY | __GFP_NOWARN)
+#define HOLD_GFP	(GFP_TRANSHUGE_LIGHT & ~__GFP_HIGHMEM)
 
 /* Reclaim can have these pages, so they count as such. */
 static void account(struct gemini *gemini, struct page *page, int sign)
@@ -58,14 +59,16 @@ static int keep(struct gemini *gemini, struct page *page)
 /**
  * gemini_hold_any() - hold whatever block the allocator has
  * @gemini: the device
+ * @nid: on this node alone, or NUMA_NO_NODE
  * @block: which one it is
  *
  * Return: 0; -ENOMEM if there is none without effort; -ENODEV if the device
  * goes away.
  */
-int gemini_hold_any(struct gemini *gemini, u64 *block)
+int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
 {
-	struct page *page = alloc_pages(HOLD_GFP, gemini->block_order);
+	gfp_t gfp = HOLD_GFP | (nid == NUMA_NO_NODE ? 0 : __GFP_THISNODE);
+	struct page *page = alloc_pages_node(nid, gfp, gemini->block_order);
 	unsigned long pfn;
 
 	if (!page)
@@ -119,9 +122,65 @@ int gemini_hold_exact(struct gemini *gemini, u64 block)
 	if (!page || zone_idx(page_zone(page)) == ZONE_MOVABLE ||
 	    !gemini_pageblock_movable(pfn))
 		return -EINVAL;
+	mutex_lock(&gemini->exact_lock);
+	WRITE_ONCE(gemini->exact_task, current);
 	ret = gemini_alloc_contig(pfn, gemini->block_order,
 				  GFP_KERNEL | __GFP_NOWARN);
+	WRITE_ONCE(gemini->exact_task, NULL);
+	mutex_unlock(&gemini->exact_lock);
 	return ret ?: keep(gemini, page);
+}
+
+/**
+ * gemini_hold_is_exact_caller() - is it us who isolate page frames now?
+ * @gemini: the device
+ *
+ * Return: true in gemini_hold_exact().
+ */
+bool gemini_hold_is_exact_caller(struct gemini *gemini)
+{
+	return READ_ONCE(gemini->exact_task) == current;
+}
+
+/**
+ * gemini_hold_take() - a ready block leaves the driver and becomes a huge page
+ * @gemini: the device
+ * @nid: on this node alone
+ * @zero: every byte of it must read as zero
+ *
+ * Does not sleep.
+ *
+ * Return: one compound page with one reference, uncharged, or NULL if no block
+ * is ready.
+ */
+struct page *gemini_hold_take(struct gemini *gemini, int nid, bool zero)
+{
+	struct page *page;
+	bool clean;
+	u64 block;
+	int i;
+
+	if (!gemini_hold_ready(gemini, nid) ||
+	    !gemini_map_take(&gemini->map, nid, zero, &block, &clean))
+		return NULL;
+	page = pfn_to_page(gemini_block_pfn(gemini, block));
+	account(gemini, page, -1);
+	for (i = 0; zero && !clean && i < 1 << gemini->block_order; i++)
+		clear_highpage(page + i);
+	return page;
+}
+
+/**
+ * gemini_hold_ready() - number of blocks that gemini_hold_take() would find
+ * @gemini: the device
+ * @nid: on this node, or NUMA_NO_NODE for all
+ *
+ * Return: number of blocks.
+ */
+u64 gemini_hold_ready(struct gemini *gemini, int nid)
+{
+	return gemini_map_stock(&gemini->map, nid, GEMINI_STOCK_READY) +
+	       gemini_map_stock(&gemini->map, nid, GEMINI_STOCK_ZERO);
 }
 
 /**
@@ -140,15 +199,69 @@ int gemini_hold_free(struct gemini *gemini, u64 block)
 	return ret;
 }
 
+/**
+ * gemini_hold_free_range() - give blocks back that are not busy
+ * @gemini: the device
+ * @first: the first block
+ * @count: number of blocks, held or not
+ *
+ * Does not sleep.
+ *
+ * Return: number of blocks given back.
+ */
+u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count)
+{
+	u64 freed = 0;
+	u64 block;
+
+	for (block = first; block < first + count; block++)
+		freed += !gemini_hold_free(gemini, block);
+	return freed;
+}
+
+/**
+ * gemini_hold_expire() - give blocks back that nobody came for
+ * @gemini: the device
+ * @nid: their node
+ * @stock: which of them
+ * @before: since before this time, in jiffies
+ * @most: no more blocks than these
+ *
+ * They are not held again until they were used.
+ *
+ * Return: number of blocks given back.
+ */
+u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
+		       unsigned long before, u64 most)
+{
+	u64 freed = 0;
+	u64 block;
+
+	while (freed < most && gemini_map_unhold_old(&gemini->map, nid, stock,
+						     before, &block)) {
+		give_back(gemini, block);
+		freed++;
+	}
+	return freed;
+}
+
 static u64 free_some(struct gemini *gemini, u64 most)
 {
 	u64 freed = 0;
-	u64 block = 0;
+	u64 block;
 
 	while (freed < most && gemini_map_unhold_any(&gemini->map, &block)) {
 		give_back(gemini, block);
 		freed++;
 	}
+	return freed;
+}
+
+static u64 free_for_others(struct gemini *gemini, u64 most)
+{
+	u64 freed = free_some(gemini, most);
+
+	atomic64_add(freed, &gemini->returned_pressure);
 	return freed;
 }
 
@@ -178,7 +291,7 @@ static unsigned long free_pages_of(struct shrinker *shrinker,
 {
 	struct gemini *gemini = shrinker->private_data;
 	u64 most = DIV_ROUND_UP(sc->nr_to_scan, 1UL << gemini->block_order);
-	u64 freed = free_some(gemini, most);
+	u64 freed = free_for_others(gemini, most);
 
 	return freed << gemini->block_order ?: SHRINK_STOP;
 }
@@ -189,7 +302,7 @@ static int memory_gone(struct notifier_block *nb, unsigned long unused,
 	struct gemini *gemini = container_of(nb, struct gemini, oom);
 	unsigned long *freed = data;
 
-	*freed += gemini_hold_free_all(gemini) << gemini->block_order;
+	*freed += free_for_others(gemini, U64_MAX) << gemini->block_order;
 	return NOTIFY_OK;
 }
 
@@ -220,6 +333,7 @@ int gemini_hold_init(struct gemini *gemini)
 {
 	int ret;
 
+	mutex_init(&gemini->exact_lock);
 	gemini->map.closed = true;
 	gemini->shrinker = shrinker_alloc(0, "virtio-gemini");
 	if (!gemini->shrinker)

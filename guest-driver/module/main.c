@@ -23,7 +23,7 @@
 static int read_config(struct gemini *gemini)
 {
 	struct virtio_device *vdev = gemini->vdev;
-	u32 version, block_shift, release_max;
+	u32 version, block_shift, release_max, bucket_max, timeout;
 
 	BUILD_BUG_ON(sizeof(struct virtio_gemini_config) != 32);
 	BUILD_BUG_ON(sizeof(struct virtio_gemini_batch) != 16);
@@ -35,6 +35,10 @@ static int read_config(struct gemini *gemini)
 			&block_shift);
 	virtio_cread_le(vdev, struct virtio_gemini_config, release_max,
 			&release_max);
+	virtio_cread_le(vdev, struct virtio_gemini_config, bucket_max,
+			&bucket_max);
+	virtio_cread_le(vdev, struct virtio_gemini_config, booking_timeout_ms,
+			&timeout);
 
 	if (version != VIRTIO_GEMINI_VERSION) {
 		dev_err(&vdev->dev,
@@ -54,6 +58,8 @@ static int read_config(struct gemini *gemini)
 	gemini->release_max = release_max ?
 		min_t(u32, release_max, GEMINI_RELEASE_CAP) :
 		GEMINI_RELEASE_DEFAULT;
+	gemini->bucket_max = bucket_max;
+	gemini->booking_timeout_ms = timeout;
 	return 0;
 }
 
@@ -188,13 +194,14 @@ static int gemini_probe(struct virtio_device *vdev)
 	mutex_init(&gemini->command_lock);
 	init_waitqueue_head(&gemini->waitq);
 	INIT_DELAYED_WORK(&gemini->reset_work, reset_work);
-	gemini_map_init(&gemini->map, 0);
 	gemini_requests_init(gemini);
 
-	ret = read_config(gemini);
+	ret = gemini_map_init(&gemini->map);
+	ret = ret ?: read_config(gemini);
 	if (ret)
 		goto err_free;
 	gemini->map.limit = 1ULL << (MAX_PHYSMEM_BITS - gemini->block_shift);
+	gemini->map.order = gemini->block_order;
 	gemini->wq = alloc_workqueue("virtio_gemini/%d",
 				     WQ_UNBOUND | WQ_FREEZABLE, 0, vdev->index);
 	ret = gemini->wq ? 0 : -ENOMEM;
