@@ -76,16 +76,16 @@ impl CopyBudget {
         }
     }
 
-    /// Takes what an attempt may copy; failed ones copied too.
+    /// Takes what an attempt may copy.
     pub fn spend(&mut self, bytes: u64, now: Instant) {
         #[allow(clippy::cast_precision_loss)]
         self.0.spend(bytes as f64, now);
     }
 
-    /// Gives back what was taken and not copied.
-    pub fn refund(&mut self, bytes: u64, now: Instant) {
+    /// Takes what was copied instead of the `advance` that was taken for it.
+    pub fn settle(&mut self, advance: u64, copied: u64, now: Instant) {
         #[allow(clippy::cast_precision_loss)]
-        self.0.spend(-(bytes as f64), now);
+        self.0.spend(copied as f64 - advance as f64, now);
     }
 
     /// How long until one block may be copied.
@@ -96,7 +96,8 @@ impl CopyBudget {
 }
 
 /// Share of one CPU. Answering the guest may use up to [`CpuBudget::BURST`] seconds saved up
-/// in idle times (a full resync is such a burst); background work only the top tenth of it.
+/// in idle times (a full resync is such a burst); making huge pages that the guest asked for only
+/// the upper half of it, and background work the top tenth.
 #[derive(Debug)]
 pub struct CpuBudget {
     bucket: Bucket,
@@ -108,6 +109,8 @@ impl CpuBudget {
     pub const BURST: f64 = 1.0;
     /// Background work starts only above this level.
     const BACKGROUND: f64 = 0.9 * Self::BURST;
+    /// What the guest asked to be made huge is begun only above this one.
+    const REQUESTED: f64 = 0.5 * Self::BURST;
 
     /// `share` of one CPU (1.0 is all of it); `cpu_time` is the process's so far.
     pub fn new(share: f64, cpu_time: Duration, now: Instant) -> Self {
@@ -124,6 +127,16 @@ impl CpuBudget {
     /// Whether background work may start.
     pub fn background_ok(&mut self, now: Instant) -> bool {
         self.bucket.available(now) >= Self::BACKGROUND
+    }
+
+    /// Whether blocks may be made huge that the guest asked for.
+    pub fn requested_ok(&mut self, now: Instant) -> bool {
+        self.bucket.available(now) >= Self::REQUESTED
+    }
+
+    /// How long until they may be.
+    pub fn requested_wait(&mut self, now: Instant) -> Duration {
+        self.bucket.wait_for(Self::REQUESTED, now).unwrap_or(Duration::from_secs(1))
     }
 
     /// Whether requests of the guest may be served.

@@ -29,12 +29,19 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_copy_rate)]
     pub copy_rate: u64,
 
+    /// Most bytes of host huge pages that the daemon lets the VM have (K, M, G: powers of 1024).
+    /// Unlimited if not given. It holds only where no huge page comes unasked: with
+    /// /sys/kernel/mm/transparent_hugepage/shmem_enabled set to never.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub huge_max: Option<u64>,
+
     /// Most CPU time the daemon may use, in percent of one CPU.
     #[arg(long, value_name = "PERCENT", default_value_t = 25,
           value_parser = clap::value_parser!(u32).range(1..=100))]
     pub cpu_share: u32,
 
-    /// Path of a socket that answers `{"cmd":"status"}` and `{"cmd":"map"}`; it is created.
+    /// Path of a socket that answers `{"cmd":"status"}` and `{"cmd":"map"}`, and takes
+    /// `{"cmd":"set","huge_max":BYTES}` (null: unlimited); it is created.
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
 
@@ -109,5 +116,9 @@ mod tests {
         assert!(parse(&["x", "--fd", "3"]).is_ok());
         assert!(parse(&["x", "--print-capabilities"]).is_ok());
         assert!(parse(&["x", "--socket-path", "a", "--cpu-share", "0"]).is_err());
+        let huge_max = |args: &[&str]| parse(args).map(|args| args.huge_max).ok();
+        assert_eq!(huge_max(&["x", "--fd", "3"]), Some(None));
+        assert_eq!(huge_max(&["x", "--fd", "3", "--huge-max", "512M"]), Some(Some(512 << 20)));
+        assert_eq!(huge_max(&["x", "--fd", "3", "--huge-max", "-1"]), None);
     }
 }

@@ -22,6 +22,12 @@ enum Command {
     Status,
     /// Both states of every managed block, as runs.
     Map,
+    /// Changes settings.
+    Set {
+        /// Most bytes of huge pages for the guest; null for any amount.
+        #[serde(deserialize_with = "Option::deserialize")] // or it could be left out
+        huge_max: Option<u64>,
+    },
 }
 
 /// Serves the control socket on a thread of its own, one client at a time.
@@ -60,6 +66,11 @@ fn answer_all(client: &UnixStream, engine: &Engine) -> std::io::Result<()> {
         let answer = match serde_json::from_str(&line) {
             Ok(Command::Status) => status(engine),
             Ok(Command::Map) => map(engine),
+            Ok(Command::Set { huge_max }) => {
+                engine.set_huge_max(huge_max);
+                log::info!("huge_max is now {}", Limit(engine.huge_max()));
+                json!({ "huge_max": engine.huge_max() })
+            }
             Err(error) => json!({ "error": format!(
                 "not understood: {error}; ask for example {{\"cmd\":\"status\"}}") }),
         };
@@ -72,7 +83,20 @@ fn answer_all(client: &UnixStream, engine: &Engine) -> std::io::Result<()> {
     }
 }
 
+/// A limit for people.
+struct Limit(Option<u64>);
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(bytes) => write!(f, "{bytes} bytes"),
+            None => f.write_str("unlimited"),
+        }
+    }
+}
+
 fn status(engine: &Engine) -> Value {
+    let huge_max = engine.huge_max();
     engine.inspect(|state| {
         let counters = state.map.counters();
         let guest: serde_json::Map<_, _> = GuestState::ALL
@@ -91,6 +115,8 @@ fn status(engine: &Engine) -> Value {
             "block_shift": engine.settings().block_shift,
             "copy_rate": engine.settings().copy_rate,
             "cpu_share": engine.settings().cpu_share,
+            "huge_max": huge_max,
+            "scarce": state.supply.is_scarce(),
             "blocks": state.map.len(),
             "guest_synced": state.guest_sync == GuestSync::Done,
             "host_synced": state.scan.complete() && state.hints.synced(),

@@ -179,6 +179,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         copy_rate: args.copy_rate,
         cpu_share: f64::from(args.cpu_share) / 100.0,
         block_shift: BLOCK_SHIFT,
+        huge_max: args.huge_max,
     };
     let threads = Engine::start(settings).map_err(system("start a thread"))?;
     let _control = args

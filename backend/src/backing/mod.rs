@@ -148,9 +148,9 @@ pub enum Collapsed {
 pub enum Refusal {
     /// There is nothing to collapse.
     Absent,
-    /// Something holds its pages for now, or some are swapped out, or the cgroup is full.
+    /// Something holds its pages for now, or some are swapped out.
     Again,
-    /// The host has no huge page to give.
+    /// The host has no huge page to give, or the cgroup is full.
     NoMemory,
     /// We may not do this to the VMM.
     NotPermitted,
@@ -167,8 +167,8 @@ pub enum Refusal {
 impl From<&io::Error> for Refusal {
     fn from(error: &io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EBUSY | libc::EINTR) => Self::Again,
-            Some(libc::ENOMEM) => Self::NoMemory,
+            Some(libc::EAGAIN | libc::EINTR) => Self::Again,
+            Some(libc::ENOMEM | libc::EBUSY) => Self::NoMemory,
             Some(libc::EPERM | libc::EACCES) => Self::NotPermitted,
             Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS) => Self::Unsupported,
             // A fault that ends in SIGBUS would end with EFAULT here: no room, or no file.

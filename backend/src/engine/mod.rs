@@ -6,21 +6,22 @@ mod hints;
 mod repair;
 mod scan;
 mod state;
+mod supply;
 mod worker;
 
 pub use hints::{HintBatch, HintBody};
 pub use state::{GuestSync, State, Totals};
 
-use crate::backing::{process_cpu_time, Memory};
+use crate::backing::{process_cpu_time, HostState, Memory};
 use crate::budget::{CopyBudget, CpuBudget};
 use crate::fault;
 use crate::policy::Policy;
 use crate::protocol::{
-    Advice, Batch, Record, Request, Stats, REQ_RENEW, S_BUSY, S_FAILED, S_INVALID, S_OK,
-    S_UNSUPPORTED, S_VOID,
+    Advice, Batch, Record, Request, Stats, ADVICE_SCARCE, REQ_RENEW, S_BUSY, S_FAILED, S_INVALID,
+    S_OK, S_UNSUPPORTED, S_VOID,
 };
-use repair::Work;
-use scan::Reason;
+use repair::{Allowance, Outcome, Work};
+use scan::{Reason, ScanPlan};
 use std::ops::Range;
 use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -57,6 +58,15 @@ pub struct Settings {
     pub cpu_share: f64,
     /// log2 of the block size.
     pub block_shift: u32,
+    /// Most bytes of huge pages that the guest may have at first; `None` for any amount.
+    pub huge_max: Option<u64>,
+}
+
+impl Settings {
+    /// How many blocks a number of bytes is at most; `u64::MAX` for any amount.
+    fn blocks(&self, bytes: Option<u64>) -> u64 {
+        bytes.map_or(u64::MAX, |bytes| bytes >> self.block_shift)
+    }
 }
 
 /// How the device is to answer a request of `ctrlq`.
@@ -109,7 +119,7 @@ impl Engine {
         let now = Instant::now();
         let engine = Arc::new(Self {
             inner: Mutex::new(Inner {
-                state: State::new(settings.policy, now),
+                state: State::new(settings.policy, settings.blocks(settings.huge_max), now),
                 port: None,
                 looking: false,
                 acting: false,
@@ -183,6 +193,19 @@ impl Engine {
     /// The generation in force.
     pub fn generation(&self) -> u64 {
         self.lock().state.generation
+    }
+
+    /// Sets another limit to the guest's huge pages, in bytes; `None` for none. What it has beyond
+    /// a lower limit, it keeps.
+    pub fn set_huge_max(&self, bytes: Option<u64>) {
+        self.lock().state.supply.set_limit(self.settings.blocks(bytes));
+        self.wake();
+    }
+
+    /// The limit to the guest's huge pages, in bytes, if there is one.
+    pub fn huge_max(&self) -> Option<u64> {
+        let limit = self.lock().state.supply.limit();
+        (limit != u64::MAX).then(|| limit << self.settings.block_shift)
     }
 
     /// Reads the state, for status output.
@@ -265,19 +288,28 @@ impl Engine {
     pub fn release(&self, request: &Request, ranges: &[(u64, u32)]) -> u32 {
         let renew = request.kind == REQ_RENEW;
         let memory = {
-            let inner = self.lock();
-            if let Some(status) = inner.state.refusal(request, ranges) {
+            let mut inner = self.lock();
+            let state = &mut inner.state;
+            if let Some(status) = state.refusal(request, ranges) {
                 return status;
             }
-            let Some(memory) = inner.state.memory.clone() else { return S_BUSY };
+            let Some(memory) = state.memory.clone() else { return S_BUSY };
             if !memory.may_discard() {
                 return S_UNSUPPORTED;
+            }
+            if renew && state.policy.prepares() {
+                if !state.may_renew(ranges) {
+                    return S_BUSY;
+                }
+                state.renewing = ranges.iter().map(|(_, count)| u64::from(*count)).sum();
             }
             memory
         };
         fault::point(if renew { "renew.fetched" } else { "release.fetched" });
         let mut status = S_OK;
         let mut dropped = 0;
+        let mut runs = Vec::new();
+        let mut seen = true;
         for &(first, count) in ranges {
             match memory.discard(first, u64::from(count)) {
                 Ok(()) => dropped += u64::from(count),
@@ -287,19 +319,27 @@ impl Engine {
                     break;
                 }
             }
+            seen &= worker::scan(&memory, first, count, &mut runs);
         }
         fault::point(if renew { "renew.done" } else { "release.done" });
         let mut inner = self.lock();
         let state = &mut inner.state;
+        state.apply_seen(&runs);
         for &(first, count) in ranges {
             for index in indices(state, first, count) {
-                state.repair.forget_fill(index);
                 if renew && status == S_OK && state.policy.prepares() {
                     state.repair.fill(index);
+                } else {
+                    state.repair.forget_fill(index);
+                    // The driver is told again, also of what is as it was.
+                    state.hints.changed(index);
                 }
-                state.scan.look_at(index);
+                if !seen || status != S_OK {
+                    state.scan.look_at(index);
+                }
             }
         }
+        state.renewing = 0;
         if renew {
             state.totals.renewed += dropped;
         } else {
@@ -311,8 +351,9 @@ impl Engine {
     }
 
     /// What the host would like of the driver.
-    fn advice(&self) -> Advice {
-        Advice { release_max: RELEASE_MAX, ..Advice::default() }
+    fn advice(state: &State) -> Advice {
+        let flags = if state.supply.is_scarce() { ADVICE_SCARCE } else { 0 };
+        Advice { release_max: RELEASE_MAX, flags, ..Advice::default() }
     }
 
     /// The deciding thread.
@@ -328,6 +369,7 @@ impl Engine {
                 }
                 self.dispatch_look(&mut inner, look, now, &mut sleep);
                 self.dispatch_act(&mut inner, act, now, &mut sleep);
+                inner.state.update_supply(now, &mut sleep);
             }
             self.publish_hints(&mut sleep);
             let inner = self.lock();
@@ -387,23 +429,45 @@ impl Engine {
         if *acting {
             return;
         }
-        if state.repair.pending() {
+        // As long as the host was not looked at, nobody knows how many huge pages there are.
+        if state.scan.complete() || state.supply.limit() == u64::MAX {
             let block_size = 1 << self.settings.block_shift;
             let mut copy = lock(&self.copy);
             let mut cpu = lock(&self.cpu);
-            let allowance = if cpu.background_ok(now) { copy.blocks(block_size, now) } else { 0 };
-            if let Some(work) = state.repair.next(&state.map, allowance) {
-                let blocks = match &work {
-                    Work::Collapse { count, .. } | Work::Populate { count, .. } => *count,
-                    Work::Settle { .. } => 0,
-                };
-                // Spent in advance; the worker gives back what was not copied.
-                copy.spend(u64::from(blocks) * block_size, now);
-                let job = Job::Act { memory, generation: state.generation, work };
+            let left = state.huge_pages_left();
+            if left.renewed == 0 {
+                // The limit was lowered since: these stay as they are.
+                for index in state.repair.forget_fills() {
+                    state.hints.changed(index);
+                }
+            }
+            let allowance = Allowance {
+                requested: cpu.requested_ok(now),
+                background: cpu.background_ok(now),
+                copies: copy.blocks(block_size, now),
+                pages: left.wanted,
+                prepared: left.prepared,
+                renewed: left.renewed,
+            };
+            if let Some(work) = state.repair.next(&state.map, &allowance) {
+                state.acting = work.blocks();
+                // Spent in advance; settled when it is done.
+                let advance = state.copies(&work) * block_size;
+                copy.spend(advance, now);
+                let job = Job::Act { memory, generation: state.generation, work, advance };
                 *acting = act.try_send(job).is_ok();
             } else {
-                let wait = copy.wait(block_size, now).unwrap_or(SLEEP_MAX);
-                *sleep = (*sleep).min(wait.max(cpu.background_wait(now)).max(THROTTLE));
+                // If it is no budget that is missing, what could help wakes us.
+                let mut wait_for = |cpu_wait: Option<Duration>| {
+                    let wait = cpu_wait.or_else(|| copy.wait(block_size, now));
+                    *sleep = (*sleep).min(wait.unwrap_or(SLEEP_MAX).max(THROTTLE));
+                };
+                if state.repair.requested() {
+                    wait_for((!allowance.requested).then(|| cpu.requested_wait(now)));
+                }
+                if state.repair.wants() && allowance.pages > 0 {
+                    wait_for((!allowance.background).then(|| cpu.background_wait(now)));
+                }
             }
         }
         if let Some(at) = state.repair.wakes_at() {
@@ -413,11 +477,11 @@ impl Engine {
 
     /// Tells the driver what it does not know, as far as it has posted buffers.
     fn publish_hints(&self, sleep: &mut Duration) {
-        let advice = self.advice();
         loop {
             let port = {
                 let inner = self.lock();
                 let state = &inner.state;
+                let advice = Self::advice(state);
                 if inner.stopping || !state.scan.complete() || !state.hints.pending(&advice) {
                     return;
                 }
@@ -441,6 +505,7 @@ impl Engine {
                 if !state.scan.complete() {
                     return None;
                 }
+                let advice = Self::advice(state);
                 let batch = state.hints.next(&state.map, &advice, room)?;
                 state.totals.hint_batches += 1;
                 Some((state.generation, batch))
@@ -459,7 +524,7 @@ impl Engine {
         let state = &mut inner.state;
         // Should the driver have restarted meanwhile: what was seen of the host is still true.
         if state.memory.as_ref().is_some_and(|memory| Arc::ptr_eq(memory, &job.memory)) {
-            state.apply_scan(&job.runs);
+            state.apply_look(&job.runs);
             state.scan.done(&job.look, job.took, now);
         }
         drop(inner);
@@ -468,32 +533,49 @@ impl Engine {
 
     /// An action ended.
     fn acted(&self, done: worker::Acted) {
+        let worker::Acted { memory, generation, advance, deed } = done;
         let now = Instant::now();
-        lock(&self.copy).refund(done.not_copied, now);
+        lock(&self.copy).settle(advance, deed.copied_bytes + deed.wasted_bytes, now);
         let mut inner = self.lock();
         inner.acting = false;
         let port = inner.port.clone();
         let state = &mut inner.state;
-        state.totals.collapse_bytes += done.copied_bytes;
-        state.totals.collapses += done.copied;
-        state.totals.populated += done.populated;
-        state.totals.collapse_failures += done.failed;
-        let mut answer = None;
-        if state.generation == done.generation {
-            for &(block, outcome) in &done.outcomes {
+        state.acting = 0..0;
+        state.totals.collapse_bytes += deed.copied_bytes;
+        state.totals.collapses += deed.copied;
+        state.totals.populated += deed.populated;
+        state.totals.collapse_failures += deed.failed;
+        for (_, outcome) in &deed.outcomes {
+            match outcome {
+                Outcome::Done => state.supply.gave(),
+                Outcome::Lacking => state.supply.failed(now),
+                Outcome::Idle | Outcome::Failed => {}
+            }
+        }
+        if state.generation == generation {
+            for &(block, outcome) in &deed.outcomes {
                 let Some(index) = state.map.index_of(block) else { continue };
                 let failures = state.map.get(index).map_or(0, |b| b.failures);
                 let failures = state.repair.ended(index, outcome, failures, now);
                 state.map.set_failures(index, failures);
-                state.scan.look_at(index);
-            }
-            if let Some(id) = done.settled {
-                state.apply_scan(&done.runs);
-                if state.repair.end_prepare(id) {
-                    let records = state.host_records(&done.ranges);
-                    let huge = records.iter().all(is_huge);
-                    answer = Some((id, if huge { S_OK } else { S_FAILED }, records));
+                // Who asked is told again, also of what is as it was.
+                if deed.requested {
+                    state.hints.changed(index);
                 }
+            }
+        }
+        if state.memory.as_ref().is_some_and(|current| Arc::ptr_eq(current, &memory)) && deed.seen {
+            state.apply_seen(&deed.runs);
+        } else {
+            // What was done may not be seen by looks that are under way: all is looked at anew.
+            state.scan = ScanPlan::new(state.map.len(), now);
+        }
+        let mut answer = None;
+        if let Some(id) = deed.settled.filter(|_| state.generation == generation) {
+            if state.repair.end_prepare(id) {
+                let records = state.host_records(&deed.ranges);
+                let huge = records.iter().all(is_huge);
+                answer = Some((id, if huge { S_OK } else { S_FAILED }, records));
             }
         }
         drop(inner);
@@ -506,7 +588,7 @@ impl Engine {
 }
 
 fn is_huge(record: &Record) -> bool {
-    crate::backing::HostState::from_wire(record.state).is_some_and(|s| s.is_huge())
+    HostState::from_wire(record.state).is_some_and(|s| s.is_huge())
 }
 
 fn indices(state: &State, first: u64, count: u32) -> Vec<usize> {
@@ -526,6 +608,27 @@ impl State {
             && blocks <= self.map.len() as u64
             && ranges.iter().all(|&(first, count)| self.map.is_managed(first, count));
         (!valid).then_some(S_INVALID)
+    }
+
+    /// Notes whether huge pages are scarce.
+    fn update_supply(&mut self, now: Instant, sleep: &mut Duration) {
+        let before = self.supply.is_scarce();
+        let (scarce, wakes_at) = self.supply.update(self.huge_or_promised(), now);
+        if let Some(at) = wakes_at {
+            *sleep = (*sleep).min(at.saturating_duration_since(now));
+        }
+        if scarce != before {
+            log::info!("huge pages for the guest are {}", if scarce { "used up" } else { "back" });
+        }
+    }
+
+    /// How many blocks an action may copy.
+    fn copies(&self, work: &Work) -> u64 {
+        let blocks = work.blocks().filter_map(|block| self.map.index_of(block));
+        let absent = |index: &usize| {
+            self.map.get(*index).is_some_and(|block| block.host == HostState::Absent)
+        };
+        blocks.filter(|index| !absent(index)).count() as u64
     }
 
     /// The known host states of ranges, as records.

@@ -1,9 +1,11 @@
 //! What the host should do next, and when a block that failed may be tried again.
 
+use crate::backing::HostState;
 use crate::bitmap::Bitmap;
 use crate::block_map::BlockMap;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Most blocks in one action: the guest stalls on each of them in turn, so few at a time.
@@ -17,6 +19,9 @@ const REST_SHIFT_MAX: u8 = 10;
 const TIRED: u32 = 8;
 /// Longest rest of the whole engine: `REST << TIRED_SHIFT_MAX`, some 13 s.
 const TIRED_SHIFT_MAX: u32 = 7;
+
+/// Requested actions in a row after which the policy gets one, whatever is requested.
+const PATIENCE: u32 = 8;
 
 /// Something for the worker to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +49,18 @@ pub enum Work {
     },
 }
 
+impl Work {
+    /// The blocks that it may make huge.
+    pub fn blocks(&self) -> Range<u64> {
+        match *self {
+            Self::Collapse { first, count } | Self::Populate { first, count } => {
+                first..first + u64::from(count)
+            }
+            Self::Settle { .. } => 0..0,
+        }
+    }
+}
+
 /// How an attempt at one block ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -53,6 +70,8 @@ pub enum Outcome {
     Idle,
     /// An ordinary failure: later perhaps.
     Failed,
+    /// Another one: the host has no huge page for it.
+    Lacking,
 }
 
 /// A PREPARE request that is being worked on.
@@ -62,6 +81,23 @@ struct Prepare {
     ranges: Vec<(u64, u32)>,
     /// Range and offset of the next block.
     at: (usize, u32),
+}
+
+/// What the next action may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Allowance {
+    /// Whether the CPU budget has something left for what the guest asked for.
+    pub requested: bool,
+    /// Whether it has something left for what the policy wants.
+    pub background: bool,
+    /// Blocks that may be copied.
+    pub copies: u64,
+    /// Blocks that may become huge because the policy wants it.
+    pub pages: u64,
+    /// Blocks that may become huge because of a PREPARE.
+    pub prepared: u64,
+    /// Blocks that may become huge because of a RENEW that was answered with OK.
+    pub renewed: u64,
 }
 
 /// The work at hand for one guest.
@@ -76,6 +112,8 @@ pub struct Repair {
     failures_in_a_row: u32,
     tired_until: Option<Instant>,
     prepare: Option<Prepare>,
+    /// Requested actions since the last one that only the policy wanted.
+    requested_in_a_row: u32,
 }
 
 impl Repair {
@@ -90,6 +128,7 @@ impl Repair {
             failures_in_a_row: 0,
             tired_until: None,
             prepare: None,
+            requested_in_a_row: 0,
         }
     }
 
@@ -103,7 +142,7 @@ impl Repair {
         self.fill.assign(index, true);
     }
 
-    /// A renewed block was renewed or released again, or is no longer held: forget the filling.
+    /// A renewed block was renewed or released again, or is huge: forget the filling.
     pub fn forget_fill(&mut self, index: usize) {
         self.fill.assign(index, false);
     }
@@ -118,9 +157,34 @@ impl Repair {
         self.prepare.take_if(|p| p.id == id).is_some()
     }
 
-    /// Whether there is work that could start, budgets allowing.
-    pub fn pending(&self) -> bool {
-        self.prepare.is_some() || self.fill.ones() > 0 || self.wanted.ones() > 0
+    /// Renewed blocks that are still to be made huge.
+    pub fn fills(&self) -> u64 {
+        self.fill.ones() as u64
+    }
+
+    /// Forgets all of them; which they were.
+    pub fn forget_fills(&mut self) -> Vec<usize> {
+        let mut fills = Vec::with_capacity(self.fill.ones());
+        while let Some(index) = self.fill.next(fills.last().map_or(0, |last| last + 1)) {
+            fills.push(index);
+        }
+        self.fill.clear();
+        fills
+    }
+
+    /// Whether a renewed block is still to be made huge.
+    pub fn fills_at(&self, index: usize) -> bool {
+        self.fill.get(index)
+    }
+
+    /// Whether something is to be done that the guest asked for.
+    pub fn requested(&self) -> bool {
+        self.prepare.is_some() || self.fill.ones() > 0
+    }
+
+    /// Whether something is to be done that the policy wants, and may be tried.
+    pub fn wants(&self) -> bool {
+        self.wanted.ones() > 0 && self.tired_until.is_none()
     }
 
     /// When resting blocks, or the engine, wake up next.
@@ -149,31 +213,80 @@ impl Repair {
         awake
     }
 
-    /// Takes the next work of at most `allowance` blocks.
-    pub fn next(&mut self, map: &BlockMap, allowance: u64) -> Option<Work> {
-        let allowance = allowance.min(BATCH);
-        if let Some(prepare) = &mut self.prepare {
+    /// Takes the next work. What the guest asked for comes first, so that its next huge pages need
+    /// no repair, but every now and then comes what the policy wants.
+    pub fn next(&mut self, map: &BlockMap, allowance: &Allowance) -> Option<Work> {
+        if self.requested_in_a_row >= PATIENCE {
+            if let Some(work) = self.next_wanted(map, allowance) {
+                self.requested_in_a_row = 0;
+                return Some(work);
+            }
+        }
+        if let Some(work) = self.next_requested(map, allowance) {
+            self.requested_in_a_row = self.requested_in_a_row.saturating_add(1);
+            return Some(work);
+        }
+        let work = self.next_wanted(map, allowance)?;
+        self.requested_in_a_row = 0;
+        Some(work)
+    }
+
+    fn next_requested(&mut self, map: &BlockMap, allowance: &Allowance) -> Option<Work> {
+        if self.prepare.is_some() {
+            return self.next_of_prepare(map, allowance);
+        }
+        if !allowance.requested {
+            return None;
+        }
+        let start = self.fill.next(0)?;
+        let most = BATCH.min(allowance.renewed);
+        let (first, count) = take_run(&mut self.fill, map, start, most, allowance.copies)?;
+        Some(Work::Populate { first, count })
+    }
+
+    fn next_of_prepare(&mut self, map: &BlockMap, allowance: &Allowance) -> Option<Work> {
+        let prepare = self.prepare.as_mut()?;
+        loop {
             let (range, offset) = prepare.at;
             let Some(&(first, count)) = prepare.ranges.get(range) else {
                 let ranges = std::mem::take(&mut prepare.ranges);
                 return Some(Work::Settle { id: prepare.id, ranges });
             };
-            if allowance == 0 {
+            if !allowance.requested {
                 return None;
             }
-            let take = u32::try_from(allowance).unwrap_or(u32::MAX).min(count - offset);
-            prepare.at =
-                if offset + take == count { (range + 1, 0) } else { (range, offset + take) };
-            return Some(Work::Populate { first: first + u64::from(offset), count: take });
+            let first = first + u64::from(offset);
+            let most = BATCH.min(u64::from(count - offset));
+            let (mut take, mut pages, mut copies) = (0, 0, 0);
+            let mut beyond_supply = false;
+            for block in first..first + most {
+                let host = map.index_of(block).and_then(|index| map.get(index)).map(|b| b.host);
+                pages += u64::from(!host.is_some_and(HostState::is_huge));
+                copies += u64::from(host == Some(HostState::Base));
+                beyond_supply = pages > allowance.prepared;
+                if beyond_supply || copies > allowance.copies {
+                    break;
+                }
+                take += 1;
+            }
+            // A block for which there is no page is passed over: the records tell the driver.
+            let skip = u32::from(take == 0 && beyond_supply);
+            let next = offset + take + skip;
+            prepare.at = if next == count { (range + 1, 0) } else { (range, next) };
+            if skip == 0 {
+                return (take > 0).then_some(Work::Populate { first, count: take });
+            }
         }
-        if allowance == 0 || self.tired_until.is_some() {
+    }
+
+    fn next_wanted(&mut self, map: &BlockMap, allowance: &Allowance) -> Option<Work> {
+        let turn = self.requested_in_a_row >= PATIENCE && allowance.requested;
+        if !self.wants() || !(allowance.background || turn) {
             return None;
         }
-        if let Some((first, count)) = take_run(&mut self.fill, map, 0, allowance) {
-            return Some(Work::Populate { first, count });
-        }
         let start = self.wanted.next_wrapping(self.cursor)?;
-        let (first, count) = take_run(&mut self.wanted, map, start, allowance)?;
+        let most = BATCH.min(allowance.pages);
+        let (first, count) = take_run(&mut self.wanted, map, start, most, allowance.copies)?;
         self.cursor = start + count as usize;
         Some(Work::Collapse { first, count })
     }
@@ -182,7 +295,7 @@ impl Repair {
     pub fn ended(&mut self, index: usize, outcome: Outcome, failures: u8, now: Instant) -> u8 {
         let failures = match outcome {
             Outcome::Done => 0,
-            Outcome::Idle | Outcome::Failed => failures.saturating_add(1),
+            Outcome::Idle | Outcome::Failed | Outcome::Lacking => failures.saturating_add(1),
         };
         // After success too: until the next look tells the result there is nothing to do.
         self.wanted.assign(index, false);
@@ -191,7 +304,7 @@ impl Repair {
             let rest = REST * (1 << failures.min(REST_SHIFT_MAX));
             self.rests.push(Reverse((now + rest, index)));
         }
-        if outcome == Outcome::Failed {
+        if matches!(outcome, Outcome::Failed | Outcome::Lacking) {
             self.failures_in_a_row = self.failures_in_a_row.saturating_add(1);
             if self.failures_in_a_row >= TIRED {
                 let shift = (self.failures_in_a_row - TIRED).min(TIRED_SHIFT_MAX);
@@ -205,35 +318,68 @@ impl Repair {
     }
 }
 
-/// Takes up to `most` adjacent blocks out of `set`, from the first at or after `from` on.
-fn take_run(set: &mut Bitmap, map: &BlockMap, from: usize, most: u64) -> Option<(u64, u32)> {
-    let start = set.next(from)?;
+/// Takes up to `most` adjacent blocks out of `set`, from `start` on, which is in it; no more than
+/// `copies` of them have contents.
+fn take_run(
+    set: &mut Bitmap,
+    map: &BlockMap,
+    start: usize,
+    most: u64,
+    mut copies: u64,
+) -> Option<(u64, u32)> {
     let (first, room) = map.block_at(start)?;
     let room = room.min(usize::try_from(most).unwrap_or(usize::MAX));
     let mut count = 0;
     while (count as usize) < room && set.get(start + count as usize) {
-        set.assign(start + count as usize, false);
+        let index = start + count as usize;
+        if map.get(index).is_some_and(|block| block.host == HostState::Base) {
+            let Some(left) = copies.checked_sub(1) else { break };
+            copies = left;
+        }
+        set.assign(index, false);
         count += 1;
     }
-    Some((first, count))
+    (count > 0).then_some((first, count))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A map of resident blocks, which can only be copied.
+    fn resident(blocks: u64) -> BlockMap {
+        let mut map = BlockMap::new(&[0..blocks]);
+        for index in 0..map.len() {
+            map.set_host(index, HostState::Base);
+        }
+        map
+    }
+
+    /// Everything but copies is there in plenty.
+    fn copies(copies: u64) -> Allowance {
+        let plenty = u64::MAX;
+        Allowance {
+            requested: true,
+            background: true,
+            copies,
+            pages: plenty,
+            prepared: plenty,
+            renewed: plenty,
+        }
+    }
+
     #[test]
     fn failed_block_rests_longer_each_time() {
-        let map = BlockMap::new(&[0..8]);
+        let map = resident(8);
         let mut now = Instant::now();
         let mut repair = Repair::new(8);
         let mut failures = 0;
         for attempt in 1..5u32 {
             repair.consider(3, true);
-            assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 3, count: 1 }));
+            assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 3, count: 1 }));
             failures = repair.ended(3, Outcome::Failed, failures, now);
             repair.consider(3, true);
-            assert_eq!(repair.next(&map, 9), None, "attempt {attempt} is retried at once");
+            assert_eq!(repair.next(&map, &copies(9)), None, "attempt {attempt} is retried at once");
             let rest = REST * (1 << attempt);
             assert!(repair.wake(now + rest - Duration::from_millis(1)).is_empty());
             now += rest;
@@ -243,51 +389,107 @@ mod tests {
 
     #[test]
     fn many_failures_in_a_row_quiet_the_engine_and_one_success_ends_it() {
-        let map = BlockMap::new(&[0..100]);
+        let map = resident(100);
         let now = Instant::now();
         let mut repair = Repair::new(100);
         for index in 0..TIRED as usize {
             repair.ended(index, Outcome::Failed, 0, now);
         }
         repair.consider(50, true);
-        assert_eq!(repair.next(&map, 9), None);
+        assert_eq!(repair.next(&map, &copies(9)), None);
         repair.wake(now + REST);
-        assert!(repair.next(&map, 9).is_some());
+        assert!(repair.next(&map, &copies(9)).is_some());
         repair.ended(50, Outcome::Done, 0, now + REST);
         repair.consider(60, true);
-        assert!(repair.next(&map, 9).is_some());
+        assert!(repair.next(&map, &copies(9)).is_some());
     }
 
     #[test]
     fn prepare_comes_first_and_is_settled_after_its_last_block() {
-        let map = BlockMap::new(&[0..100]);
+        let map = resident(100);
         let mut repair = Repair::new(100);
         repair.consider(50, true);
         repair.prepare(9, vec![(7, 5), (20, 1)]);
-        assert_eq!(repair.next(&map, 0), None);
-        assert_eq!(repair.next(&map, 100), Some(Work::Populate { first: 7, count: 4 }));
-        assert_eq!(repair.next(&map, 1), Some(Work::Populate { first: 11, count: 1 }));
-        assert_eq!(repair.next(&map, 9), Some(Work::Populate { first: 20, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(0)), None);
+        assert_eq!(repair.next(&map, &copies(100)), Some(Work::Populate { first: 7, count: 4 }));
+        assert_eq!(repair.next(&map, &copies(1)), Some(Work::Populate { first: 11, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Populate { first: 20, count: 1 }));
         assert_eq!(
-            repair.next(&map, 0),
+            repair.next(&map, &copies(0)),
             Some(Work::Settle { id: 9, ranges: vec![(7, 5), (20, 1)] })
         );
         assert!(!repair.end_prepare(8));
         assert!(repair.end_prepare(9));
-        assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 50, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 50, count: 1 }));
     }
 
     #[test]
     fn wanted_blocks_are_served_in_turn() {
-        let map = BlockMap::new(&[0..100]);
+        let map = resident(100);
         let mut repair = Repair::new(100);
         for index in [10, 11, 12, 13, 14, 90] {
             repair.consider(index, true);
         }
-        assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 10, count: 4 }));
+        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 10, count: 4 }));
         repair.consider(10, true);
-        assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 14, count: 1 }));
-        assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 90, count: 1 }));
-        assert_eq!(repair.next(&map, 9), Some(Work::Collapse { first: 10, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 14, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 90, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 10, count: 1 }));
+    }
+
+    #[test]
+    fn prepare_passes_over_what_is_beyond_the_supply() {
+        let mut map = resident(100);
+        map.set_host(12, HostState::Huge);
+        let mut repair = Repair::new(100);
+        repair.prepare(9, vec![(10, 4)]);
+        let two = Allowance { prepared: 2, ..copies(9) };
+        assert_eq!(repair.next(&map, &two), Some(Work::Populate { first: 10, count: 3 }));
+        let none = Allowance { prepared: 0, ..copies(9) };
+        assert_eq!(repair.next(&map, &none), Some(Work::Settle { id: 9, ranges: vec![(10, 4)] }));
+    }
+
+    #[test]
+    fn what_the_guest_asked_for_comes_first_and_starves_nothing() {
+        let map = resident(100);
+        let mut repair = Repair::new(100);
+        repair.consider(99, true);
+        (0..90).for_each(|index| repair.fill(index));
+        let now = Allowance { background: false, ..copies(9) };
+        for _ in 0..PATIENCE {
+            assert!(matches!(repair.next(&map, &now), Some(Work::Populate { .. })));
+        }
+        assert_eq!(repair.next(&map, &now), Some(Work::Collapse { first: 99, count: 1 }));
+        assert!(matches!(repair.next(&map, &now), Some(Work::Populate { .. })));
+    }
+
+    #[test]
+    fn nothing_is_done_for_which_there_is_no_huge_page() {
+        let map = resident(100);
+        let mut repair = Repair::new(100);
+        repair.consider(50, true);
+        let none = Allowance { pages: 0, prepared: 0, ..copies(9) };
+        assert_eq!(repair.next(&map, &none), None);
+        repair.fill(60);
+        assert_eq!(
+            repair.next(&map, &none),
+            Some(Work::Populate { first: 60, count: 1 }),
+            "what was promised is given"
+        );
+        repair.fill(61);
+        assert_eq!(repair.next(&map, &Allowance { renewed: 0, ..none }), None);
+        assert_eq!(repair.forget_fills(), [61]);
+        assert_eq!(repair.fills(), 0);
+    }
+
+    #[test]
+    fn absent_blocks_need_no_leave_to_copy() {
+        let mut map = resident(100);
+        map.set_host(60, HostState::Absent);
+        let mut repair = Repair::new(100);
+        repair.fill(60);
+        repair.fill(61);
+        assert_eq!(repair.next(&map, &copies(0)), Some(Work::Populate { first: 60, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(0)), None);
     }
 }

@@ -45,6 +45,10 @@ pub struct ScanPlan {
     /// Looks of the first pass that have not come back.
     first_pass_out: bool,
     touched: Bitmap,
+    /// A look of this plan that has not come back.
+    out: bool,
+    /// Blocks that somebody else has looked at since it was sent out.
+    overtaken: Bitmap,
     round_robin: usize,
     round_robin_at: Instant,
 }
@@ -57,6 +61,8 @@ impl ScanPlan {
             first_pass: 0,
             first_pass_out: false,
             touched: Bitmap::new(len),
+            out: false,
+            overtaken: Bitmap::new(len),
             round_robin: 0,
             round_robin_at: now,
         }
@@ -72,6 +78,21 @@ impl ScanPlan {
         if index < self.first_pass {
             self.touched.assign(index, true);
         }
+    }
+
+    /// Whoever acted on a block has also looked at it.
+    pub fn seen(&mut self, index: usize) {
+        self.overtaken.assign(index, self.out);
+    }
+
+    /// Whether what the look under way tells of a block may be older than what is known. Then it
+    /// is looked at again.
+    pub fn is_overtaken(&mut self, index: usize) -> bool {
+        let overtaken = self.overtaken.get(index);
+        if overtaken {
+            self.look_at(index);
+        }
+        overtaken
     }
 
     /// Why the next look would be made, if one is due.
@@ -126,11 +147,14 @@ impl ScanPlan {
             }
         };
         let (first, _) = map.block_at(start)?;
+        self.out = true;
         Some(Look { first, count: u32::try_from(count).ok()?, reason })
     }
 
     /// A look came back after `took`.
     pub fn done(&mut self, look: &Look, took: Duration, now: Instant) {
+        self.out = false;
+        self.overtaken.clear();
         match look.reason {
             Reason::First => {
                 self.first_pass_out = false;
@@ -179,6 +203,22 @@ mod tests {
         assert_eq!((look.first, look.count, look.reason), (100, 11, Reason::Touched));
         let look = plan.next(&map, now).unwrap();
         assert_eq!((look.first, look.count), (500, 1));
+        assert_eq!(plan.next(&map, now), None);
+    }
+
+    #[test]
+    fn a_look_that_was_overtaken_does_not_count_and_is_made_again() {
+        let now = Instant::now();
+        let map = BlockMap::new(&[0..100]);
+        let mut plan = ScanPlan::new(map.len(), now);
+        let look = plan.next(&map, now).unwrap();
+        plan.seen(7);
+        assert!(plan.is_overtaken(7) && !plan.is_overtaken(8));
+        plan.done(&look, Duration::ZERO, now);
+        let again = plan.next(&map, now).unwrap();
+        assert_eq!((again.first, again.count, again.reason), (7, 1, Reason::Touched));
+        plan.done(&again, Duration::ZERO, now);
+        plan.seen(9);
         assert_eq!(plan.next(&map, now), None);
     }
 

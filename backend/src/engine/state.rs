@@ -3,12 +3,14 @@
 use super::hints::Hints;
 use super::repair::Repair;
 use super::scan::ScanPlan;
-use crate::backing::{HostRun, Memory};
+use super::supply::Supply;
+use crate::backing::{HostRun, HostState, Memory};
 use crate::block_map::BlockMap;
 use crate::policy::Policy;
 use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -47,6 +49,17 @@ pub struct Totals {
     pub report_batches: u64,
 }
 
+/// Blocks that may become huge, by who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugePagesLeft {
+    /// The policy.
+    pub wanted: u64,
+    /// A PREPARE.
+    pub prepared: u64,
+    /// A RENEW that was answered with OK.
+    pub renewed: u64,
+}
+
 /// A nonzero number that no other run of the daemon is likely to have used.
 pub fn random_generation() -> u64 {
     RandomState::new().build_hasher().finish().max(1)
@@ -70,6 +83,12 @@ pub struct State {
     pub scan: ScanPlan,
     /// What the host should do next.
     pub repair: Repair,
+    /// Huge pages that the host has to give.
+    pub supply: Supply,
+    /// Blocks of the RENEW that is being carried out: their huge pages are promised.
+    pub renewing: u64,
+    /// Blocks that an action under way may make huge.
+    pub acting: Range<u64>,
     /// Totals since the daemon started.
     pub totals: Totals,
     /// Whether a VMM is connected.
@@ -78,7 +97,7 @@ pub struct State {
 
 impl State {
     /// No VMM, no memory.
-    pub fn new(policy: Policy, now: Instant) -> Self {
+    pub fn new(policy: Policy, huge_max: u64, now: Instant) -> Self {
         Self {
             policy,
             generation: random_generation(),
@@ -88,6 +107,9 @@ impl State {
             hints: Hints::default(),
             scan: ScanPlan::new(0, now),
             repair: Repair::new(0),
+            supply: Supply::new(huge_max),
+            renewing: 0,
+            acting: 0..0,
             totals: Totals::default(),
             connected: false,
         }
@@ -178,21 +200,72 @@ impl State {
         refused
     }
 
-    /// Takes what a look at the host found.
-    pub fn apply_scan(&mut self, runs: &[HostRun]) {
+    /// Takes what a look at the host found; what is older than what is known already is passed
+    /// over.
+    pub fn apply_look(&mut self, runs: &[HostRun]) {
+        self.apply(runs, |state, index| !state.scan.is_overtaken(index));
+    }
+
+    /// Takes what whoever acted on blocks saw there afterwards.
+    pub fn apply_seen(&mut self, runs: &[HostRun]) {
+        self.apply(runs, |state, index| {
+            state.scan.seen(index);
+            true
+        });
+    }
+
+    fn apply(&mut self, runs: &[HostRun], mut is_news: impl FnMut(&mut Self, usize) -> bool) {
         for run in runs {
             let ranges: Vec<_> = self.map.index_ranges(run.first, run.count).collect();
             for index in ranges.into_iter().flatten() {
-                if self.map.set_host(index, run.state).is_none() {
+                if !is_news(self, index) || self.map.set_host(index, run.state).is_none() {
                     continue;
                 }
                 if run.state.is_huge() {
                     self.map.set_failures(index, 0);
+                    self.repair.forget_fill(index);
                 }
                 self.hints.changed(index);
                 self.reconsider(index);
             }
         }
+    }
+
+    /// Blocks that are host-huge.
+    fn huge(&self) -> u64 {
+        self.map.counters().host[HostState::Huge as usize]
+    }
+
+    /// Blocks that are host-huge, and those of which the guest was told that they will be.
+    pub fn huge_or_promised(&self) -> u64 {
+        self.huge() + self.repair.fills() + self.renewing
+    }
+
+    /// Blocks that may become huge; only between two actions is the count of those that are exact.
+    pub fn huge_pages_left(&self) -> HugePagesLeft {
+        let promised = self.huge_or_promised();
+        HugePagesLeft {
+            wanted: self.supply.left(promised),
+            prepared: self.supply.left_for_guest(promised),
+            renewed: self.supply.left(self.huge()),
+        }
+    }
+
+    /// Whether there is a huge page for every block of a RENEW. Those that are huge bring theirs,
+    /// and some are promised one already.
+    pub fn may_renew(&self, ranges: &[(u64, u32)]) -> bool {
+        let acting = self.acting.end - self.acting.start;
+        let left = self.supply.left_for_guest(self.huge_or_promised() + acting);
+        let mut needed = 0;
+        for &(first, count) in ranges {
+            let blocks = first..first.saturating_add(u64::from(count));
+            for (block, index) in blocks.filter_map(|b| Some((b, self.map.index_of(b)?))) {
+                let huge = self.map.get(index).is_some_and(|block| block.host.is_huge());
+                let promised = self.repair.fills_at(index) || self.acting.contains(&block);
+                needed += u64::from(!huge && !promised);
+            }
+        }
+        needed <= left
     }
 
     /// The answer of a STATS request.
@@ -214,12 +287,13 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backing::HostState;
+    use crate::engine::repair::{Allowance, Outcome, Work};
     use crate::protocol::BATCH_ADVICE;
+    use proptest::prelude::*;
 
     fn state_of(blocks: u64) -> State {
         let now = Instant::now();
-        let mut state = State::new(Policy::Gemini, now);
+        let mut state = State::new(Policy::Gemini, u64::MAX, now);
         state.map = BlockMap::new(&[0..blocks]);
         state.scan = ScanPlan::new(state.map.len(), now);
         state.new_generation();
@@ -288,20 +362,20 @@ mod tests {
     fn guest_huge_on_host_base_is_wanted_until_the_host_is_huge() {
         let mut state = state_of(8);
         let run = |host| [HostRun { first: 0, count: 8, state: host, resident: 0 }];
-        state.apply_scan(&run(HostState::Base));
-        assert!(!state.repair.pending());
+        state.apply_look(&run(HostState::Base));
+        assert!(!state.repair.wants());
         let start = batch(&state, SYNC_START | SYNC_END);
         state.apply_report(&start, &[record(5, 1, GuestState::Huge)]);
-        assert!(state.repair.pending());
-        state.apply_scan(&run(HostState::Huge));
-        assert!(!state.repair.pending());
+        assert!(state.repair.wants());
+        state.apply_look(&run(HostState::Huge));
+        assert!(!state.repair.wants());
         assert_eq!(state.map.counters().aligned, 1);
     }
 
     #[test]
     fn new_generation_forgets_the_guest_and_keeps_the_host() {
         let mut state = state_of(8);
-        state.apply_scan(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);
+        state.apply_look(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);
         let start = batch(&state, SYNC_START | SYNC_END);
         state.apply_report(&start, &[record(0, 8, GuestState::Huge)]);
         let before = state.generation;
@@ -309,6 +383,157 @@ mod tests {
         assert_ne!(state.generation, before);
         assert_eq!(state.map.counters().guest[GuestState::Unknown as usize], 8);
         assert_eq!(state.map.counters().host[HostState::Base as usize], 8);
-        assert!(!state.repair.pending());
+        assert!(!state.repair.wants());
+    }
+
+    #[test]
+    fn renew_needs_a_huge_page_only_for_blocks_that_bring_none() {
+        let now = Instant::now();
+        let mut state = state_of(8);
+        state.supply.set_limit(3);
+        state.apply_look(&[HostRun { first: 0, count: 2, state: HostState::Huge, resident: 0 }]);
+        assert!(state.may_renew(&[(0, 2)]), "both bring their own");
+        assert!(state.may_renew(&[(1, 2)]));
+        assert!(!state.may_renew(&[(1, 3)]));
+        state.repair.fill(5);
+        assert!(state.may_renew(&[(5, 1)]), "it is promised one already");
+        assert!(!state.may_renew(&[(6, 1)]), "the last one is promised");
+        state.repair.forget_fill(5);
+        state.acting = 7..8;
+        assert!(!state.may_renew(&[(6, 1)]), "the last one is being given");
+        state.acting = 0..0;
+        (0..9).for_each(|_| state.supply.failed(now));
+        assert!(!state.may_renew(&[(6, 1)]), "the kernel has none");
+        assert!(state.may_renew(&[(0, 2)]));
+    }
+
+    #[test]
+    fn a_look_that_was_overtaken_by_an_action_changes_nothing() {
+        let now = Instant::now();
+        let mut state = state_of(8);
+        let run = |host| [HostRun { first: 0, count: 8, state: host, resident: 0 }];
+        let look = state.scan.next(&state.map, now).unwrap();
+        state.apply_seen(&run(HostState::Huge)[..]);
+        state.apply_look(&run(HostState::Base));
+        state.scan.done(&look, std::time::Duration::ZERO, now);
+        assert_eq!(state.map.counters().host[HostState::Huge as usize], 8);
+        let again = state.scan.next(&state.map, now).unwrap();
+        assert_eq!((again.first, again.count), (0, 8), "it is looked at once more");
+        state.apply_look(&run(HostState::Absent));
+        assert_eq!(state.map.counters().host[HostState::Absent as usize], 8);
+    }
+
+    proptest! {
+        /// Whatever guest and host do in whatever order, the blocks that are truly huge never
+        /// become more than the limit, as far as it is the daemon that makes them so; and there is
+        /// one for every block that is promised one.
+        #[test]
+        fn never_more_huge_blocks_than_allowed(
+            limit in 0u64..12,
+            steps in prop::collection::vec((0u8..8, 0u64..24, 1u32..6, any::<bool>()), 1..300),
+        ) {
+            let now = Instant::now();
+            let mut state = state_of(24);
+            state.supply.set_limit(limit);
+            let mut truth = [HostState::Base; 24];
+            let mut acting: Option<Work> = None;
+            let mut looking = None;
+            let mut renewing: Option<(u64, u32)> = None;
+            let see = |truth: &[HostState], first: u64, count: u32| -> Vec<HostRun> {
+                (first..first + u64::from(count))
+                    .map(|block| HostRun {
+                        first: block,
+                        count: 1,
+                        state: truth[usize::try_from(block).unwrap()],
+                        resident: 0,
+                    })
+                    .collect()
+            };
+            for (step, first, count, yes) in steps {
+                let count = count.min(u32::try_from(24 - first).unwrap());
+                match step {
+                    // A report.
+                    0 => {
+                        let guest = if yes { GuestState::Huge } else { GuestState::Booked };
+                        let start = batch(&state, SYNC_START);
+                        let flags =
+                            if state.guest_sync == GuestSync::Waiting { SYNC_START } else { 0 };
+                        let report = Batch { flags, ..start };
+                        state.apply_report(&report, &[record(first, count, guest)]);
+                    }
+                    // A look is sent out, or comes back with what it saw when it was.
+                    1 | 2 => match looking.take() {
+                        None => {
+                            looking = state.scan.next(&state.map, now).map(|look| {
+                                (look, see(&truth, look.first, look.count))
+                            });
+                        }
+                        Some((look, runs)) => {
+                            state.apply_look(&runs);
+                            state.scan.done(&look, std::time::Duration::ZERO, now);
+                        }
+                    },
+                    // A RENEW is taken, or has dropped its blocks.
+                    3 => match renewing.take() {
+                        None if state.may_renew(&[(first, count)]) => {
+                            state.renewing = u64::from(count);
+                            renewing = Some((first, count));
+                        }
+                        None => {}
+                        Some((first, count)) => {
+                            let blocks = usize::try_from(first).unwrap()..;
+                            for index in blocks.take(count as usize) {
+                                truth[index] = HostState::Absent;
+                            }
+                            state.apply_seen(&see(&truth, first, count));
+                            for index in state.map.index_ranges(first, count).flatten().collect::<Vec<_>>() {
+                                state.repair.fill(index);
+                            }
+                            state.renewing = 0;
+                        }
+                    },
+                    // A PREPARE.
+                    4 => state.repair.prepare(1, vec![(first, count)]),
+                    // An action begins, or ends.
+                    _ => match acting.take() {
+                        None if state.scan.complete() => {
+                            let left = state.huge_pages_left();
+                            let allowance = Allowance {
+                                requested: true,
+                                background: true,
+                                copies: 3,
+                                pages: left.wanted,
+                                prepared: left.prepared,
+                                renewed: left.renewed,
+                            };
+                            acting = state.repair.next(&state.map, &allowance);
+                            state.acting = acting.as_ref().map_or(0..0, Work::blocks);
+                        }
+                        None => {}
+                        Some(Work::Settle { id, .. }) => {
+                            state.repair.end_prepare(id);
+                        }
+                        Some(Work::Collapse { first, count } | Work::Populate { first, count }) => {
+                            let blocks = usize::try_from(first).unwrap()..;
+                            for index in blocks.take(count as usize) {
+                                let outcome = if yes {
+                                    truth[index] = HostState::Huge;
+                                    Outcome::Done
+                                } else {
+                                    Outcome::Failed
+                                };
+                                state.repair.ended(index, outcome, 0, now);
+                            }
+                            state.acting = 0..0;
+                            state.apply_seen(&see(&truth, first, count));
+                        }
+                    },
+                }
+                let huge = truth.iter().filter(|host| host.is_huge()).count() as u64;
+                prop_assert!(huge <= limit, "{} of {}", huge, limit);
+                let promised = state.repair.fills();
+                prop_assert!(promised <= state.huge_pages_left().renewed, "{} promised", promised);
+            }
+        }
     }
 }

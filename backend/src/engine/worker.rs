@@ -25,6 +25,8 @@ pub enum Job {
         generation: u64,
         /// What.
         work: Work,
+        /// Bytes of the copy budget that were taken for it.
+        advance: u64,
     },
 }
 
@@ -41,28 +43,42 @@ pub struct Looked {
 }
 
 /// What an action did.
-#[derive(Default)]
 pub struct Acted {
+    /// The memory that was acted on.
+    pub memory: Arc<Memory>,
     /// The generation that asked.
     pub generation: u64,
+    /// Bytes of the copy budget that were taken for it.
+    pub advance: u64,
+    /// What came of it.
+    pub deed: Deed,
+}
+
+/// What came of an action.
+#[derive(Default)]
+pub struct Deed {
     /// Blocks collapsed with a copy.
     pub copied: u64,
     /// Bytes that these copied.
     pub copied_bytes: u64,
-    /// Bytes of the budget that were not copied.
-    pub not_copied: u64,
+    /// Bytes that attempts which failed may have copied.
+    pub wasted_bytes: u64,
     /// Blocks made huge without a copy.
     pub populated: u64,
     /// Attempts that failed.
     pub failed: u64,
+    /// Whether the guest had asked for it.
+    pub requested: bool,
     /// How each attempt ended.
     pub outcomes: Vec<(u64, Outcome)>,
     /// The PREPARE whose blocks were all tried, and looked at.
     pub settled: Option<u64>,
     /// Its ranges.
     pub ranges: Vec<(u64, u32)>,
-    /// Their host states.
+    /// The host states that were seen afterwards, of all blocks that were acted on.
     pub runs: Vec<HostRun>,
+    /// Whether they could be seen.
+    pub seen: bool,
 }
 
 /// Does jobs until the deciding thread ends.
@@ -72,38 +88,45 @@ pub fn run(engine: &Engine, jobs: &Receiver<Job>) {
             Job::Look { memory, look } => {
                 let start = Instant::now();
                 let mut runs = Vec::new();
-                scan(&memory, look.first, look.count, &mut runs);
+                let _ = scan(&memory, look.first, look.count, &mut runs);
                 engine.looked(Looked { memory, look, runs, took: start.elapsed() });
             }
-            Job::Act { memory, generation, work } => {
+            Job::Act { memory, generation, work, advance } => {
                 let block_size = 1 << engine.settings().block_shift;
-                engine.acted(Acted { generation, ..act(&memory, work, block_size) });
+                let deed = act(&memory, work, block_size);
+                engine.acted(Acted { memory, generation, advance, deed });
             }
         }
     }
 }
 
-fn scan(memory: &Memory, first: u64, count: u32, runs: &mut Vec<HostRun>) {
-    if let Err(error) = memory.scan(first, u64::from(count), runs) {
+/// Looks at blocks; whether all of them could be seen.
+pub fn scan(memory: &Memory, first: u64, count: u32, runs: &mut Vec<HostRun>) -> bool {
+    let result = memory.scan(first, u64::from(count), runs);
+    if let Err(error) = &result {
         log::warn!("cannot see how {count} block(s) from {first:#x} on are backed: {error}");
     }
+    result.is_ok()
 }
 
-fn act(memory: &Memory, work: Work, block_size: u64) -> Acted {
-    let mut acted = Acted::default();
+fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
+    let requested = !matches!(work, Work::Collapse { .. });
+    let mut acted = Deed { seen: true, requested, ..Deed::default() };
     let mut results = Vec::new();
     match work {
         Work::Collapse { first, count } => {
             memory.collapse(first, u64::from(count), &mut results);
+            acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Populate { first, count } => {
             for block in first..first + u64::from(count) {
                 results.push((block, memory.populate(block)));
             }
+            acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Settle { id, ranges } => {
             for &(first, count) in &ranges {
-                scan(memory, first, count, &mut acted.runs);
+                acted.seen &= scan(memory, first, count, &mut acted.runs);
             }
             acted.settled = Some(id);
             acted.ranges = ranges;
@@ -118,21 +141,22 @@ fn act(memory: &Memory, work: Work, block_size: u64) -> Acted {
             }
             Ok(Collapsed::Populated) => {
                 acted.populated += 1;
-                acted.not_copied += block_size;
                 Outcome::Done
             }
-            Ok(Collapsed::AlreadyHuge) => {
-                acted.not_copied += block_size;
-                Outcome::Idle
-            }
-            Err(Refusal::Absent | Refusal::NotPermitted | Refusal::Space | Refusal::Gone) => {
+            Ok(Collapsed::AlreadyHuge) => Outcome::Idle,
+            Err(Refusal::Absent | Refusal::NotPermitted | Refusal::Gone) => {
                 // Nothing was even begun.
-                acted.not_copied += block_size;
                 acted.failed += 1;
                 Outcome::Failed
             }
+            Err(Refusal::NoMemory | Refusal::Space) => {
+                // The page is sought before anything is copied.
+                acted.failed += 1;
+                Outcome::Lacking
+            }
             Err(refusal) => {
                 log::debug!("block {block:#x} stays as it is: {refusal:?}");
+                acted.wasted_bytes += block_size;
                 acted.failed += 1;
                 Outcome::Failed
             }

@@ -155,7 +155,9 @@ struct virtio_gemini_resp {
 #define VIRTIO_GEMINI_S_VOID		2	/* made in an older generation */
 #define VIRTIO_GEMINI_S_INVALID		3	/* malformed or out of range */
 #define VIRTIO_GEMINI_S_UNSUPPORTED	4	/* unknown, or not negotiated */
-#define VIRTIO_GEMINI_S_BUSY		5	/* not now; ask again later */
+#define VIRTIO_GEMINI_S_BUSY		5	/* not now; ask again later.
+						 * RENEW: too few huge pages
+						 */
 
 struct virtio_gemini_stats {
 	__le64 blocks;			/* blocks that the device manages */

@@ -186,6 +186,10 @@ pub struct Status {
     pub hint_batches: u64,
     /// Batches received.
     pub report_batches: u64,
+    /// Most bytes of huge pages that it lets the guest have, if there is a limit.
+    pub huge_max: Option<u64>,
+    /// Whether the driver is advised that huge pages are scarce.
+    pub scarce: bool,
     /// What an operator should know.
     pub findings: Vec<Finding>,
 }
@@ -350,6 +354,16 @@ impl Daemon {
         let answer = self.control(&serde_json::json!({"cmd": "status"}))?;
         serde_json::from_value(answer.clone())
             .with_context(|| format!("unexpected status {answer}"))
+    }
+
+    /// Sets the most bytes of huge pages that it lets the guest have.
+    ///
+    /// # Errors
+    /// If it refuses.
+    pub fn set_huge_max(&self, bytes: Option<u64>) -> anyhow::Result<()> {
+        let answer = self.control(&serde_json::json!({"cmd": "set", "huge_max": bytes}))?;
+        ensure!(answer == serde_json::json!({"huge_max": bytes}), "unexpected answer {answer}");
+        Ok(())
     }
 
     /// Its block map.

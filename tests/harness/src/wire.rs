@@ -47,6 +47,8 @@ pub const STATS_LEN: usize = 64;
 pub const BATCH_STATE: u16 = 0;
 /// Type of a batch with an advice.
 pub const BATCH_ADVICE: u16 = 1;
+/// Bit of an advice: the host has no huge pages to give.
+pub const ADVICE_SCARCE: u32 = 1 << 0;
 /// First batch of a full state.
 pub const SYNC_START: u16 = 1 << 0;
 /// Last batch of a full state.
