@@ -225,7 +225,11 @@ static bool set_guest(struct gemini_map *map, u64 block,
 		map->count[entry->guest][entry->host]--;
 		map->count[state][entry->host]++;
 		entry->guest = state;
-		entry->flags &= ~GEMINI_BLOCK_PASSED;
+		if (state != VIRTIO_GEMINI_GUEST_FREE &&
+		    state != VIRTIO_GEMINI_GUEST_BOOKED)
+			entry->flags &= ~(GEMINI_BLOCK_PASSED |
+					  GEMINI_BLOCK_SPENT |
+					  GEMINI_BLOCK_MADE);
 	}
 	entry->used = used;
 	set_dirty(map, block, entry);
@@ -538,33 +542,52 @@ bool gemini_map_unhold_any(struct gemini_map *map, u64 *block)
 	return false;
 }
 
+/* The first of a node's stock that has been there since before then. */
+static struct page *oldest(struct gemini_map *map, int nid,
+			   enum gemini_stock stock, bool made,
+			   unsigned long before)
+{
+	const struct gemini_block *entry;
+	struct page *page;
+
+	lockdep_assert_held(&map->lock);
+
+	list_for_each_entry(page, &map->pools[nid].list[stock], lru) {
+		if (!time_before(page_private(page), before))
+			break;
+		entry = gemini_map_find(map, block_of(map, page));
+		if (!made || entry->flags & GEMINI_BLOCK_MADE)
+			return page;
+	}
+	return NULL;
+}
+
 /**
- * gemini_map_unhold_old() - a block that was held in vain is about to be freed
+ * gemini_map_unhold_old() - a block that nobody came for is about to be freed
  * @map: the map
  * @nid: its node
  * @stock: its list
+ * @made: only one that the host made huge for the stock
  * @before: it has been there since before this time, in jiffies
  * @block: which one
  *
  * Return: false if there is none.
  */
 bool gemini_map_unhold_old(struct gemini_map *map, int nid,
-			   enum gemini_stock stock, unsigned long before,
-			   u64 *block)
+			   enum gemini_stock stock, bool made,
+			   unsigned long before, u64 *block)
 {
 	struct gemini_block *entry;
 	struct page *page;
 
 	spin_lock(&map->lock);
-	page = list_first_entry_or_null(&map->pools[nid].list[stock],
-					struct page, lru);
-	if (page && !time_before(page_private(page), before))
-		page = NULL;
+	page = oldest(map, nid, stock, made, before);
 	if (page) {
 		*block = block_of(map, page);
 		entry = gemini_map_find(map, *block);
 		unhold(map, *block, entry, VIRTIO_GEMINI_GUEST_FREE);
-		entry->flags |= GEMINI_BLOCK_PASSED;
+		if (stock != GEMINI_STOCK_IDLE)
+			entry->flags |= GEMINI_BLOCK_SPENT;
 	}
 	spin_unlock(&map->lock);
 	return page;
@@ -647,7 +670,7 @@ unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 		entry = gemini_map_find(map, block_of(map, page));
 		if (entry->flags & GEMINI_BLOCK_ASKED)
 			continue;
-		entry->flags |= GEMINI_BLOCK_ASKED;
+		entry->flags |= GEMINI_BLOCK_ASKED | GEMINI_BLOCK_MADE;
 		blocks[count++] = block_of(map, page);
 	}
 	spin_unlock(&map->lock);
@@ -655,46 +678,35 @@ unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 }
 
 /**
- * gemini_map_unask() - the host was not asked after all, or did not do it
+ * gemini_map_flag() - note something about a block
  * @map: the map
  * @block: any block
+ * @set: flags to set, of those that concern no list
+ * @clear: flags to clear, likewise
  */
-void gemini_map_unask(struct gemini_map *map, u64 block)
+void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear)
 {
 	struct gemini_block *entry;
 
 	spin_lock(&map->lock);
 	entry = gemini_map_find(map, block);
 	if (entry)
-		entry->flags &= ~GEMINI_BLOCK_ASKED;
-	spin_unlock(&map->lock);
-}
-
-/**
- * gemini_map_pass() - leave a block alone for now
- * @map: the map
- * @block: any block
- */
-void gemini_map_pass(struct gemini_map *map, u64 block)
-{
-	struct gemini_block *entry;
-
-	spin_lock(&map->lock);
-	entry = gemini_map_find(map, block);
-	if (entry)
-		entry->flags |= GEMINI_BLOCK_PASSED;
+		entry->flags = (entry->flags | set) & ~clear;
 	spin_unlock(&map->lock);
 }
 
 static void forgive(struct gemini_map *map, u64 block,
 		    struct gemini_block *entry, u8 unused)
 {
-	entry->flags &= ~GEMINI_BLOCK_PASSED;
+	entry->flags &= ~(GEMINI_BLOCK_PASSED | GEMINI_BLOCK_ASKED);
 }
 
 /**
- * gemini_map_forgive() - no block is left alone any more
+ * gemini_map_forgive() - every block gets another chance
  * @map: the map
+ *
+ * What was left alone is considered again, and what the host was asked for and
+ * did not do may be asked for again.
  */
 void gemini_map_forgive(struct gemini_map *map)
 {
@@ -766,8 +778,9 @@ void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero)
 
 static bool same(const struct gemini_block *a, const struct gemini_block *b)
 {
-	const u8 shown = (u8)~(GEMINI_BLOCK_DIRTY | GEMINI_BLOCK_PASSED |
-			       GEMINI_BLOCK_ASKED);
+	const u8 shown = GEMINI_BLOCK_HELD | GEMINI_BLOCK_BUSY |
+			 GEMINI_BLOCK_ZERO | GEMINI_BLOCK_PASSED |
+			 GEMINI_BLOCK_SPENT;
 
 	return a->guest == b->guest && a->host == b->host &&
 	       a->used == b->used && (a->flags & shown) == (b->flags & shown);

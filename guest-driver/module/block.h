@@ -28,13 +28,14 @@
 #define GEMINI_BLOCK_BUSY	BIT(2)
 /* Held, and every byte reads as zero. */
 #define GEMINI_BLOCK_ZERO	BIT(3)
-/*
- * Held in vain, or not to be had: left alone until the census finds it used in
- * another way, or until gemini_map_forgive().
- */
+/* Could not be held when it was tried; see gemini_map_forgive(). */
 #define GEMINI_BLOCK_PASSED	BIT(4)
+/* Was held in vain: not worth being held for its own sake until it was used. */
+#define GEMINI_BLOCK_SPENT	BIT(5)
 /* Held, and the host was asked to make it huge. */
-#define GEMINI_BLOCK_ASKED	BIT(5)
+#define GEMINI_BLOCK_ASKED	BIT(6)
+/* The host made it huge because the stock needed it. */
+#define GEMINI_BLOCK_MADE	BIT(7)
 
 /**
  * struct gemini_block - one block, in four bytes: 1 TiB takes 2 MiB
@@ -158,8 +159,8 @@ int gemini_map_hold(struct gemini_map *map, u64 block, bool zero);
 int gemini_map_unhold(struct gemini_map *map, u64 block);
 bool gemini_map_unhold_any(struct gemini_map *map, u64 *block);
 bool gemini_map_unhold_old(struct gemini_map *map, int nid,
-			   enum gemini_stock stock, unsigned long before,
-			   u64 *block);
+			   enum gemini_stock stock, bool made,
+			   unsigned long before, u64 *block);
 bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
 		     bool *clean);
 u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock);
@@ -167,8 +168,7 @@ int gemini_map_busy(struct gemini_map *map, u64 first, u64 count);
 void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero);
 unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 			    unsigned int max);
-void gemini_map_unask(struct gemini_map *map, u64 block);
-void gemini_map_pass(struct gemini_map *map, u64 block);
+void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear);
 void gemini_map_forgive(struct gemini_map *map);
 
 bool gemini_map_next_run(struct gemini_map *map, u64 from,

@@ -5,7 +5,8 @@
  * One look at the first page frame of a block decides most of them: a free
  * buddy or a huge folio says all about the whole block.  Base pages in use are
  * counted only where the count decides something, in blocks that the host
- * backs with a huge page, some of them in each pass.
+ * backs with a huge page, and in all while booking looks for blocks to empty;
+ * some of them in each pass.
  *
  * No references are taken, because they would make collapses and migrations
  * fail, and no locks.  So everything read here may change while it is read:
@@ -192,6 +193,7 @@ static void look_at_chunk(struct gemini *gemini, unsigned long index,
 	struct gemini_census *census = &gemini->census;
 	u64 first = (u64)index * GEMINI_CHUNK_BLOCKS;
 	struct gemini_seen seen[GROUP_BLOCKS];
+	bool all = READ_ONCE(census->count_all);
 	unsigned int i, group;
 
 	BUILD_BUG_ON(GEMINI_CHUNK_BLOCKS % GROUP_BLOCKS);
@@ -199,12 +201,13 @@ static void look_at_chunk(struct gemini *gemini, unsigned long index,
 
 	for (group = 0; group < GEMINI_CHUNK_BLOCKS; group += GROUP_BLOCKS) {
 		for (i = 0; i < GROUP_BLOCKS; i++) {
-			bool huge = host_huge(&chunk->block[group + i]);
+			bool matters = all ||
+				       host_huge(&chunk->block[group + i]);
 			u64 block = first + group + i;
-			bool count = huge && census->count_left &&
+			bool count = matters && census->count_left &&
 				     block >= census->count_from;
 
-			seen[i] = look(gemini, block, count, huge);
+			seen[i] = look(gemini, block, count, matters);
 			if (seen[i].guest != VIRTIO_GEMINI_GUEST_UNKNOWN)
 				census->pass_blocks++;
 			if (count &&

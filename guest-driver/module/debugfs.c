@@ -84,12 +84,14 @@ static int blocks_show(struct seq_file *m, void *v)
 	}
 	held = block->flags & GEMINI_BLOCK_HELD;
 	ready = held && gemini_host_huge(block->host);
-	seq_printf(m, "%llu %llu %s %u %s %s%s%s%s\n", run->first, run->count,
+	seq_printf(m, "%llu %llu %s %u %s %s%s%s%s%s%s\n", run->first, run->count,
 		   guest_names[block->guest], block->used,
 		   host_names[block->host], held ? "held" : "-",
 		   ready ? ",ready" : "",
 		   block->flags & GEMINI_BLOCK_BUSY ? ",busy" : "",
-		   block->flags & GEMINI_BLOCK_ZERO ? ",zero" : "");
+		   block->flags & GEMINI_BLOCK_ZERO ? ",zero" : "",
+		   block->flags & GEMINI_BLOCK_PASSED ? ",passed" : "",
+		   block->flags & GEMINI_BLOCK_SPENT ? ",spent" : "");
 	return 0;
 }
 

@@ -39,6 +39,11 @@
 /* Unanswered requests on ctrlq. */
 #define GEMINI_CTRL_MAX		16
 
+/* Blocks ready at least, and blocks emptied in a second. */
+#define GEMINI_STOCK_FLOOR	8
+#define GEMINI_EVACUATION_RATE	32
+#define GEMINI_EVACUATION_MAX	1000000
+
 /* Limits of the census' period, in milliseconds. */
 #define GEMINI_PERIOD_MIN	10
 #define GEMINI_PERIOD_DEFAULT	1000
@@ -54,6 +59,8 @@
  * @next: index of the chunk to go on with; only @work uses it
  * @count_from: block from which on used pages are counted, only @work uses it
  * @count_left: blocks that may be counted in this pass, only @work uses it
+ * @count_all: count the used pages of blocks that the host backs with base
+ *	pages as well
  * @begun: passes begun
  * @passes: passes ended
  * @pass_ns: time spent in the present pass
@@ -71,6 +78,7 @@ struct gemini_census {
 	unsigned long next;
 	u64 count_from;
 	unsigned int count_left;
+	bool count_all;
 	u64 begun;
 	u64 passes;
 	u64 pass_ns;
@@ -153,6 +161,64 @@ struct gemini_requests {
 };
 
 /**
+ * struct gemini_booking - which blocks are held, and how many
+ * @work: looks, decides and acts; nothing else books for the stock
+ * @next: the block where the next look begins
+ * @calm: @work rests for long, and is to be woken when the stock is low
+ * @asked: requests that the device has, by gemini_request.asked
+ * @enabled: not 0: blocks are booked at all
+ * @stock_floor: blocks to have ready at least
+ * @stock_cap: blocks to make ready at most
+ * @evacuation_rate: blocks to empty in a second; 0: none
+ * @target: blocks to have ready now
+ * @paused_until: nothing is booked before this time, in jiffies
+ * @asked_until: the host is not asked again before this time, in jiffies
+ * @asked_delay: pause after a refusal, in jiffies, doubled with each
+ * @forgiven: when blocks were last taken into consideration again, in jiffies
+ * @demand: huge pages asked for until the last look
+ * @demand_time: when that was, in jiffies
+ * @demand_rate: huge pages asked for in a second, times 256, decaying
+ * @credit: blocks that may be emptied now, times HZ
+ * @credit_time: when that was reckoned, in jiffies
+ * @plain: blocks booked by plain allocations
+ * @exact: free blocks booked at their addresses
+ * @evacuated: blocks emptied and booked
+ * @evacuated_pages: base pages that were moved for it
+ * @failures: blocks that could not be emptied
+ * @prepared: blocks that the host was asked to prepare
+ * @renewed: blocks that the host was asked to renew
+ * @expired: blocks given back unused
+ */
+struct gemini_booking {
+	struct delayed_work work;
+	u64 next;
+	bool calm;
+	struct list_head asked;
+	unsigned int enabled;
+	unsigned int stock_floor;
+	unsigned int stock_cap;
+	unsigned int evacuation_rate;
+	u64 target;
+	unsigned long paused_until;
+	unsigned long asked_until;
+	unsigned long asked_delay;
+	unsigned long forgiven;
+	u64 demand;
+	unsigned long demand_time;
+	u64 demand_rate;
+	u64 credit;
+	unsigned long credit_time;
+	u64 plain;
+	u64 exact;
+	u64 evacuated;
+	u64 evacuated_pages;
+	u64 failures;
+	u64 prepared;
+	u64 renewed;
+	u64 expired;
+};
+
+/**
  * struct gemini - one device
  * @vdev: the virtio device
  * @vq: its queues, valid between gemini_start() and gemini_stop()
@@ -182,6 +248,7 @@ struct gemini_requests {
  * @shrinker: gives held blocks back under memory pressure
  * @oom: gives all of them back when there is no memory left
  * @returned_pressure: blocks given back because memory was short
+ * @booking: see struct gemini_booking
  * @debugfs: the device's folder
  * @command_lock: protects @command_result
  * @command_result: what the last command said
@@ -220,6 +287,8 @@ struct gemini {
 	struct notifier_block oom;
 	atomic64_t returned_pressure;
 
+	struct gemini_booking booking;
+
 	struct dentry *debugfs;
 	struct mutex command_lock;	/* see above */
 	char *command_result;
@@ -240,6 +309,7 @@ struct gemini_range {
  * @ref: one for whoever made it, one for the queue
  * @gemini: the device
  * @node: in gemini_requests.pending
+ * @asked: in gemini_booking.asked, if it was made there
  * @type: VIRTIO_GEMINI_REQ_*
  * @nr_ranges: number of ranges
  * @blocks: number of blocks in them
@@ -255,6 +325,7 @@ struct gemini_request {
 	struct kref ref;
 	struct gemini *gemini;
 	struct list_head node;
+	struct list_head asked;
 	u16 type;
 	u32 nr_ranges;
 	u64 blocks;
@@ -324,6 +395,7 @@ struct gemini_request *gemini_request_new(struct gemini *gemini, u16 type,
 					  u32 nr_ranges);
 int gemini_request_submit(struct gemini_request *request);
 int gemini_request_wait(struct gemini_request *request);
+bool gemini_request_answered(struct gemini_request *request);
 void gemini_request_put(struct gemini_request *request);
 int gemini_release_room_wait(struct gemini *gemini, u64 blocks);
 
@@ -338,10 +410,43 @@ int gemini_hold_free(struct gemini *gemini, u64 block);
 u64 gemini_hold_free_all(struct gemini *gemini);
 u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count);
 u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
-		       unsigned long before, u64 most);
+		       bool made, unsigned long before, u64 most);
 struct page *gemini_hold_take(struct gemini *gemini, int nid, bool zero);
 u64 gemini_hold_ready(struct gemini *gemini, int nid);
 bool gemini_hold_is_exact_caller(struct gemini *gemini);
+
+/* booking.c */
+void gemini_booking_init(struct gemini *gemini);
+void gemini_booking_start(struct gemini *gemini);
+void gemini_booking_stop(struct gemini *gemini);
+void gemini_booking_kick(struct gemini *gemini);
+void gemini_booking_taken(struct gemini *gemini);
+void gemini_booking_pause(struct gemini *gemini);
+bool gemini_booking_wants(struct gemini *gemini, u64 block);
+
+/*
+ * Without placement nobody would use what is held, and without a callback on
+ * page isolation it would be in the way of unplugging: nothing is booked then.
+ */
+static inline bool gemini_placement_active(struct gemini *gemini)
+{
+	return false;
+}
+
+static inline u64 gemini_placement_demand(struct gemini *gemini)
+{
+	return 0;
+}
+
+static inline bool gemini_isolation_active(struct gemini *gemini)
+{
+	return false;
+}
+
+static inline unsigned int gemini_timeout_ms(struct gemini *gemini)
+{
+	return READ_ONCE(gemini->booking_timeout_ms) ?: 60 * MSEC_PER_SEC;
+}
 
 /* sysfs.c */
 extern const struct attribute_group *gemini_groups[];

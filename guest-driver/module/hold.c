@@ -165,6 +165,7 @@ struct page *gemini_hold_take(struct gemini *gemini, int nid, bool zero)
 		return NULL;
 	page = pfn_to_page(gemini_block_pfn(gemini, block));
 	account(gemini, page, -1);
+	gemini_booking_taken(gemini);
 	for (i = 0; zero && !clean && i < 1 << gemini->block_order; i++)
 		clear_highpage(page + i);
 	return page;
@@ -224,21 +225,22 @@ u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count)
  * @gemini: the device
  * @nid: their node
  * @stock: which of them
+ * @made: only those that the host made huge for the stock
  * @before: since before this time, in jiffies
  * @most: no more blocks than these
  *
- * They are not held again until they were used.
+ * They are not held again for their own sake until they were used.
  *
  * Return: number of blocks given back.
  */
 u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
-		       unsigned long before, u64 most)
+		       bool made, unsigned long before, u64 most)
 {
 	u64 freed = 0;
 	u64 block;
 
 	while (freed < most && gemini_map_unhold_old(&gemini->map, nid, stock,
-						     before, &block)) {
+						     made, before, &block)) {
 		give_back(gemini, block);
 		freed++;
 	}
@@ -257,10 +259,12 @@ static u64 free_some(struct gemini *gemini, u64 most)
 	return freed;
 }
 
+/* What memory is short of is not to be taken at once again. */
 static u64 free_for_others(struct gemini *gemini, u64 most)
 {
 	u64 freed = free_some(gemini, most);
 
+	gemini_booking_pause(gemini);
 	atomic64_add(freed, &gemini->returned_pressure);
 	return freed;
 }

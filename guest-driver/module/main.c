@@ -72,6 +72,7 @@ static void stop(struct gemini *gemini)
 		return;
 	gemini->stopped = true;
 	gemini_hold_close(gemini);
+	gemini_booking_stop(gemini);
 	gemini_census_stop(gemini);
 	gemini_hints_stop(gemini);
 	gemini_report_stop(gemini);
@@ -113,6 +114,7 @@ static int start(struct gemini *gemini)
 		return ret;
 	}
 	gemini_hold_open(gemini);
+	gemini_booking_start(gemini);
 	virtio_device_ready(vdev);
 	virtqueue_kick(gemini->vq[VIRTIO_GEMINI_VQ_HINT]);
 	return 0;
@@ -195,6 +197,7 @@ static int gemini_probe(struct virtio_device *vdev)
 	init_waitqueue_head(&gemini->waitq);
 	INIT_DELAYED_WORK(&gemini->reset_work, reset_work);
 	gemini_requests_init(gemini);
+	gemini_booking_init(gemini);
 
 	ret = gemini_map_init(&gemini->map);
 	ret = ret ?: read_config(gemini);

@@ -396,7 +396,13 @@ static void release_work(struct work_struct *work)
 	gemini_report_kick(gemini);
 }
 
-static bool answered(struct gemini_request *request)
+/**
+ * gemini_request_answered() - is the answer there?
+ * @request: a request that was submitted
+ *
+ * Return: true if it is, or if it was given up with the device's reset.
+ */
+bool gemini_request_answered(struct gemini_request *request)
 {
 	/* Pairs with the end of finish(). */
 	return smp_load_acquire(&request->answered);
@@ -411,7 +417,8 @@ static bool answered(struct gemini_request *request)
  */
 int gemini_request_wait(struct gemini_request *request)
 {
-	if (wait_event_freezable(request->gemini->waitq, answered(request)))
+	if (wait_event_freezable(request->gemini->waitq,
+				 gemini_request_answered(request)))
 		return -EINTR;
 	return 0;
 }

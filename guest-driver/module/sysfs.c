@@ -45,27 +45,40 @@ static ssize_t _name##_show(struct device *dev,				\
 {									\
 	struct gemini *gemini = of_device(dev);				\
 									\
-	return sysfs_emit(buf, "%llu\n", (u64)READ_ONCE(_value));	\
+	return sysfs_emit(buf, "%llu\n", (u64)(_value));		\
 }									\
 static DEVICE_ATTR_RO(_name)
 
-COUNTER_ATTR(census_passes, gemini->census.passes);
-COUNTER_ATTR(census_blocks, gemini->census.last_blocks);
-COUNTER_ATTR(census_ns, gemini->census.total_ns);
-COUNTER_ATTR(hint_batches, gemini->hints.batches);
-COUNTER_ATTR(hint_records, gemini->hints.records);
-COUNTER_ATTR(hints_refused, gemini->hints.bad);
-COUNTER_ATTR(report_batches, gemini->report.batches);
-COUNTER_ATTR(report_records, gemini->report.records);
-COUNTER_ATTR(ctrl_requests, gemini->ctrl.made);
-COUNTER_ATTR(ctrl_pending, gemini->ctrl.nr_pending);
-COUNTER_ATTR(ctrl_failed, gemini->ctrl.failed);
-COUNTER_ATTR(release_requests, gemini->release.made);
-COUNTER_ATTR(release_pending, gemini->release.nr_pending);
-COUNTER_ATTR(release_failed, gemini->release.failed);
-COUNTER_ATTR(release_max, gemini->release_max);
-COUNTER_ATTR(broken, gemini->broken);
-COUNTER_ATTR(wanted, gemini->wanted);
+COUNTER_ATTR(census_passes, READ_ONCE(gemini->census.passes));
+COUNTER_ATTR(census_blocks, READ_ONCE(gemini->census.last_blocks));
+COUNTER_ATTR(census_ns, READ_ONCE(gemini->census.total_ns));
+COUNTER_ATTR(hint_batches, READ_ONCE(gemini->hints.batches));
+COUNTER_ATTR(hint_records, READ_ONCE(gemini->hints.records));
+COUNTER_ATTR(hints_refused, READ_ONCE(gemini->hints.bad));
+COUNTER_ATTR(report_batches, READ_ONCE(gemini->report.batches));
+COUNTER_ATTR(report_records, READ_ONCE(gemini->report.records));
+COUNTER_ATTR(ctrl_requests, READ_ONCE(gemini->ctrl.made));
+COUNTER_ATTR(ctrl_pending, READ_ONCE(gemini->ctrl.nr_pending));
+COUNTER_ATTR(ctrl_failed, READ_ONCE(gemini->ctrl.failed));
+COUNTER_ATTR(release_requests, READ_ONCE(gemini->release.made));
+COUNTER_ATTR(release_pending, READ_ONCE(gemini->release.nr_pending));
+COUNTER_ATTR(release_failed, READ_ONCE(gemini->release.failed));
+COUNTER_ATTR(release_max, READ_ONCE(gemini->release_max));
+COUNTER_ATTR(broken, READ_ONCE(gemini->broken));
+COUNTER_ATTR(wanted, READ_ONCE(gemini->wanted));
+
+COUNTER_ATTR(ready, gemini_hold_ready(gemini, NUMA_NO_NODE));
+COUNTER_ATTR(scarce, READ_ONCE(gemini->scarce));
+COUNTER_ATTR(stock_target, READ_ONCE(gemini->booking.target));
+COUNTER_ATTR(booked_plain, READ_ONCE(gemini->booking.plain));
+COUNTER_ATTR(booked_exact, READ_ONCE(gemini->booking.exact));
+COUNTER_ATTR(evacuated_blocks, READ_ONCE(gemini->booking.evacuated));
+COUNTER_ATTR(evacuated_pages, READ_ONCE(gemini->booking.evacuated_pages));
+COUNTER_ATTR(evacuation_failures, READ_ONCE(gemini->booking.failures));
+COUNTER_ATTR(prepared, READ_ONCE(gemini->booking.prepared));
+COUNTER_ATTR(renewed, READ_ONCE(gemini->booking.renewed));
+COUNTER_ATTR(expired, READ_ONCE(gemini->booking.expired));
+COUNTER_ATTR(returned_pressure, atomic64_read(&gemini->returned_pressure));
 
 static ssize_t generation_show(struct device *dev,
 			       struct device_attribute *attr, char *buf)
@@ -126,6 +139,55 @@ static ssize_t census_period_ms_store(struct device *dev,
 }
 static DEVICE_ATTR_RW(census_period_ms);
 
+/* A number of the device that booking looks at. */
+struct setting {
+	struct device_attribute attr;
+	size_t offset;
+	unsigned int max;
+};
+
+static unsigned int *setting_of(struct device *dev, const struct setting *setting)
+{
+	return (void *)of_device(dev) + setting->offset;
+}
+
+static ssize_t setting_show(struct device *dev, struct device_attribute *attr,
+			    char *buf)
+{
+	struct setting *setting = container_of(attr, struct setting, attr);
+
+	return sysfs_emit(buf, "%u\n", READ_ONCE(*setting_of(dev, setting)));
+}
+
+static ssize_t setting_store(struct device *dev, struct device_attribute *attr,
+			     const char *buf, size_t count)
+{
+	struct setting *setting = container_of(attr, struct setting, attr);
+	unsigned int value;
+	int ret;
+
+	ret = kstrtouint(buf, 0, &value);
+	if (ret)
+		return ret;
+	if (value > setting->max)
+		return -EINVAL;
+	WRITE_ONCE(*setting_of(dev, setting), value);
+	gemini_booking_kick(of_device(dev));
+	return count;
+}
+
+#define SETTING(_name, _field, _max)					\
+static struct setting setting_##_name = {				\
+	.attr = __ATTR(_name, 0644, setting_show, setting_store),	\
+	.offset = offsetof(struct gemini, _field),			\
+	.max = (_max),							\
+}
+
+SETTING(booking, booking.enabled, 1);
+SETTING(stock_floor, booking.stock_floor, INT_MAX);
+SETTING(stock_cap, booking.stock_cap, INT_MAX);
+SETTING(evacuation_rate, booking.evacuation_rate, GEMINI_EVACUATION_MAX);
+
 static struct attribute *gemini_attrs[] = {
 	&dev_attr_guest_free.attr,
 	&dev_attr_guest_base.attr,
@@ -140,6 +202,22 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_host_only.attr,
 	&dev_attr_held.attr,
 	&dev_attr_busy.attr,
+	&dev_attr_ready.attr,
+	&dev_attr_scarce.attr,
+	&setting_booking.attr.attr,
+	&setting_stock_floor.attr.attr,
+	&setting_stock_cap.attr.attr,
+	&dev_attr_stock_target.attr,
+	&setting_evacuation_rate.attr.attr,
+	&dev_attr_booked_plain.attr,
+	&dev_attr_booked_exact.attr,
+	&dev_attr_evacuated_blocks.attr,
+	&dev_attr_evacuated_pages.attr,
+	&dev_attr_evacuation_failures.attr,
+	&dev_attr_prepared.attr,
+	&dev_attr_renewed.attr,
+	&dev_attr_expired.attr,
+	&dev_attr_returned_pressure.attr,
 	&dev_attr_generation.attr,
 	&dev_attr_synced.attr,
 	&dev_attr_broken.attr,

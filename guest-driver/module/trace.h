@@ -136,6 +136,44 @@ TRACE_EVENT(gemini_census,
 		  __entry->blocks, __entry->changed, __entry->ns)
 );
 
+/* A block with base pages in use was to be emptied and held. */
+TRACE_EVENT(gemini_evacuate,
+	TP_PROTO(struct gemini *gemini, u64 block, u16 used, int error),
+	TP_ARGS(gemini, block, used, error),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, block)
+		__field(u16, used)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->block = block;
+		__entry->used = used;
+		__entry->error = error;
+	),
+	TP_printk("virtio%d block=%llu used=%u error=%d", __entry->device,
+		  __entry->block, __entry->used, __entry->error)
+);
+
+/* Blocks that nobody came for were given back. */
+TRACE_EVENT(gemini_expire,
+	TP_PROTO(struct gemini *gemini, int nid, u64 blocks),
+	TP_ARGS(gemini, nid, blocks),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(int, nid)
+		__field(u64, blocks)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->nid = nid;
+		__entry->blocks = blocks;
+	),
+	TP_printk("virtio%d nid=%d blocks=%llu", __entry->device, __entry->nid,
+		  __entry->blocks)
+);
+
 #endif /* _GEMINI_TRACE_H */
 
 #undef TRACE_INCLUDE_PATH

@@ -107,6 +107,10 @@ fn run_policy(
         config.memory = memory;
     })?;
     let guest = &lab.vm.guest;
+    if policy != "gemini" {
+        // What one has without this project: a guest that places by itself.
+        guest.hints_only()?;
+    }
     let filled = guest.fill("workload", workload, 1, PageSize::System)?;
     let read = guest.read("workload", READS, 2)?;
     lab.wait_settled(SETTLE_TIMEOUT)?;

@@ -215,6 +215,28 @@ impl Guest {
         text.trim().parse().with_context(|| format!("{name} is no number: {text}"))
     }
 
+    /// Changes one of the driver's settings in sysfs.
+    ///
+    /// # Errors
+    /// If there is no such setting, or the driver refuses the value.
+    pub fn set_driver(&self, name: &str, value: u64) -> anyhow::Result<()> {
+        self.shell(&format!(
+            "echo {value} > $(ls /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini/{name})"
+        ))
+        .with_context(|| format!("{name} = {value}"))
+        .map(drop)
+    }
+
+    /// Makes the driver exchange hints and nothing more: it holds no block but
+    /// those that its commands name, and places no huge page.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn hints_only(&self) -> anyhow::Result<()> {
+        self.set_driver("booking", 0)?;
+        self.driver_command("free all").map(drop)
+    }
+
     /// Maps memory and fills it with the pattern of `seed`.
     ///
     /// # Errors

@@ -86,6 +86,7 @@ fn hints_bring_the_hosts_state_to_the_driver() -> anyhow::Result<()> {
 fn prepared_blocks_are_host_huge_and_keep_their_contents() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
     let lab = Lab::start(&bench, "prepare", "gemini", |_| {})?;
+    lab.vm.guest.hints_only()?;
     let blocks = book(&lab, 8)?;
     command_each(&lab, &blocks, "fill", "77")?;
     command_each(&lab, &blocks, "prepare", "1")?;
@@ -104,6 +105,7 @@ fn prepared_blocks_are_host_huge_and_keep_their_contents() -> anyhow::Result<()>
 fn released_blocks_cost_the_host_nothing_and_read_as_zeros() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
     let lab = Lab::start(&bench, "release", "gemini", |_| {})?;
+    lab.vm.guest.hints_only()?;
     lab.vm.guest.fill("kept", 64 * MIB, 3, PageSize::Huge)?;
     let blocks = book(&lab, 8)?;
     command_each(&lab, &blocks, "fill", "78")?;
@@ -127,6 +129,7 @@ fn released_blocks_cost_the_host_nothing_and_read_as_zeros() -> anyhow::Result<(
 fn renewed_blocks_are_host_huge_and_zero() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
     let lab = Lab::start(&bench, "renew", "gemini", |_| {})?;
+    lab.vm.guest.hints_only()?;
     let blocks = book(&lab, 8)?;
     command_each(&lab, &blocks, "fill", "80")?;
     let copied = lab.daemon.status()?.collapse_bytes;
