@@ -352,7 +352,9 @@ impl Engine {
 
     /// What the host would like of the driver.
     fn advice(state: &State) -> Advice {
-        let flags = if state.supply.is_scarce() { ADVICE_SCARCE } else { 0 };
+        // A policy that prepares nothing has nothing to give, however much there is.
+        let scarce = state.supply.is_scarce() || !state.policy.prepares();
+        let flags = if scarce { ADVICE_SCARCE } else { 0 };
         Advice { release_max: RELEASE_MAX, flags, ..Advice::default() }
     }
 

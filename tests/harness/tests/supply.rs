@@ -69,6 +69,17 @@ fn repair_ends_at_the_limit_and_goes_on_when_it_is_raised() -> Result {
 }
 
 #[test]
+fn policies_that_prepare_nothing_say_so() -> Result {
+    for policy in ["none", "always"] {
+        let lab = common::start(common::options(policy)?)?;
+        let mut machine = lab.boot(8)?;
+        machine.talk()?;
+        wait_scarce(&mut machine, true).context(policy)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn settings_that_mean_nothing_are_refused() -> Result {
     let lab = lab_with(5)?;
     for request in [
