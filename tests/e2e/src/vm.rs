@@ -75,7 +75,7 @@ impl VmConfig {
         let mut arguments: Vec<String> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
         add(&["-nodefaults", "-no-user-config", "-display", "none"]);
-        add(&self.accel.arguments());
+        add(self.accel.arguments());
         add(&["-smp", &self.cpus.to_string()]);
         add(&["-m", &format!("{}M", self.memory >> 20)]);
         let memory = format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory >> 20);
