@@ -24,6 +24,24 @@
 #error "virtio_gemini needs 64BIT, SPARSEMEM, TRANSPARENT_HUGEPAGE and CONTIG_ALLOC"
 #endif
 
+/*
+ * Hooks are written for one architecture, and need an ftrace that calls what it
+ * is told to directly.  Without NUMA the functions are others.  Where spinlocks
+ * sleep, Tasks RCU does not wait for whoever waits for one.
+ */
+#if defined(CONFIG_X86_64) && defined(CONFIG_NUMA) &&			\
+	defined(CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS) &&		\
+	!defined(CONFIG_PREEMPT_RT)
+#define GEMINI_HAVE_HOOKS
+#endif
+
+/* What ftrace_ops.ops_func has between its two arguments: which function. */
+#ifdef CONFIG_HAVE_SINGLE_FTRACE_DIRECT_OPS		/* 7.x */
+#define GEMINI_OPS_FUNC_IP	unsigned long ip,
+#else
+#define GEMINI_OPS_FUNC_IP
+#endif
+
 /**
  * gemini_page_flags() - the raw flags of a page that may change meanwhile
  * @page: any page with a memory map entry, referenced or not
@@ -105,5 +123,18 @@ static inline int gemini_alloc_contig(unsigned long pfn, unsigned int order,
 					 gfp | __GFP_COMP);
 #endif
 }
+
+#ifdef GEMINI_HAVE_HOOKS
+static inline struct folio *gemini_vma_alloc_folio(gfp_t gfp, int order,
+						   struct vm_area_struct *vma,
+						   unsigned long addr)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
+	return vma_alloc_folio_noprof(gfp, order, vma, addr);
+#else
+	return vma_alloc_folio_noprof(gfp, order, vma, addr, true);
+#endif
+}
+#endif /* GEMINI_HAVE_HOOKS */
 
 #endif /* _GEMINI_COMPAT_H */

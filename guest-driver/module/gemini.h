@@ -24,6 +24,7 @@
 #include <linux/workqueue.h>
 
 #include "block.h"
+#include "placement.h"
 
 /* Size of a hint or report buffer: 682 records. */
 #define GEMINI_BATCH_SIZE	SZ_16K
@@ -249,6 +250,7 @@ struct gemini_booking {
  * @oom: gives all of them back when there is no memory left
  * @returned_pressure: blocks given back because memory was short
  * @booking: see struct gemini_booking
+ * @placement: see struct gemini_placement
  * @debugfs: the device's folder
  * @command_lock: protects @command_result
  * @command_result: what the last command said
@@ -288,6 +290,7 @@ struct gemini {
 	atomic64_t returned_pressure;
 
 	struct gemini_booking booking;
+	struct gemini_placement placement;
 
 	struct dentry *debugfs;
 	struct mutex command_lock;	/* see above */
@@ -428,16 +431,6 @@ bool gemini_booking_wants(struct gemini *gemini, u64 block);
  * Without placement nobody would use what is held, and without a callback on
  * page isolation it would be in the way of unplugging: nothing is booked then.
  */
-static inline bool gemini_placement_active(struct gemini *gemini)
-{
-	return false;
-}
-
-static inline u64 gemini_placement_demand(struct gemini *gemini)
-{
-	return 0;
-}
-
 static inline bool gemini_isolation_active(struct gemini *gemini)
 {
 	return false;

@@ -226,6 +226,7 @@ static int gemini_probe(struct virtio_device *vdev)
 	if (ret)
 		goto err_hold;
 	gemini_debugfs_add(gemini);
+	gemini_placement_init(gemini);
 	return 0;
 
 err_hold:
@@ -241,6 +242,7 @@ static void gemini_remove(struct virtio_device *vdev)
 {
 	struct gemini *gemini = vdev->priv;
 
+	gemini_placement_exit(gemini);
 	disable_delayed_work_sync(&gemini->reset_work);
 	mutex_lock(&gemini->lifecycle);
 	stop(gemini);

@@ -80,6 +80,10 @@ COUNTER_ATTR(renewed, READ_ONCE(gemini->booking.renewed));
 COUNTER_ATTR(expired, READ_ONCE(gemini->booking.expired));
 COUNTER_ATTR(returned_pressure, atomic64_read(&gemini->returned_pressure));
 
+COUNTER_ATTR(placed, atomic64_read(&gemini->placement.placed));
+COUNTER_ATTR(placement_misses, atomic64_read(&gemini->placement.misses));
+COUNTER_ATTR(placement_declined, atomic64_read(&gemini->placement.declined));
+
 static ssize_t generation_show(struct device *dev,
 			       struct device_attribute *attr, char *buf)
 {
@@ -188,6 +192,38 @@ SETTING(stock_floor, booking.stock_floor, INT_MAX);
 SETTING(stock_cap, booking.stock_cap, INT_MAX);
 SETTING(evacuation_rate, booking.evacuation_rate, GEMINI_EVACUATION_MAX);
 
+static ssize_t placement_show(struct device *dev,
+			      struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%d\n",
+			  READ_ONCE(of_device(dev)->placement.wanted));
+}
+
+static ssize_t placement_store(struct device *dev,
+			       struct device_attribute *attr, const char *buf,
+			       size_t count)
+{
+	bool wanted;
+	int ret;
+
+	ret = kstrtobool(buf, &wanted);
+	if (ret)
+		return ret;
+	gemini_placement_want(of_device(dev), wanted);
+	return count;
+}
+static DEVICE_ATTR_RW(placement);
+
+static ssize_t placement_state_show(struct device *dev,
+				    struct device_attribute *attr, char *buf)
+{
+	char state[GEMINI_PLACEMENT_STATE];
+
+	gemini_placement_state(of_device(dev), state);
+	return sysfs_emit(buf, "%s\n", state);
+}
+static DEVICE_ATTR_RO(placement_state);
+
 static struct attribute *gemini_attrs[] = {
 	&dev_attr_guest_free.attr,
 	&dev_attr_guest_base.attr,
@@ -239,6 +275,11 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_release_pending.attr,
 	&dev_attr_release_failed.attr,
 	&dev_attr_release_max.attr,
+	&dev_attr_placement.attr,
+	&dev_attr_placement_state.attr,
+	&dev_attr_placed.attr,
+	&dev_attr_placement_misses.attr,
+	&dev_attr_placement_declined.attr,
 	NULL
 };
 

@@ -174,6 +174,41 @@ TRACE_EVENT(gemini_expire,
 		  __entry->blocks)
 );
 
+/* A huge page of a process came from a ready block. */
+TRACE_EVENT(gemini_placed,
+	TP_PROTO(struct gemini *gemini, u64 block, int nid, bool zero),
+	TP_ARGS(gemini, block, nid, zero),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, block)
+		__field(int, nid)
+		__field(bool, zero)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->block = block;
+		__entry->nid = nid;
+		__entry->zero = zero;
+	),
+	TP_printk("virtio%d block=%llu nid=%d%s", __entry->device,
+		  __entry->block, __entry->nid, __entry->zero ? " zero" : "")
+);
+
+/* A huge page of a process could have, had a block been ready. */
+TRACE_EVENT(gemini_placement_miss,
+	TP_PROTO(struct gemini *gemini, int nid),
+	TP_ARGS(gemini, nid),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(int, nid)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->nid = nid;
+	),
+	TP_printk("virtio%d nid=%d", __entry->device, __entry->nid)
+);
+
 #endif /* _GEMINI_TRACE_H */
 
 #undef TRACE_INCLUDE_PATH

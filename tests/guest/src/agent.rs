@@ -110,16 +110,14 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
         Command::LoadModule { path, parameters } => value(kernel::load_module(&path, &parameters)?),
         Command::UnloadModule { name } => value(kernel::unload_module(&name)?),
         Command::Fill { name, bytes, seed, pages } => {
-            if state.lock_memory().contains_key(&name) {
-                bail!("there is memory named {name} already");
-            }
-            let start = Instant::now();
-            let memory = Memory::fill(bytes, seed, pages)?;
-            let filled =
-                Filled { seconds: start.elapsed().as_secs_f64(), bytes: memory.bytes() as u64 };
-            state.lock_memory().insert(name, Arc::new(Mutex::new(memory)));
-            value(filled)
+            value(state.fill(name, || Memory::fill(bytes, seed, pages))?)
         }
+        Command::FillShared { name, bytes, seed, pages } => {
+            value(state.fill(name, || Memory::fill_shared(bytes, seed, pages))?)
+        }
+        Command::CountDirty { bytes, pages } => value(Memory::count_dirty(bytes, pages)?),
+        Command::Collapse { name } => state.with_memory(&name, |memory| value(memory.collapse()?)),
+        Command::BlocksOf { name } => state.with_memory(&name, |memory| value(memory.blocks()?)),
         Command::Read { name, reads, seed } => state.with_memory(&name, |memory| {
             let start = Instant::now();
             std::hint::black_box(memory.read_random(reads, seed));
@@ -170,6 +168,23 @@ impl State {
 
     fn lock_churns(&self) -> std::sync::MutexGuard<'_, HashMap<String, Churn>> {
         self.churns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names the memory that `make` maps and fills.
+    fn fill(
+        &self,
+        name: String,
+        make: impl FnOnce() -> anyhow::Result<Memory>,
+    ) -> anyhow::Result<Filled> {
+        if self.lock_memory().contains_key(&name) {
+            bail!("there is memory named {name} already");
+        }
+        let start = Instant::now();
+        let memory = make()?;
+        let filled =
+            Filled { seconds: start.elapsed().as_secs_f64(), bytes: memory.bytes() as u64 };
+        self.lock_memory().insert(name, Arc::new(Mutex::new(memory)));
+        Ok(filled)
     }
 
     /// Runs `action` on the memory `name`, which stays locked meanwhile; other

@@ -101,6 +101,36 @@ pub enum Command {
         /// What the kernel is told about huge pages.
         pages: PageSize,
     },
+    /// As [`Command::Fill`], in shared memory. Answered by [`Filled`].
+    FillShared {
+        /// Names the memory in later commands; must be new.
+        name: String,
+        /// Size in bytes, rounded up to whole 2 MiB.
+        bytes: u64,
+        /// Seed of the pattern.
+        seed: u64,
+        /// What the kernel is told about huge pages.
+        pages: PageSize,
+    },
+    /// Maps new memory, touches it, looks for words that are not zero, and
+    /// unmaps it. Answered by [`Verified`].
+    CountDirty {
+        /// Size in bytes, rounded up to whole 2 MiB.
+        bytes: u64,
+        /// What the kernel is told about huge pages.
+        pages: PageSize,
+    },
+    /// Makes a workload's memory huge (`MADV_COLLAPSE`). Answered by null.
+    Collapse {
+        /// The memory.
+        name: String,
+    },
+    /// The blocks behind a workload's memory. Answered by a list with a number
+    /// or null for every 2 MiB of it.
+    BlocksOf {
+        /// The memory.
+        name: String,
+    },
     /// Reads words of a workload's memory at random. Answered by [`Elapsed`].
     Read {
         /// The memory.

@@ -1,6 +1,8 @@
 //! Memory that is filled with a known pattern, read, broken and verified.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -14,6 +16,9 @@ use crate::protocol::{Break, Broken, Churned, PageSize, Verified};
 pub const HUGE: usize = 2 << 20;
 
 const HALF: usize = HUGE / 2;
+
+/// Base pages in a huge page.
+const PAGES: usize = 512;
 
 /// The pattern's word number `index`: every word differs, and any word can be
 /// checked alone.
@@ -52,6 +57,51 @@ impl Memory {
     /// # Errors
     /// If the memory cannot be mapped or the advice is refused.
     pub fn fill(bytes: u64, seed: u64, pages: PageSize) -> anyhow::Result<Self> {
+        let memory = Self::map(bytes, seed, pages, libc::MAP_PRIVATE)?;
+        memory.write_pattern();
+        Ok(memory)
+    }
+
+    /// As [`Memory::fill`], in shared memory (shmem).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fill_shared(bytes: u64, seed: u64, pages: PageSize) -> anyhow::Result<Self> {
+        let memory = Self::map(bytes, seed, pages, libc::MAP_SHARED)?;
+        memory.write_pattern();
+        Ok(memory)
+    }
+
+    /// Maps memory, writes one word into every 2 MiB of it, and looks at all
+    /// the others: the kernel owes zeros.
+    ///
+    /// # Errors
+    /// As [`Memory::fill`].
+    pub fn count_dirty(bytes: u64, pages: PageSize) -> anyhow::Result<Verified> {
+        let memory = Self::map(bytes, 0, pages, libc::MAP_PRIVATE)?;
+        let mut result = Verified { words: 0, bad_words: 0, first_bad: None };
+        for index in 0..memory.words() {
+            // SAFETY: `index` is below the number of words of the mapping.
+            let place = unsafe { memory.start.add(index) };
+            if index * 8 % HUGE == 0 {
+                // Not a read: that would map the kernel's page of zeros.
+                // SAFETY: as above.
+                unsafe { place.write_volatile(1) };
+                continue;
+            }
+            // SAFETY: as above.
+            let found = unsafe { place.read_volatile() };
+            result.words += 1;
+            if found != 0 {
+                result.bad_words += 1;
+                result.first_bad.get_or_insert(index as u64 * 8);
+            }
+        }
+        Ok(result)
+    }
+
+    /// Maps memory that nothing was written to.
+    fn map(bytes: u64, seed: u64, pages: PageSize, sharing: libc::c_int) -> anyhow::Result<Self> {
         let bytes = usize::try_from(bytes).context("more memory than addresses")?;
         let count = bytes.div_ceil(HUGE).max(1);
         let mapped = count
@@ -64,7 +114,7 @@ impl Memory {
                 std::ptr::null_mut(),
                 mapped,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                sharing | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
             )
@@ -87,11 +137,42 @@ impl Memory {
         if let Some(advice) = advice {
             memory.advise(0, memory.bytes(), advice)?;
         }
-        for index in 0..memory.words() {
-            // SAFETY: `index` is below the number of words of the mapping.
-            unsafe { memory.start.add(index).write(word(seed, index as u64)) };
-        }
         Ok(memory)
+    }
+
+    fn write_pattern(&self) {
+        for index in 0..self.words() {
+            // SAFETY: `index` is below the number of words of the mapping.
+            unsafe { self.start.add(index).write(word(self.seed, index as u64)) };
+        }
+    }
+
+    /// Asks for huge pages where there are base pages (`MADV_COLLAPSE`).
+    ///
+    /// # Errors
+    /// If the kernel refuses, or has none.
+    pub fn collapse(&self) -> anyhow::Result<()> {
+        // Linux 6.1; the constant is missing in the C library of Debian 12.
+        const MADV_COLLAPSE: libc::c_int = 25;
+        self.advise(0, self.bytes(), MADV_COLLAPSE)
+    }
+
+    /// The block behind every 2 MiB, from `/proc/self/pagemap`; none where it
+    /// is not one whole block in order.
+    ///
+    /// # Errors
+    /// If the page map cannot be read.
+    pub fn blocks(&self) -> anyhow::Result<Vec<Option<u64>>> {
+        let file = File::open("/proc/self/pagemap").context("cannot open /proc/self/pagemap")?;
+        let mut entries = vec![0; PAGES * 8];
+        (0..self.count)
+            .map(|page| {
+                let first = (self.start.as_ptr() as usize + page * HUGE) / (HUGE / PAGES);
+                file.read_exact_at(&mut entries, first as u64 * 8)
+                    .context("cannot read /proc/self/pagemap")?;
+                Ok(whole_block(&entries))
+            })
+            .collect()
     }
 
     /// Size in bytes.
@@ -196,6 +277,20 @@ impl Memory {
     }
 }
 
+/// The block that these page map entries show in full and in order.
+fn whole_block(entries: &[u8]) -> Option<u64> {
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    let mut entries =
+        entries.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_le_bytes));
+    let first = entries.next().filter(|entry| entry & PRESENT != 0)? & FRAME;
+    let whole = first % PAGES as u64 == 0
+        && entries
+            .zip(first + 1..)
+            .all(|(entry, frame)| entry & PRESENT != 0 && entry & FRAME == frame);
+    whole.then_some(first / PAGES as u64)
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own and nothing uses it any more.
@@ -281,6 +376,27 @@ mod tests {
     fn protected_halves_keep_their_contents() {
         let mut memory = Memory::fill(HUGE as u64, 1, PageSize::System).expect("2 MiB");
         memory.break_up(Break::ProtectHalf, 1).expect("own memory");
+        assert_eq!(memory.verify().bad_words, 0);
+    }
+
+    #[test]
+    fn block_is_whole_only_with_all_its_pages_in_order() {
+        let entries = |frames: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
+            frames.flat_map(|frame| (frame | 1 << 63).to_le_bytes()).collect()
+        };
+        assert_eq!(whole_block(&entries(&mut (1024..1536))), Some(2));
+        assert_eq!(whole_block(&entries(&mut (1025..1537))), None);
+        assert_eq!(whole_block(&entries(&mut (1024..1536).rev())), None);
+        let mut hole = entries(&mut (1024..1536));
+        hole[8 * 17 + 7] = 0;
+        assert_eq!(whole_block(&hole), None);
+    }
+
+    #[test]
+    fn untouched_memory_is_zero_and_shared_memory_is_filled() {
+        let found = Memory::count_dirty(1, PageSize::System).expect("2 MiB");
+        assert_eq!((found.words, found.bad_words), (HUGE as u64 / 8 - 1, 0));
+        let memory = Memory::fill_shared(1, 8, PageSize::System).expect("2 MiB");
         assert_eq!(memory.verify().bad_words, 0);
     }
 
