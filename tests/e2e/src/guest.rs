@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 use gemini_guest::protocol::{
-    Answer, BlockStates, Break, Broken, Churned, Command, Elapsed, Filled, Message, Messages,
-    Output, PageSize, Pong, Request, Verified, DRIVER_NAME, DRIVER_PATH,
+    Answer, BlockStates, Break, Broken, Churned, Command, Elapsed, Filled, Fragment, Fragmentation,
+    Fragmented, Message, Messages, Output, PageSize, Pong, Program, ProgramBlocks, Question,
+    Request, Storm, Stormed, Task, Touched, Verified, DRIVER_NAME, DRIVER_PATH,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -313,16 +314,7 @@ impl Guest {
     /// # Errors
     /// If a single word differs.
     pub fn verify(&self, name: &str) -> anyhow::Result<Verified> {
-        let found: Verified = self.call(Command::Verify { name: name.into() }, LONG_TIMEOUT)?;
-        if found.bad_words != 0 {
-            bail!(
-                "{} of {} words of {name} are not what was written, the first at offset {:?}",
-                found.bad_words,
-                found.words,
-                found.first_bad
-            );
-        }
-        Ok(found)
+        unchanged(name, self.call(Command::Verify { name: name.into() }, LONG_TIMEOUT)?)
     }
 
     /// Breaks every `every`'th huge page.
@@ -363,6 +355,76 @@ impl Guest {
             bail!("churn {name} found {} words changed", done.bad_words);
         }
         Ok(done)
+    }
+
+    /// Fragments free memory until the process `name` is ended.
+    ///
+    /// # Errors
+    /// If the index that is asked for is not reached.
+    pub fn fragment(&self, name: &str, options: Fragment) -> anyhow::Result<Fragmented> {
+        self.start_task(name, Task::Fragment(options))?.wait(LONG_TIMEOUT)
+    }
+
+    /// Has a program touch huge pages; it keeps them until it is ended.
+    ///
+    /// # Errors
+    /// If the guest cannot.
+    pub fn start_program(&self, name: &str, options: Program) -> anyhow::Result<Touched> {
+        self.start_task(name, Task::Program(options))?.wait(LONG_TIMEOUT)
+    }
+
+    /// Makes small allocations that are kept until the process `name` is ended.
+    ///
+    /// # Errors
+    /// If the guest cannot.
+    pub fn storm(&self, name: &str, options: Storm) -> anyhow::Result<Stormed> {
+        self.start_task(name, Task::Storm(options))?.wait(LONG_TIMEOUT)
+    }
+
+    /// Starts a process in the guest without waiting until its task is done.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn start_task<T>(&self, name: &str, task: Task) -> anyhow::Result<Pending<T>> {
+        self.start(Command::Start { name: name.into(), task })
+    }
+
+    /// Where the huge pages of a program lie.
+    ///
+    /// # Errors
+    /// If there is no such program.
+    pub fn program_blocks(&self, name: &str) -> anyhow::Result<Vec<Option<u64>>> {
+        let question = Question::Blocks;
+        let found: ProgramBlocks =
+            self.call(Command::Ask { name: name.into(), question }, LONG_TIMEOUT)?;
+        Ok(found.blocks)
+    }
+
+    /// Compares the memory of a program or fragmenter with what was written.
+    ///
+    /// # Errors
+    /// If a single word differs.
+    pub fn verify_process(&self, name: &str) -> anyhow::Result<Verified> {
+        let question = Question::Verify;
+        let found = self.call(Command::Ask { name: name.into(), question }, LONG_TIMEOUT)?;
+        unchanged(name, found)
+    }
+
+    /// Ends a process that [`Guest::start_task`] or its like started, and waits
+    /// until it is gone.
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn end(&self, name: &str) -> anyhow::Result<()> {
+        self.call::<Value>(Command::End { name: name.into() }, LONG_TIMEOUT).map(drop)
+    }
+
+    /// How fragmented the guest's free memory is.
+    ///
+    /// # Errors
+    /// If `/proc/buddyinfo` cannot be read there.
+    pub fn fragmentation(&self) -> anyhow::Result<Fragmentation> {
+        self.call(Command::Fragmentation, TIMEOUT)
     }
 
     /// State of every block as the guest's kernel tells it.
@@ -467,6 +529,18 @@ impl<T: DeserializeOwned> Pending<T> {
                 .map_or_else(|error| error.into_inner().0, |(state, _)| state);
         }
     }
+}
+
+fn unchanged(name: &str, found: Verified) -> anyhow::Result<Verified> {
+    if found.bad_words != 0 {
+        bail!(
+            "{} of {} words of {name} are not what was written, the first at offset {:?}",
+            found.bad_words,
+            found.words,
+            found.first_bad
+        );
+    }
+    Ok(found)
 }
 
 fn value_of<T: DeserializeOwned>(answer: Answer) -> anyhow::Result<T> {

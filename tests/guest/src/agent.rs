@@ -13,9 +13,10 @@ use anyhow::{bail, Context};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::protocol::{Answer, Command, Filled, Output, Pong, Request, PORT_NAME};
+use crate::protocol::{Answer, Command, Filled, Output, Pong, Request, Task, PORT_NAME};
+use crate::worker::Worker;
 use crate::workload::{Churn, Memory};
-use crate::{blocks, kernel};
+use crate::{blocks, buddy, kernel};
 
 /// How long the port may take to appear after process 1 started.
 const PORT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -25,6 +26,7 @@ const PORT_TIMEOUT: Duration = Duration::from_secs(20);
 struct State {
     memory: Mutex<HashMap<String, Arc<Mutex<Memory>>>>,
     churns: Mutex<HashMap<String, Churn>>,
+    workers: Mutex<HashMap<String, Arc<Mutex<Worker>>>>,
 }
 
 /// Serves the host until the port is gone.
@@ -144,6 +146,19 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
             let churn = state.lock_churns().remove(&name);
             value(churn.with_context(|| format!("there is no churn named {name}"))?.stop()?)
         }
+        Command::Start { name, task } => start_worker(state, name, &task),
+        Command::Ask { name, question } => {
+            let worker = state.lock_workers().get(&name).cloned();
+            let worker = worker.with_context(|| format!("there is no process named {name}"))?;
+            let mut worker = worker.lock().unwrap_or_else(PoisonError::into_inner);
+            worker.ask(question)
+        }
+        Command::End { name } => {
+            let worker = state.lock_workers().remove(&name);
+            drop(worker.with_context(|| format!("there is no process named {name}"))?);
+            Ok(Value::Null)
+        }
+        Command::Fragmentation => value(buddy::read()?),
         Command::Blocks => value(blocks::read()?),
         Command::Messages { since } => value(kernel::messages(since)?),
         Command::Memory => value(kernel::memory()?),
@@ -161,7 +176,22 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
     }
 }
 
+/// Starts a process and waits for its task; one that fails is gone.
+fn start_worker(state: &State, name: String, task: &Task) -> anyhow::Result<Value> {
+    if state.lock_workers().contains_key(&name) {
+        bail!("there is a process named {name} already");
+    }
+    let mut worker = Worker::start(task)?;
+    let result = worker.answer()?;
+    state.lock_workers().insert(name, Arc::new(Mutex::new(worker)));
+    Ok(result)
+}
+
 impl State {
+    fn lock_workers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Mutex<Worker>>>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_memory(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Mutex<Memory>>>> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }

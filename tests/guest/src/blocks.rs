@@ -43,11 +43,7 @@ pub fn read() -> anyhow::Result<BlockStates> {
         if filled == 0 {
             break;
         }
-        let flags: Vec<u64> = bytes[..filled]
-            .chunks_exact(8)
-            .filter_map(|word| word.try_into().ok().map(u64::from_le_bytes))
-            .collect();
-        if let Some((state, user)) = classify(&flags) {
+        if let Some((state, user)) = classify(&parse(&bytes[..filled])) {
             push(&mut states.runs, number, state, user);
         }
         if filled < bytes.len() {
@@ -55,6 +51,17 @@ pub fn read() -> anyhow::Result<BlockStates> {
         }
     }
     Ok(states)
+}
+
+/// State of the block with these bytes of `/proc/kpageflags`; `None` where there
+/// is no memory.
+#[must_use]
+pub fn state_of(bytes: &[u8]) -> Option<BlockState> {
+    classify(&parse(bytes)).map(|(state, _)| state)
+}
+
+fn parse(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_le_bytes)).collect()
 }
 
 /// State and number of user pages of the block with these page flags; `None`

@@ -8,7 +8,16 @@
 
 pub mod agent;
 pub mod blocks;
+pub mod buddy;
+pub mod fragment;
 pub mod init;
 pub mod kernel;
+pub mod mapping;
+pub mod pagemap;
+pub mod program;
 pub mod protocol;
+pub mod scatter;
+pub mod settings;
+pub mod storm;
+pub mod worker;
 pub mod workload;

@@ -6,8 +6,9 @@ fn main() -> ExitCode {
     let argument = std::env::args().nth(1);
     let result = match argument.as_deref() {
         Some("agent") => gemini_guest::agent::run(),
+        Some("work") => gemini_guest::worker::serve(),
         Some(other) if std::process::id() != 1 => {
-            Err(anyhow::anyhow!("unknown argument {other}: only `agent` is known"))
+            Err(anyhow::anyhow!("unknown argument {other}: only `agent` and `work` are known"))
         }
         // The kernel hands words of its command line that it does not know to
         // process 1: they mean nothing here.

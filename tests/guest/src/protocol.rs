@@ -175,6 +175,28 @@ pub enum Command {
         /// The churn.
         name: String,
     },
+    /// Starts a process that does a task and holds what it made. Answered when
+    /// the task is done, by [`Fragmented`], [`Touched`] or [`Stormed`].
+    Start {
+        /// Names the process; must be new.
+        name: String,
+        /// What it does.
+        task: Task,
+    },
+    /// Asks such a process. Answered by [`ProgramBlocks`] or [`Verified`].
+    Ask {
+        /// The process.
+        name: String,
+        /// What is asked.
+        question: Question,
+    },
+    /// Ends such a process. Answered by null when it is gone.
+    End {
+        /// The process.
+        name: String,
+    },
+    /// How fragmented free memory is. Answered by [`Fragmentation`].
+    Fragmentation,
     /// The state of every block, from `/proc/kpageflags`. Answered by
     /// [`BlockStates`].
     Blocks,
@@ -197,6 +219,76 @@ pub enum Command {
         /// What is written, in one write.
         text: String,
     },
+}
+
+/// What a process of its own does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "task", rename_all = "snake_case")]
+pub enum Task {
+    /// Fragments free memory.
+    Fragment(Fragment),
+    /// Touches huge pages.
+    Program(Program),
+    /// Makes small allocations of many kinds.
+    Storm(Storm),
+}
+
+/// What can be asked of such a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Question {
+    /// Where the huge pages of a program lie.
+    Blocks,
+    /// Is the memory of a program or a fragmenter what was written to it?
+    Verify,
+}
+
+/// Fills all free memory with base pages, then frees some of each block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fragment {
+    /// Together with a page's frame number it decides whether the page is kept.
+    pub seed: u64,
+    /// Bytes that are free in the end.
+    pub free_bytes: u64,
+    /// Unusable free space index for huge pages to end with, at least, 0 to 1.
+    /// Below 1, some blocks are let go of as a whole; every other one keeps a
+    /// page. It ends higher where the kernel has pages in the former.
+    pub fmfi: f64,
+    /// Share of page cache among the kept pages, 0 to 1; the rest is anonymous
+    /// memory of the process. Both can be moved.
+    pub cache: f64,
+    /// Share of the kept anonymous pages that are pinned where they are.
+    pub unmovable: f64,
+}
+
+impl Fragment {
+    /// Every block keeps a page, a quarter of the kept ones are page cache, and
+    /// all can be moved.
+    #[must_use]
+    pub fn new(seed: u64, free_bytes: u64) -> Self {
+        Fragment { seed, free_bytes, fmfi: 1.0, cache: 0.25, unmovable: 0.0 }
+    }
+}
+
+/// Touches anonymous memory with `MADV_HUGEPAGE`, block after block.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    /// Size in bytes, rounded up to whole 2 MiB.
+    pub bytes: u64,
+    /// Seed of the pattern.
+    pub seed: u64,
+    /// Blocks touched in a second; 0 is as fast as it goes.
+    pub blocks_per_second: f64,
+}
+
+/// Anonymous memory, page cache, files and directory entries, pipes, and
+/// processes that come and go, mixed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Storm {
+    /// Bytes allocated in all.
+    pub bytes: u64,
+    /// Seed of the order.
+    pub seed: u64,
 }
 
 /// Answer to [`Command::Ping`].
@@ -260,6 +352,89 @@ pub struct Churned {
     pub bytes: u64,
     /// Words that differed from their pattern.
     pub bad_words: u64,
+}
+
+/// Answer to [`Command::Fragmentation`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Fragmentation {
+    /// Share of the free memory that is in chunks too small for a huge page, 0
+    /// to 1.
+    pub fmfi: f64,
+    /// Free base pages.
+    pub free_pages: u64,
+    /// Blocks that are free as a whole.
+    pub free_blocks: u64,
+}
+
+/// Answer to [`Task::Fragment`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Fragmented {
+    /// Before anything was done.
+    pub before: Fragmentation,
+    /// When it was done.
+    pub after: Fragmentation,
+    /// Base pages taken at first: all that there were.
+    pub filled_pages: u64,
+    /// Movable anonymous pages kept.
+    pub kept_anonymous: u64,
+    /// Page-cache pages kept.
+    pub kept_cache: u64,
+    /// Pinned pages kept.
+    pub kept_unmovable: u64,
+    /// Blocks in which a page is kept.
+    pub kept_blocks: u64,
+    /// Seconds that taking them took.
+    pub filled_seconds: f64,
+    /// Seconds in all.
+    pub seconds: f64,
+}
+
+/// Answer to [`Task::Program`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Touched {
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// Blocks touched.
+    pub blocks: u64,
+    /// The longest that touching a single block took, in seconds.
+    pub longest_seconds: f64,
+}
+
+/// Answer to [`Task::Storm`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stormed {
+    /// Anonymous base pages, in bytes.
+    pub anonymous_bytes: u64,
+    /// Page cache, in bytes.
+    pub cache_bytes: u64,
+    /// Empty files, as bytes of slab (an estimate).
+    pub slab_bytes: u64,
+    /// Pipes with a page each, in bytes (an estimate).
+    pub pipe_bytes: u64,
+    /// Processes that came and went.
+    pub forks: u64,
+    /// Free memory before and after, in bytes.
+    pub free_before: u64,
+    /// See `free_before`.
+    pub free_after: u64,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+}
+
+impl Stormed {
+    /// Bytes allocated and kept.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.anonymous_bytes + self.cache_bytes + self.slab_bytes + self.pipe_bytes
+    }
+}
+
+/// Answer to [`Question::Blocks`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramBlocks {
+    /// For each 2 MiB of the program: the number of the block that it lies on as
+    /// one huge page, or null where it is no huge page.
+    pub blocks: Vec<Option<u64>>,
 }
 
 /// Answer to [`Command::Messages`].

@@ -1,24 +1,16 @@
 //! Memory that is filled with a known pattern, read, broken and verified.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use anyhow::Context;
 
+use crate::mapping::{Mapping, Sharing, HUGE, PAGES};
+use crate::pagemap::{whole_block, Pagemap};
 use crate::protocol::{Break, Broken, Churned, PageSize, Verified};
 
-/// Size of a huge page in bytes.
-pub const HUGE: usize = 2 << 20;
-
 const HALF: usize = HUGE / 2;
-
-/// Base pages in a huge page.
-const PAGES: usize = 512;
 
 /// The pattern's word number `index`: every word differs, and any word can be
 /// checked alone.
@@ -31,24 +23,13 @@ pub fn word(seed: u64, index: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Anonymous memory of whole huge pages, aligned to one, filled with a pattern.
+/// Memory of whole huge pages, filled with a pattern.
 pub struct Memory {
-    /// Start of the mapping, before alignment.
-    base: NonNull<libc::c_void>,
-    /// Length of the mapping in bytes.
-    mapped: usize,
-    /// First aligned word.
-    start: NonNull<u64>,
-    /// Huge pages.
-    count: usize,
+    mapping: Mapping,
     seed: u64,
     /// Huge pages whose second half was dropped.
     dropped: Vec<bool>,
 }
-
-// SAFETY: the mapping belongs to this value alone, and nothing about it is tied
-// to a thread.
-unsafe impl Send for Memory {}
 
 impl Memory {
     /// Maps memory for at least `bytes` and fills it with the pattern of
@@ -57,7 +38,7 @@ impl Memory {
     /// # Errors
     /// If the memory cannot be mapped or the advice is refused.
     pub fn fill(bytes: u64, seed: u64, pages: PageSize) -> anyhow::Result<Self> {
-        let memory = Self::map(bytes, seed, pages, libc::MAP_PRIVATE)?;
+        let memory = Self::map(bytes, seed, pages, Sharing::Private)?;
         memory.write_pattern();
         Ok(memory)
     }
@@ -67,7 +48,7 @@ impl Memory {
     /// # Errors
     /// As there.
     pub fn fill_shared(bytes: u64, seed: u64, pages: PageSize) -> anyhow::Result<Self> {
-        let memory = Self::map(bytes, seed, pages, libc::MAP_SHARED)?;
+        let memory = Self::map(bytes, seed, pages, Sharing::Shared)?;
         memory.write_pattern();
         Ok(memory)
     }
@@ -78,21 +59,16 @@ impl Memory {
     /// # Errors
     /// As [`Memory::fill`].
     pub fn count_dirty(bytes: u64, pages: PageSize) -> anyhow::Result<Verified> {
-        let memory = Self::map(bytes, 0, pages, libc::MAP_PRIVATE)?;
+        let memory = Self::map(bytes, 0, pages, Sharing::Private)?;
         let mut result = Verified { words: 0, bad_words: 0, first_bad: None };
-        for index in 0..memory.words() {
-            // SAFETY: `index` is below the number of words of the mapping.
-            let place = unsafe { memory.start.add(index) };
+        for index in 0..memory.mapping.words() {
             if index * 8 % HUGE == 0 {
                 // Not a read: that would map the kernel's page of zeros.
-                // SAFETY: as above.
-                unsafe { place.write_volatile(1) };
+                memory.mapping.write(index, 1);
                 continue;
             }
-            // SAFETY: as above.
-            let found = unsafe { place.read_volatile() };
             result.words += 1;
-            if found != 0 {
+            if memory.mapping.read(index) != 0 {
                 result.bad_words += 1;
                 result.first_bad.get_or_insert(index as u64 * 8);
             }
@@ -101,49 +77,15 @@ impl Memory {
     }
 
     /// Maps memory that nothing was written to.
-    fn map(bytes: u64, seed: u64, pages: PageSize, sharing: libc::c_int) -> anyhow::Result<Self> {
-        let bytes = usize::try_from(bytes).context("more memory than addresses")?;
-        let count = bytes.div_ceil(HUGE).max(1);
-        let mapped = count
-            .checked_add(1)
-            .and_then(|count| count.checked_mul(HUGE))
-            .context("more memory than addresses")?;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                libc::PROT_READ | libc::PROT_WRITE,
-                sharing | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error())
-                .with_context(|| format!("cannot map {bytes} bytes"));
-        }
-        let base = NonNull::new(base).context("the kernel mapped address 0")?;
-        let offset = base.as_ptr().align_offset(HUGE);
-        // SAFETY: one huge page more than needed was mapped, so the aligned
-        // address and `count` huge pages from it on lie inside the mapping.
-        let start = unsafe { base.byte_add(offset) }.cast();
-        let memory = Memory { base, mapped, start, count, seed, dropped: vec![false; count] };
-        let advice = match pages {
-            PageSize::Huge => Some(libc::MADV_HUGEPAGE),
-            PageSize::Base => Some(libc::MADV_NOHUGEPAGE),
-            PageSize::System => None,
-        };
-        if let Some(advice) = advice {
-            memory.advise(0, memory.bytes(), advice)?;
-        }
-        Ok(memory)
+    fn map(bytes: u64, seed: u64, pages: PageSize, sharing: Sharing) -> anyhow::Result<Self> {
+        let mapping = Mapping::new(bytes, pages, sharing)?;
+        let dropped = vec![false; mapping.bytes() / HUGE];
+        Ok(Memory { mapping, seed, dropped })
     }
 
     fn write_pattern(&self) {
-        for index in 0..self.words() {
-            // SAFETY: `index` is below the number of words of the mapping.
-            unsafe { self.start.add(index).write(word(self.seed, index as u64)) };
+        for index in 0..self.mapping.words() {
+            self.mapping.write(index, word(self.seed, index as u64));
         }
     }
 
@@ -154,7 +96,7 @@ impl Memory {
     pub fn collapse(&self) -> anyhow::Result<()> {
         // Linux 6.1; the constant is missing in the C library of Debian 12.
         const MADV_COLLAPSE: libc::c_int = 25;
-        self.advise(0, self.bytes(), MADV_COLLAPSE)
+        self.mapping.advise(0, self.bytes(), MADV_COLLAPSE)
     }
 
     /// The block behind every 2 MiB, from `/proc/self/pagemap`; none where it
@@ -163,14 +105,12 @@ impl Memory {
     /// # Errors
     /// If the page map cannot be read.
     pub fn blocks(&self) -> anyhow::Result<Vec<Option<u64>>> {
-        let file = File::open("/proc/self/pagemap").context("cannot open /proc/self/pagemap")?;
-        let mut entries = vec![0; PAGES * 8];
-        (0..self.count)
+        let pagemap = Pagemap::open()?;
+        let mut frames = [0; PAGES];
+        (0..self.dropped.len())
             .map(|page| {
-                let first = (self.start.as_ptr() as usize + page * HUGE) / (HUGE / PAGES);
-                file.read_exact_at(&mut entries, first as u64 * 8)
-                    .context("cannot read /proc/self/pagemap")?;
-                Ok(whole_block(&entries))
+                pagemap.frames(self.mapping.address() + page * HUGE, &mut frames)?;
+                Ok(whole_block(&frames))
             })
             .collect()
     }
@@ -178,18 +118,14 @@ impl Memory {
     /// Size in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.count * HUGE
-    }
-
-    fn words(&self) -> usize {
-        self.bytes() / 8
+        self.mapping.bytes()
     }
 
     /// Reads `reads` words in an order that `seed` decides, and returns their
     /// sum so that the reads cannot be left out.
     #[must_use]
     pub fn read_random(&self, reads: u64, seed: u64) -> u64 {
-        let words = self.words() as u64;
+        let words = self.mapping.words() as u64;
         let mut state = seed | 1;
         let mut sum = 0_u64;
         for _ in 0..reads {
@@ -198,8 +134,7 @@ impl Memory {
             state ^= state >> 7;
             state ^= state << 17;
             let index = usize::try_from(state % words).unwrap_or(0);
-            // SAFETY: `index` is below the number of words of the mapping.
-            sum = sum.wrapping_add(unsafe { self.start.add(index).read_volatile() });
+            sum = sum.wrapping_add(self.mapping.read(index));
         }
         sum
     }
@@ -212,8 +147,7 @@ impl Memory {
             let kept = if *dropped { HALF } else { HUGE };
             let first = page * HUGE / 8;
             for index in first..first + kept / 8 {
-                // SAFETY: `index` is below the number of words of the mapping.
-                let found = unsafe { self.start.add(index).read_volatile() };
+                let found = self.mapping.read(index);
                 result.words += 1;
                 if found != word(self.seed, index as u64) {
                     result.bad_words += 1;
@@ -231,15 +165,15 @@ impl Memory {
     pub fn break_up(&mut self, how: Break, every: u64) -> anyhow::Result<Broken> {
         let step = usize::try_from(every.max(1)).unwrap_or(usize::MAX);
         let mut ranges = 0;
-        for page in (0..self.count).step_by(step) {
+        for page in (0..self.dropped.len()).step_by(step) {
             let offset = page * HUGE;
             match how {
                 Break::Split => self.split(offset)?,
                 Break::DropHalf => {
-                    self.advise(offset + HALF, HALF, libc::MADV_DONTNEED)?;
+                    self.mapping.advise(offset + HALF, HALF, libc::MADV_DONTNEED)?;
                     self.dropped[page] = true;
                 }
-                Break::ProtectHalf => self.protect(offset + HALF, HALF)?,
+                Break::ProtectHalf => self.mapping.protect(offset + HALF, HALF)?,
             }
             ranges += 1;
         }
@@ -247,54 +181,10 @@ impl Memory {
     }
 
     fn split(&self, offset: usize) -> anyhow::Result<()> {
-        let start = self.start.as_ptr() as usize + offset;
+        let start = self.mapping.address() + offset;
         let request = format!("{},{start:#x},{:#x}", std::process::id(), start + HUGE);
         std::fs::write("/sys/kernel/debug/split_huge_pages", request)
             .context("the kernel does not split huge pages on request")
-    }
-
-    fn advise(&self, offset: usize, length: usize, advice: libc::c_int) -> anyhow::Result<()> {
-        // SAFETY: the range lies inside the mapping, which this value owns; no
-        // reference to its words exists outside of single reads and writes.
-        let result =
-            unsafe { libc::madvise(self.start.as_ptr().byte_add(offset).cast(), length, advice) };
-        if result != 0 {
-            return Err(io::Error::last_os_error())
-                .with_context(|| format!("madvise({advice}) is refused"));
-        }
-        Ok(())
-    }
-
-    fn protect(&self, offset: usize, length: usize) -> anyhow::Result<()> {
-        // SAFETY: as in `advise`; after the fill nothing writes to the memory.
-        let result = unsafe {
-            libc::mprotect(self.start.as_ptr().byte_add(offset).cast(), length, libc::PROT_READ)
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error()).context("mprotect is refused");
-        }
-        Ok(())
-    }
-}
-
-/// The block that these page map entries show in full and in order.
-fn whole_block(entries: &[u8]) -> Option<u64> {
-    const PRESENT: u64 = 1 << 63;
-    const FRAME: u64 = (1 << 55) - 1;
-    let mut entries =
-        entries.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_le_bytes));
-    let first = entries.next().filter(|entry| entry & PRESENT != 0)? & FRAME;
-    let whole = first % PAGES as u64 == 0
-        && entries
-            .zip(first + 1..)
-            .all(|(entry, frame)| entry & PRESENT != 0 && entry & FRAME == frame);
-    whole.then_some(first / PAGES as u64)
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own and nothing uses it any more.
-        unsafe { libc::munmap(self.base.as_ptr(), self.mapped) };
     }
 }
 
@@ -355,8 +245,7 @@ mod tests {
         let memory = Memory::fill(1, 42, PageSize::System).expect("2 MiB");
         assert_eq!(memory.bytes(), HUGE);
         assert_eq!(memory.verify().bad_words, 0);
-        // SAFETY: word 1000 lies inside the 2 MiB.
-        unsafe { memory.start.add(1000).write(0) };
+        memory.mapping.write(1000, 0);
         let found = memory.verify();
         assert_eq!(found.bad_words, 1);
         assert_eq!(found.first_bad, Some(8000));
@@ -377,19 +266,6 @@ mod tests {
         let mut memory = Memory::fill(HUGE as u64, 1, PageSize::System).expect("2 MiB");
         memory.break_up(Break::ProtectHalf, 1).expect("own memory");
         assert_eq!(memory.verify().bad_words, 0);
-    }
-
-    #[test]
-    fn block_is_whole_only_with_all_its_pages_in_order() {
-        let entries = |frames: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
-            frames.flat_map(|frame| (frame | 1 << 63).to_le_bytes()).collect()
-        };
-        assert_eq!(whole_block(&entries(&mut (1024..1536))), Some(2));
-        assert_eq!(whole_block(&entries(&mut (1025..1537))), None);
-        assert_eq!(whole_block(&entries(&mut (1024..1536).rev())), None);
-        let mut hole = entries(&mut (1024..1536));
-        hole[8 * 17 + 7] = 0;
-        assert_eq!(whole_block(&hole), None);
     }
 
     #[test]
