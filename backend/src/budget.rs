@@ -97,7 +97,7 @@ impl CopyBudget {
 
 /// Share of one CPU. Answering the guest may use up to [`CpuBudget::BURST`] seconds saved up
 /// in idle times (a full resync is such a burst); making huge pages that the guest asked for only
-/// the upper half of it, and background work the top tenth.
+/// the upper four fifths of it, and background work the top tenth.
 #[derive(Debug)]
 pub struct CpuBudget {
     bucket: Bucket,
@@ -110,7 +110,7 @@ impl CpuBudget {
     /// Background work starts only above this level.
     const BACKGROUND: f64 = 0.9 * Self::BURST;
     /// What the guest asked to be made huge is begun only above this one.
-    const REQUESTED: f64 = 0.5 * Self::BURST;
+    const REQUESTED: f64 = 0.2 * Self::BURST;
 
     /// `share` of one CPU (1.0 is all of it); `cpu_time` is the process's so far.
     pub fn new(share: f64, cpu_time: Duration, now: Instant) -> Self {

@@ -153,7 +153,9 @@ fn populate_makes_any_block_huge_and_keeps_contents() {
     assert_eq!(populate(&memory, 0), Ok(Collapsed::AlreadyHuge));
     assert_eq!(populate(&memory, 1), Ok(Collapsed::Copied { bytes: 2 * PAGE }));
     assert_eq!(populate(&memory, 2), Ok(Collapsed::Copied { bytes: BLOCK }));
-    assert_eq!(memory.populate(8), Err(Refusal::Unsupported), "not managed");
+    let mut results = Vec::new();
+    memory.populate(8, 1, &mut results);
+    assert_eq!(results, [], "not managed");
     assert_eq!(
         scan(&memory, 0, 8),
         [run(0, 3, HostState::Huge, 0), run(3, 5, HostState::Absent, 0)]
@@ -162,6 +164,26 @@ fn populate_makes_any_block_huge_and_keeps_contents() {
     assert!(vmm.is_zero(0, 0, 512));
     assert!(vmm.is_filled(1, 3, 2) && vmm.is_zero(1, 5, 507) && vmm.is_filled(2, 0, 512));
     assert_eq!(vmm.resident(3), 0, "only what was asked for");
+}
+
+#[test]
+fn populate_of_many_tells_of_each_how_it_became_huge() {
+    let test = "populate_of_many_tells_of_each_how_it_became_huge";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(8 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(2, 0, 512);
+    vmm.fill(5, 3, 1);
+    let memory = memory(&file);
+    assert_eq!(collapse(&memory, 2, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
+    let mut results = Vec::new();
+    memory.populate(0, 8, &mut results);
+    let without_copy = results.iter().filter(|(_, result)| *result == Ok(Collapsed::Populated));
+    assert_eq!(without_copy.count(), 6, "{results:?}");
+    assert_eq!(results[2], (2, Ok(Collapsed::AlreadyHuge)));
+    assert_eq!(results[5], (5, Ok(Collapsed::Copied { bytes: PAGE })));
+    assert_eq!(scan(&memory, 0, 8), [run(0, 8, HostState::Huge, 0)]);
+    assert!(vmm.is_filled(5, 3, 1) && vmm.is_zero(5, 4, 508) && vmm.is_filled(2, 0, 512));
 }
 
 #[test]
@@ -238,7 +260,7 @@ fn file_that_shrinks_under_us_fails_without_a_signal() {
     file.set_len(BLOCK).unwrap();
     assert_eq!(state(&memory, 6), HostState::Absent);
     assert_eq!(collapse(&memory, 6, 1), [Err(Refusal::Absent)]);
-    assert!(memory.populate(6).is_err());
+    assert!(populate(&memory, 6).is_err());
     memory.discard(6, 1).unwrap();
     assert_eq!(file.metadata().unwrap().len(), BLOCK);
 }
@@ -253,7 +275,7 @@ fn vmm_that_exits_is_noticed() {
     assert_eq!(collapse(&memory, 0, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
     vmm.kill();
     assert_eq!(collapse(&memory, 1, 1), [Err(Refusal::Gone)]);
-    assert_eq!(memory.populate(2), Err(Refusal::Gone));
+    assert_eq!(populate(&memory, 2), Err(Refusal::Gone));
     // What the file holds can still be told.
     assert_eq!(state(&memory, 0), HostState::Huge);
     assert_eq!(state(&memory, 1), HostState::Base);

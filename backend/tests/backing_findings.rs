@@ -33,7 +33,7 @@ fn unaligned_mapping_is_found_and_left_alone() {
     assert_eq!(codes(&memory), ["vmm-mapping-unaligned"]);
     assert!(message(&memory, "vmm-mapping-unaligned").contains("0x1ff000 past"));
     assert_eq!(collapse(&memory, 1, 1), [Err(Refusal::Unsupported)]);
-    assert_eq!(memory.populate(0), Err(Refusal::Unsupported));
+    assert_eq!(populate(&memory, 0), Err(Refusal::Unsupported));
     assert_eq!(vmm.resident(0), 0);
     // Even a huge page in the file is none for this VMM.
     let mut other = Child::vmm(&file);
@@ -55,7 +55,7 @@ fn private_mapping_is_found_and_nothing_is_dropped() {
     assert_eq!(memory.kinds(), [Kind::Unshared]);
     assert!(!memory.may_discard());
     assert!(memory.discard(1, 1).is_err());
-    assert!(memory.populate(1).is_err());
+    assert!(populate(&memory, 1).is_err());
     assert!(vmm.is_filled(1, 0, 512));
 }
 
@@ -114,7 +114,7 @@ fn file_system_too_small_refuses_what_would_kill_the_guest() {
     let memory = memory(&file);
     assert_eq!(codes(&memory), ["file-system-too-small"]);
     assert_eq!(collapse(&memory, 1, 1), [Err(Refusal::Space)]);
-    assert_eq!(memory.populate(2), Err(Refusal::Space));
+    assert_eq!(populate(&memory, 2), Err(Refusal::Space));
     assert_eq!((vmm.resident(1), vmm.resident(2)), (1, 0));
     // A block that is wholly resident needs no more room.
     assert_eq!(collapse(&memory, 0, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
@@ -143,7 +143,7 @@ fn file_on_a_disk_is_found_and_left_alone() {
     assert_eq!(memory.kinds(), [Kind::File]);
     assert!(codes(&memory).contains(&"not-memory-file"));
     assert!(!memory.may_discard());
-    assert!(memory.populate(0).is_err());
+    assert!(populate(&memory, 0).is_err());
 }
 
 #[test]

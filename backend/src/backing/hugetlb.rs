@@ -38,6 +38,23 @@ impl Hugetlb {
         self.scan(block..block + 1, &mut runs)?;
         Ok(runs.iter().all(|run| run.state == HostState::Hugetlb))
     }
+
+    fn populate_one(&self, block: u64) -> Outcome {
+        let refuse = |error: io::Error| Refusal::from(&error);
+        if self.is_present(block).map_err(refuse)? {
+            return Ok(Collapsed::AlreadyHuge);
+        }
+        let size = self.page_size.max(1);
+        let offset = self.home.offset(block);
+        let from = offset / size * size;
+        let until = (offset + self.home.block_size()).next_multiple_of(size);
+        match sys::allocate(&self.home.file, from, until - from) {
+            Ok(()) => Ok(Collapsed::Populated),
+            // The pool is empty.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Err(Refusal::NoMemory),
+            Err(error) => Err(refuse(error)),
+        }
+    }
 }
 
 impl Backing for Hugetlb {
@@ -92,21 +109,8 @@ impl Backing for Hugetlb {
         }
     }
 
-    fn populate(&self, block: u64) -> Outcome {
-        let refuse = |error: io::Error| Refusal::from(&error);
-        if self.is_present(block).map_err(refuse)? {
-            return Ok(Collapsed::AlreadyHuge);
-        }
-        let size = self.page_size.max(1);
-        let offset = self.home.offset(block);
-        let from = offset / size * size;
-        let until = (offset + self.home.block_size()).next_multiple_of(size);
-        match sys::allocate(&self.home.file, from, until - from) {
-            Ok(()) => Ok(Collapsed::Populated),
-            // The pool is empty.
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Err(Refusal::NoMemory),
-            Err(error) => Err(refuse(error)),
-        }
+    fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+        results.extend(blocks.map(|block| (block, self.populate_one(block))));
     }
 
     fn discard(&self, _blocks: Range<u64>) -> io::Result<()> {

@@ -22,7 +22,7 @@ mod window;
 
 pub use descriptor::{close_abandoned, inherit_listener, set_nonblocking, signal_event};
 pub use findings::{Finding, Severity};
-pub use process::{kill_self, process_cpu_time};
+pub use process::{kill_self, process_cpu_time, thread_cpu_time};
 pub use ranges::LayoutError;
 pub use truncation::{memory_was_truncated, survive_truncated_memory};
 
@@ -241,7 +241,7 @@ trait Backing: Send + Sync {
     fn may_discard(&self) -> bool;
     fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
     fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
-    fn populate(&self, block: u64) -> Outcome;
+    fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
     fn discard(&self, blocks: Range<u64>) -> io::Result<()>;
 }
 
@@ -412,14 +412,11 @@ impl Memory {
         }
     }
 
-    /// Makes a block huge, resident or not; keeps its contents.
-    ///
-    /// # Errors
-    /// With the reason why it is not huge.
-    pub fn populate(&self, block: u64) -> Result<Collapsed, Refusal> {
-        match self.pieces(block, 1).next() {
-            Some((region, _)) => region.populate(block),
-            None => Err(Refusal::Unsupported),
+    /// Makes the managed ones among `count` blocks from `first` on huge, resident or not; keeps
+    /// their contents. Appends one result for each block that is managed.
+    pub fn populate(&self, first: u64, count: u64, results: &mut Vec<(u64, Outcome)>) {
+        for (region, blocks) in self.pieces(first, count) {
+            region.populate(blocks, results);
         }
     }
 

@@ -344,18 +344,61 @@ impl Shmem {
         }
     }
 
-    /// Faults in one page of an absent block.
-    fn touch(&self, block: u64) -> io::Result<()> {
+    /// Faults in one page of each of `absent`, which are some of the blocks of `run`; what came of
+    /// each.
+    fn touch(&self, run: &Range<u64>, absent: &[u64]) -> io::Result<Vec<io::Result<()>>> {
         let home = &self.home;
-        let window = Window::new(&home.file, home.offset(block), 1, home.block_shift)?;
+        let count = run.end - run.start;
+        let window = Window::new(&home.file, home.offset(run.start), count, home.block_shift)?;
         // A huge page faulted in here would be charged to us. Where the collapse is made at the
         // VMM, one base page is enough: it is freed by the collapse, whose page the VMM pays.
         let advice = match self.route {
             Route::Vmm => Advice::NoHugepage,
             _ => Advice::Hugepage,
         };
-        window.advise(&(0..1), advice)?;
-        window.touch(0, Advice::PopulateWrite)
+        window.advise(&(0..count), advice)?;
+        Ok(absent
+            .iter()
+            .map(|block| window.touch(block - run.start, Advice::PopulateWrite))
+            .collect())
+    }
+
+    fn populate_some(&self, run: &Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+        let refuse = |error: &io::Error| Refusal::from(error);
+        let looks = match self.look(run, true) {
+            Ok(looks) => looks,
+            Err(error) => {
+                results.extend(run.clone().map(|block| (block, Err(refuse(&error)))));
+                return;
+            }
+        };
+        let blocks = run.clone().zip(&looks);
+        let absent: Vec<u64> =
+            blocks.filter(|(_, look)| look.seen == Seen::Absent).map(|(block, _)| block).collect();
+        // Should a collapse fail, the one page stays: to drop it again could drop what the guest
+        // has written there meanwhile.
+        let touched: Vec<Option<Refusal>> = match self.has_room() {
+            false => vec![Some(Refusal::Space); absent.len()],
+            true if absent.is_empty() => Vec::new(),
+            true => match self.touch(run, &absent) {
+                Ok(touched) => touched.iter().map(|t| t.as_ref().err().map(refuse)).collect(),
+                Err(error) => vec![Some(refuse(&error)); absent.len()],
+            },
+        };
+        let mut collapsed = Vec::new();
+        self.collapse_some(run, &mut collapsed);
+        for (block, outcome) in collapsed {
+            let at = absent.binary_search(&block);
+            let refused = at.ok().and_then(|at| touched.get(at).copied().flatten());
+            let outcome = match (outcome, at.is_ok(), refused) {
+                (Ok(_), true, _) => Ok(Collapsed::Populated),
+                (Err(Refusal::Absent), _, Some(refused)) => Err(refused),
+                // Dropped by the guest in between.
+                (Err(Refusal::Absent), _, None) => Err(Refusal::Again),
+                (outcome, _, _) => outcome,
+            };
+            results.push((block, outcome));
+        }
     }
 }
 
@@ -400,28 +443,13 @@ impl Backing for Shmem {
         }
     }
 
-    fn populate(&self, block: u64) -> Outcome {
+    fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
         if let Route::Closed(refusal) = self.route {
-            return Err(refusal);
+            results.extend(blocks.map(|block| (block, Err(refusal))));
+            return;
         }
-        let one = block..block + 1;
-        let looks = self.look(&one, true).map_err(|error| Refusal::from(&error))?;
-        let absent = looks.iter().all(|look| look.seen == Seen::Absent);
-        if absent {
-            if !self.has_room() {
-                return Err(Refusal::Space);
-            }
-            // Should the collapse fail, this one page stays: to drop it again could drop what
-            // the guest has written there meanwhile.
-            self.touch(block).map_err(|error| Refusal::from(&error))?;
-        }
-        let mut results = Vec::new();
-        self.collapse_some(&one, &mut results);
-        match results.pop() {
-            Some((_, Ok(_))) if absent => Ok(Collapsed::Populated),
-            // Dropped by the guest in between.
-            Some((_, Err(Refusal::Absent))) | None => Err(Refusal::Again),
-            Some((_, outcome)) => outcome,
+        for part in parts(&blocks, COLLAPSE_BLOCKS) {
+            self.populate_some(&part, results);
         }
     }
 

@@ -198,7 +198,7 @@ impl Engine {
     /// Sets another limit to the guest's huge pages, in bytes; `None` for none. What it has beyond
     /// a lower limit, it keeps.
     pub fn set_huge_max(&self, bytes: Option<u64>) {
-        self.lock().state.supply.set_limit(self.settings.blocks(bytes));
+        self.lock().state.set_huge_max(self.settings.blocks(bytes));
         self.wake();
     }
 
@@ -303,6 +303,7 @@ impl Engine {
                 }
                 state.renewing = ranges.iter().map(|(_, count)| u64::from(*count)).sum();
             }
+            state.begin_drop();
             memory
         };
         fault::point(if renew { "renew.fetched" } else { "release.fetched" });
@@ -324,7 +325,7 @@ impl Engine {
         fault::point(if renew { "renew.done" } else { "release.done" });
         let mut inner = self.lock();
         let state = &mut inner.state;
-        state.apply_seen(&runs);
+        state.apply_dropped(&runs);
         for &(first, count) in ranges {
             for index in indices(state, first, count) {
                 if renew && status == S_OK && state.policy.prepares() {
@@ -437,12 +438,6 @@ impl Engine {
             let mut copy = lock(&self.copy);
             let mut cpu = lock(&self.cpu);
             let left = state.huge_pages_left();
-            if left.renewed == 0 {
-                // The limit was lowered since: these stay as they are.
-                for index in state.repair.forget_fills() {
-                    state.hints.changed(index);
-                }
-            }
             let allowance = Allowance {
                 requested: cpu.requested_ok(now),
                 background: cpu.background_ok(now),
@@ -567,7 +562,7 @@ impl Engine {
             }
         }
         if state.memory.as_ref().is_some_and(|current| Arc::ptr_eq(current, &memory)) && deed.seen {
-            state.apply_seen(&deed.runs);
+            state.apply_acted(&deed.runs);
         } else {
             // What was done may not be seen by looks that are under way: all is looked at anew.
             state.scan = ScanPlan::new(state.map.len(), now);

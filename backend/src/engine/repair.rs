@@ -8,8 +8,12 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Most blocks in one action: the guest stalls on each of them in turn, so few at a time.
+/// Most blocks in one action of the policy: the guest stalls on each of them in turn, so few at a
+/// time.
 const BATCH: u64 = 4;
+/// Most blocks in one action that the guest asked for: nobody waits for their contents, and each
+/// action has the kernel empty its lists on every CPU.
+const REQUESTED_BATCH: u64 = 8;
 /// Rest of a block after its first failure; doubled by each further one.
 const REST: Duration = Duration::from_millis(100);
 /// Longest rest of a block: `REST << REST_SHIFT_MAX`, some 100 s.
@@ -239,7 +243,7 @@ impl Repair {
             return None;
         }
         let start = self.fill.next(0)?;
-        let most = BATCH.min(allowance.renewed);
+        let most = REQUESTED_BATCH.min(allowance.renewed);
         let (first, count) = take_run(&mut self.fill, map, start, most, allowance.copies)?;
         Some(Work::Populate { first, count })
     }
@@ -256,7 +260,7 @@ impl Repair {
                 return None;
             }
             let first = first + u64::from(offset);
-            let most = BATCH.min(u64::from(count - offset));
+            let most = REQUESTED_BATCH.min(u64::from(count - offset));
             let (mut take, mut pages, mut copies) = (0, 0, 0);
             let mut beyond_supply = false;
             for block in first..first + most {
@@ -409,14 +413,14 @@ mod tests {
         let map = resident(100);
         let mut repair = Repair::new(100);
         repair.consider(50, true);
-        repair.prepare(9, vec![(7, 5), (20, 1)]);
+        repair.prepare(9, vec![(7, 9), (20, 1)]);
         assert_eq!(repair.next(&map, &copies(0)), None);
-        assert_eq!(repair.next(&map, &copies(100)), Some(Work::Populate { first: 7, count: 4 }));
-        assert_eq!(repair.next(&map, &copies(1)), Some(Work::Populate { first: 11, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(100)), Some(Work::Populate { first: 7, count: 8 }));
+        assert_eq!(repair.next(&map, &copies(1)), Some(Work::Populate { first: 15, count: 1 }));
         assert_eq!(repair.next(&map, &copies(9)), Some(Work::Populate { first: 20, count: 1 }));
         assert_eq!(
             repair.next(&map, &copies(0)),
-            Some(Work::Settle { id: 9, ranges: vec![(7, 5), (20, 1)] })
+            Some(Work::Settle { id: 9, ranges: vec![(7, 9), (20, 1)] })
         );
         assert!(!repair.end_prepare(8));
         assert!(repair.end_prepare(9));

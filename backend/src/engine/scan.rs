@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// Most blocks in one look; a look at this many takes some milliseconds.
 const CHUNK: usize = 8192;
-/// The round-robin look rests this many times as long as it took: 0.2 % of one CPU.
+/// The round-robin look rests this many times the CPU time that it took: 0.2 % of one CPU.
 const REST_FACTOR: u32 = 500;
 /// Shortest rest of the round-robin look.
 const REST_MIN: Duration = Duration::from_millis(500);
@@ -151,7 +151,7 @@ impl ScanPlan {
         Some(Look { first, count: u32::try_from(count).ok()?, reason })
     }
 
-    /// A look came back after `took`.
+    /// A look came back that took so much CPU time.
     pub fn done(&mut self, look: &Look, took: Duration, now: Instant) {
         self.out = false;
         self.overtaken.clear();

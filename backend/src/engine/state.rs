@@ -5,6 +5,7 @@ use super::repair::Repair;
 use super::scan::ScanPlan;
 use super::supply::Supply;
 use crate::backing::{HostRun, HostState, Memory};
+use crate::bitmap::Bitmap;
 use crate::block_map::BlockMap;
 use crate::policy::Policy;
 use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
@@ -89,6 +90,8 @@ pub struct State {
     pub renewing: u64,
     /// Blocks that an action under way may make huge.
     pub acting: Range<u64>,
+    /// Blocks that actions ended on since the last RELEASE or RENEW began.
+    acted_on: Bitmap,
     /// Totals since the daemon started.
     pub totals: Totals,
     /// Whether a VMM is connected.
@@ -110,6 +113,7 @@ impl State {
             supply: Supply::new(huge_max),
             renewing: 0,
             acting: 0..0,
+            acted_on: Bitmap::new(0),
             totals: Totals::default(),
             connected: false,
         }
@@ -130,6 +134,7 @@ impl State {
         self.guest_sync = GuestSync::Waiting;
         self.hints = Hints::new(self.map.len());
         self.repair = Repair::new(self.map.len());
+        self.acted_on = Bitmap::new(self.map.len());
         self.forget_guest();
     }
 
@@ -206,11 +211,31 @@ impl State {
         self.apply(runs, |state, index| !state.scan.is_overtaken(index));
     }
 
-    /// Takes what whoever acted on blocks saw there afterwards.
-    pub fn apply_seen(&mut self, runs: &[HostRun]) {
+    /// An action ended: takes what was seen of its blocks afterwards.
+    pub fn apply_acted(&mut self, runs: &[HostRun]) {
         self.apply(runs, |state, index| {
             state.scan.seen(index);
+            state.acted_on.assign(index, true);
             true
+        });
+    }
+
+    /// A RELEASE or RENEW begins to drop blocks.
+    pub fn begin_drop(&mut self) {
+        self.acted_on.clear();
+    }
+
+    /// It has dropped them: takes what was seen of them afterwards. Where an action met it, nobody
+    /// knows which came last: then it is looked at again, and a block that was huge counts as such.
+    pub fn apply_dropped(&mut self, runs: &[HostRun]) {
+        self.apply(runs, |state, index| {
+            let block = state.map.block_at(index).map_or(0, |(block, _)| block);
+            let met = state.acted_on.get(index) || state.acting.contains(&block);
+            if met {
+                state.scan.look_at(index);
+            }
+            state.scan.seen(index);
+            !met
         });
     }
 
@@ -227,6 +252,16 @@ impl State {
                 }
                 self.hints.changed(index);
                 self.reconsider(index);
+            }
+        }
+    }
+
+    /// Sets another limit, in blocks. Promises that it does not allow are not kept.
+    pub fn set_huge_max(&mut self, blocks: u64) {
+        self.supply.set_limit(blocks);
+        if self.huge() + self.repair.fills() > blocks {
+            for index in self.repair.forget_fills() {
+                self.hints.changed(index);
             }
         }
     }
@@ -413,7 +448,7 @@ mod tests {
         let mut state = state_of(8);
         let run = |host| [HostRun { first: 0, count: 8, state: host, resident: 0 }];
         let look = state.scan.next(&state.map, now).unwrap();
-        state.apply_seen(&run(HostState::Huge)[..]);
+        state.apply_acted(&run(HostState::Huge));
         state.apply_look(&run(HostState::Base));
         state.scan.done(&look, std::time::Duration::ZERO, now);
         assert_eq!(state.map.counters().host[HostState::Huge as usize], 8);
@@ -421,6 +456,28 @@ mod tests {
         assert_eq!((again.first, again.count), (0, 8), "it is looked at once more");
         state.apply_look(&run(HostState::Absent));
         assert_eq!(state.map.counters().host[HostState::Absent as usize], 8);
+    }
+
+    #[test]
+    fn where_a_drop_met_an_action_the_block_is_looked_at_again() {
+        let now = Instant::now();
+        let run = |host| [HostRun { first: 2, count: 1, state: host, resident: 0 }];
+        for ended in [false, true] {
+            let mut state = state_of(8);
+            let look = state.scan.next(&state.map, now).unwrap();
+            state.scan.done(&look, std::time::Duration::ZERO, now);
+            state.acting = 2..3;
+            state.begin_drop();
+            // The drop looks, then the action makes it huge, then the drop tells what it saw.
+            if ended {
+                state.acting = 0..0;
+                state.apply_acted(&run(HostState::Huge));
+            }
+            state.apply_dropped(&run(HostState::Absent));
+            assert_eq!(state.huge(), u64::from(ended));
+            let again = state.scan.next(&state.map, now).unwrap();
+            assert_eq!((again.first, again.count), (2, 1));
+        }
     }
 
     proptest! {
@@ -436,9 +493,9 @@ mod tests {
             let mut state = state_of(24);
             state.supply.set_limit(limit);
             let mut truth = [HostState::Base; 24];
-            let mut acting: Option<Work> = None;
+            let mut acting: Option<(Work, Option<Vec<HostRun>>)> = None;
             let mut looking = None;
-            let mut renewing: Option<(u64, u32)> = None;
+            let mut renewing: Option<(u64, u32, Option<Vec<HostRun>>)> = None;
             let see = |truth: &[HostState], first: u64, count: u32| -> Vec<HostRun> {
                 (first..first + u64::from(count))
                     .map(|block| HostRun {
@@ -473,22 +530,26 @@ mod tests {
                             state.scan.done(&look, std::time::Duration::ZERO, now);
                         }
                     },
-                    // A RENEW is taken, or has dropped its blocks.
+                    // A RENEW is taken, has dropped its blocks, or has told so.
                     3 => match renewing.take() {
                         None if state.may_renew(&[(first, count)]) => {
                             state.renewing = u64::from(count);
-                            renewing = Some((first, count));
+                            state.begin_drop();
+                            renewing = Some((first, count, None));
                         }
                         None => {}
-                        Some((first, count)) => {
+                        Some((first, count, None)) => {
                             let blocks = usize::try_from(first).unwrap()..;
                             for index in blocks.take(count as usize) {
                                 truth[index] = HostState::Absent;
                             }
-                            state.apply_seen(&see(&truth, first, count));
-                            for index in state.map.index_ranges(first, count).flatten().collect::<Vec<_>>() {
-                                state.repair.fill(index);
-                            }
+                            let seen = see(&truth, first, count);
+                            renewing = Some((first, count, Some(seen)));
+                        }
+                        Some((first, count, Some(seen))) => {
+                            state.apply_dropped(&seen);
+                            let ranges: Vec<_> = state.map.index_ranges(first, count).collect();
+                            ranges.into_iter().flatten().for_each(|index| state.repair.fill(index));
                             state.renewing = 0;
                         }
                     },
@@ -506,33 +567,43 @@ mod tests {
                                 prepared: left.prepared,
                                 renewed: left.renewed,
                             };
-                            acting = state.repair.next(&state.map, &allowance);
-                            state.acting = acting.as_ref().map_or(0..0, Work::blocks);
+                            let work = state.repair.next(&state.map, &allowance);
+                            state.acting = work.as_ref().map_or(0..0, Work::blocks);
+                            acting = work.map(|work| (work, None));
                         }
                         None => {}
-                        Some(Work::Settle { id, .. }) => {
+                        Some((Work::Settle { id, .. }, _)) => {
                             state.repair.end_prepare(id);
                         }
-                        Some(Work::Collapse { first, count } | Work::Populate { first, count }) => {
-                            let blocks = usize::try_from(first).unwrap()..;
-                            for index in blocks.take(count as usize) {
-                                let outcome = if yes {
+                        Some((work, None)) => {
+                            let blocks = work.blocks();
+                            for index in blocks.clone().map(|b| usize::try_from(b).unwrap()) {
+                                let present = truth[index] != HostState::Absent;
+                                if yes && (present || matches!(work, Work::Populate { .. })) {
                                     truth[index] = HostState::Huge;
-                                    Outcome::Done
-                                } else {
-                                    Outcome::Failed
-                                };
-                                state.repair.ended(index, outcome, 0, now);
+                                }
+                            }
+                            let count = u32::try_from(blocks.end - blocks.start).unwrap();
+                            let seen = see(&truth, blocks.start, count);
+                            acting = Some((work, Some(seen)));
+                        }
+                        Some((work, Some(seen))) => {
+                            for block in work.blocks() {
+                                let index = usize::try_from(block).unwrap();
+                                state.repair.ended(index, Outcome::Done, 0, now);
                             }
                             state.acting = 0..0;
-                            state.apply_seen(&see(&truth, first, count));
+                            state.apply_acted(&seen);
                         }
                     },
                 }
                 let huge = truth.iter().filter(|host| host.is_huge()).count() as u64;
                 prop_assert!(huge <= limit, "{} of {}", huge, limit);
                 let promised = state.repair.fills();
-                prop_assert!(promised <= state.huge_pages_left().renewed, "{} promised", promised);
+                let others = truth.iter().enumerate().filter(|(index, host)| {
+                    host.is_huge() && !state.repair.fills_at(*index)
+                });
+                prop_assert!(others.count() as u64 + promised <= limit, "{} promised", promised);
             }
         }
     }

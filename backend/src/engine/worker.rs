@@ -3,10 +3,10 @@
 use super::repair::{Outcome, Work};
 use super::scan::Look;
 use super::Engine;
-use crate::backing::{Collapsed, HostRun, Memory, Refusal};
+use crate::backing::{thread_cpu_time, Collapsed, HostRun, Memory, Refusal};
 use std::sync::mpsc::Receiver;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Something to do for a worker.
 pub enum Job {
@@ -38,7 +38,7 @@ pub struct Looked {
     pub look: Look,
     /// Their states.
     pub runs: Vec<HostRun>,
-    /// How long it took.
+    /// CPU time that it took: on a busy host one that was put aside is no dear one.
     pub took: Duration,
 }
 
@@ -86,10 +86,15 @@ pub fn run(engine: &Engine, jobs: &Receiver<Job>) {
     while let Ok(job) = jobs.recv() {
         match job {
             Job::Look { memory, look } => {
-                let start = Instant::now();
+                let start = thread_cpu_time();
                 let mut runs = Vec::new();
                 let _ = scan(&memory, look.first, look.count, &mut runs);
-                engine.looked(Looked { memory, look, runs, took: start.elapsed() });
+                engine.looked(Looked {
+                    memory,
+                    look,
+                    runs,
+                    took: thread_cpu_time().saturating_sub(start),
+                });
             }
             Job::Act { memory, generation, work, advance } => {
                 let block_size = 1 << engine.settings().block_shift;
@@ -119,9 +124,7 @@ fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
             acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Populate { first, count } => {
-            for block in first..first + u64::from(count) {
-                results.push((block, memory.populate(block)));
-            }
+            memory.populate(first, u64::from(count), &mut results);
             acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Settle { id, ranges } => {

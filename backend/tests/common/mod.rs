@@ -85,9 +85,14 @@ pub fn collapse(memory: &Memory, first: u64, count: u64) -> Vec<Outcome> {
 
 /// Populates a block.
 pub fn populate(memory: &Memory, block: u64) -> Outcome {
-    match memory.populate(block) {
+    let once = || {
+        let mut results = Vec::new();
+        memory.populate(block, 1, &mut results);
+        results[0].1
+    };
+    match once() {
         // It holds its first page by now.
-        Err(Refusal::Again) => match patiently(Err(Refusal::Again), || memory.populate(block)) {
+        Err(Refusal::Again) => match patiently(Err(Refusal::Again), once) {
             Ok(Collapsed::Copied { bytes: PAGE }) => Ok(Collapsed::Populated),
             other => other,
         },

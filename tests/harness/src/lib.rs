@@ -14,6 +14,7 @@ pub mod hostile;
 pub mod machine;
 pub mod memory;
 pub mod outside;
+pub mod ready;
 pub mod report;
 pub mod restart;
 pub mod ring;

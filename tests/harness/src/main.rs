@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
-use gemini_harness::{cleanup, hostile, report, restart, run, scale, settings};
+use gemini_harness::{cleanup, hostile, ready, report, restart, run, scale, settings};
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
 #[derive(Debug, Parser)]
@@ -65,6 +65,11 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// How fast blocks are made huge before the guest uses them.
+    Ready {
+        #[command(flatten)]
+        common: Common,
+    },
     /// The daemon is killed at each step of a request and started again.
     Restart {
         #[command(flatten)]
@@ -87,6 +92,7 @@ fn main() -> ExitCode {
         Command::Run { common, mem, policy } => run_policies(&common, mem, &policy),
         Command::Hostile { common, inputs } => hostile(&common, inputs),
         Command::Scale { common } => scale(&common),
+        Command::Ready { common } => ready(&common),
         Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
     };
     match result {
@@ -148,6 +154,11 @@ fn hostile(common: &Common, inputs: Option<u64>) -> anyhow::Result<bool> {
 fn scale(common: &Common) -> anyhow::Result<bool> {
     let plan = scale::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
     finish(&scale::measure(&plan)?, common.json.as_deref())
+}
+
+fn ready(common: &Common) -> anyhow::Result<bool> {
+    let plan = ready::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
+    finish(&ready::measure(&plan)?, common.json.as_deref())
 }
 
 fn restart(common: &Common, fault_daemon: Option<&Path>) -> anyhow::Result<bool> {
