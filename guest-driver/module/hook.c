@@ -53,6 +53,16 @@ static int set_filter(struct gemini_hook *hook)
 	return ftrace_set_filter(&hook->ops, name, strlen(name), 1);
 }
 
+/*
+ * In Linux 6.12 ftrace_free_filter() leaves pointers to what it has freed,
+ * and the next filter would free that again.
+ */
+static void free_filter(struct gemini_hook *hook)
+{
+	ftrace_free_filter(&hook->ops);
+	hook->ops = (struct ftrace_ops) { };
+}
+
 /**
  * gemini_hook_register() - have a function call its trampoline
  * @hook: the function
@@ -80,7 +90,7 @@ int gemini_hook_register(struct gemini_hook *hook)
 		ret = register_ftrace_direct(&hook->ops,
 					     (unsigned long)hook->trampoline);
 	if (ret)
-		ftrace_free_filter(&hook->ops);
+		free_filter(hook);
 	else
 		hook->on = true;
 	return ret;
@@ -103,8 +113,10 @@ void gemini_hook_unregister(struct gemini_hook *hook)
 	/* If ftrace has broken down, its calls stay, and so must this module. */
 	if (WARN_ON_ONCE(unregister_ftrace_direct(&hook->ops,
 						  (unsigned long)hook->trampoline,
-						  true)))
+						  false)))
 		__module_get(THIS_MODULE);
+	else
+		free_filter(hook);
 	hook->on = false;
 }
 
