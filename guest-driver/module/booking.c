@@ -298,8 +298,11 @@ static bool paused(struct gemini *gemini)
 static bool book_exact(struct gemini *gemini, const struct candidate *from)
 {
 	struct gemini_booking *booking = &gemini->booking;
-	int ret = gemini_hold_exact(gemini, from->block);
+	int ret;
 
+	if (!from->used && !gemini_census_free(gemini, from->block))
+		return false;
+	ret = gemini_hold_exact(gemini, from->block);
 	if (ret && ret != -EEXIST)
 		gemini_map_flag(&gemini->map, from->block,
 				GEMINI_BLOCK_PASSED, 0);
@@ -460,8 +463,10 @@ static bool ask_for_free(struct gemini *gemini, const struct candidates *found,
 
 	for (i = 0; i < found->count && count < need &&
 	     count < ARRAY_SIZE(ranges); i++)
+		/* What somebody has begun to use by now would be copied. */
 		if (found->best[i].cost == COST_FREE_SMALL &&
-		    found->best[i].host == VIRTIO_GEMINI_HOST_ABSENT)
+		    found->best[i].host == VIRTIO_GEMINI_HOST_ABSENT &&
+		    gemini_census_free(gemini, found->best[i].block))
 			ranges[count++] = (struct gemini_range) {
 				found->best[i].block, 1
 			};

@@ -177,6 +177,26 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 	return seen;
 }
 
+/**
+ * gemini_census_free() - is no page of this block in use, now?
+ * @gemini: the device
+ * @block: a block
+ *
+ * The map may be older than a whole period.  The answer may be as well, by a
+ * moment.
+ *
+ * Return: true if so.
+ */
+bool gemini_census_free(struct gemini *gemini, u64 block)
+{
+	struct gemini_seen seen;
+
+	mutex_lock(&gemini->census.lock);
+	seen = look(gemini, block, false, false);
+	mutex_unlock(&gemini->census.lock);
+	return seen.guest == VIRTIO_GEMINI_GUEST_FREE;
+}
+
 static bool host_huge(const struct gemini_block *entry)
 {
 	struct gemini_block copy;

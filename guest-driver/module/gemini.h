@@ -371,6 +371,7 @@ void gemini_census_start(struct gemini *gemini);
 void gemini_census_stop(struct gemini *gemini);
 void gemini_census_kick(struct gemini *gemini);
 int gemini_census_wait(struct gemini *gemini);
+bool gemini_census_free(struct gemini *gemini, u64 block);
 
 /* hints.c */
 int gemini_hints_init(struct gemini *gemini);
