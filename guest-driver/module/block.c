@@ -776,6 +776,51 @@ void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero)
 	spin_unlock(&map->lock);
 }
 
+/**
+ * gemini_map_recall() - busy blocks are wanted back
+ * @map: the map
+ * @first: the first block
+ * @count: number of blocks, of any kind
+ *
+ * Does not sleep.
+ */
+void gemini_map_recall(struct gemini_map *map, u64 first, u64 count)
+{
+	struct gemini_block *entry;
+	u64 block;
+
+	spin_lock(&map->lock);
+	for (block = first; map->busy && block < first + count; block++) {
+		entry = gemini_map_find(map, block);
+		if (entry && entry->flags & GEMINI_BLOCK_BUSY)
+			entry->recalled = 1;
+	}
+	spin_unlock(&map->lock);
+}
+
+/**
+ * gemini_map_recalled() - is a block wanted back that was busy?
+ * @map: the map
+ * @block: any block
+ *
+ * Return: true, once for each time that it was recalled, and not while it is
+ * busy.
+ */
+bool gemini_map_recalled(struct gemini_map *map, u64 block)
+{
+	struct gemini_block *entry;
+	bool recalled = false;
+
+	spin_lock(&map->lock);
+	entry = gemini_map_find(map, block);
+	if (entry && !(entry->flags & GEMINI_BLOCK_BUSY)) {
+		recalled = entry->recalled;
+		entry->recalled = 0;
+	}
+	spin_unlock(&map->lock);
+	return recalled;
+}
+
 static bool same(const struct gemini_block *a, const struct gemini_block *b)
 {
 	const u8 shown = GEMINI_BLOCK_HELD | GEMINI_BLOCK_BUSY |
@@ -863,6 +908,9 @@ void gemini_map_sum(struct gemini_map *map, struct gemini_sums *sums)
 				  guest == VIRTIO_GEMINI_GUEST_BOOKED ||
 				  guest == VIRTIO_GEMINI_GUEST_PINNED))
 				sums->host_only += count;
+			if (gemini_host_huge(host) &&
+			    guest == VIRTIO_GEMINI_GUEST_BOOKED)
+				sums->host_only_booked += count;
 		}
 	}
 	sums->held = map->held;

@@ -40,12 +40,14 @@
 /**
  * struct gemini_block - one block, in four bytes: 1 TiB takes 2 MiB
  * @used: guest base pages in use, as last counted; 0: not counted
+ * @recalled: busy, and to be given back as soon as it is idle
  * @guest: VIRTIO_GEMINI_GUEST_*
  * @host: VIRTIO_GEMINI_HOST_*
  * @flags: GEMINI_BLOCK_*
  */
 struct gemini_block {
-	u16 used;
+	u16 used : 15;
+	u16 recalled : 1;
 	u8 guest : 4;
 	u8 host : 4;
 	u8 flags;
@@ -134,6 +136,7 @@ struct gemini_sums {
 	u64 aligned;
 	u64 guest_only;
 	u64 host_only;
+	u64 host_only_booked;
 	u64 held;
 	u64 busy;
 };
@@ -166,6 +169,8 @@ bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
 u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock);
 int gemini_map_busy(struct gemini_map *map, u64 first, u64 count);
 void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero);
+void gemini_map_recall(struct gemini_map *map, u64 first, u64 count);
+bool gemini_map_recalled(struct gemini_map *map, u64 block);
 unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 			    unsigned int max);
 void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear);

@@ -255,7 +255,7 @@ static int contents(struct gemini *gemini, struct words *words, bool write,
 		if (ret)
 			seq_buf_printf(result, "block %llu differs at byte %llu\n",
 				       block, (i - 1) * sizeof(u64));
-		gemini_map_idle(&gemini->map, block, 1, zero && !ret);
+		gemini_hold_idle(gemini, block, 1, zero && !ret);
 		ret = ret ?: interrupted();
 	}
 	return ret;

@@ -137,4 +137,16 @@ static inline struct folio *gemini_vma_alloc_folio(gfp_t gfp, int order,
 }
 #endif /* GEMINI_HAVE_HOOKS */
 
+/*
+ * Whoever reads the arguments of a traced function must know them: is the third
+ * one of zap_huge_pmd() a pmd_t *?
+ */
+#define GEMINI_ZAP_HUGE_PMD_KNOWN					\
+	(__same_type(zap_huge_pmd,					\
+		     int (struct mmu_gather *, struct vm_area_struct *,	\
+			  pmd_t *, unsigned long)) ||			\
+	 __same_type(zap_huge_pmd,			/* 7.x */	\
+		     bool (struct mmu_gather *, struct vm_area_struct *, \
+			   pmd_t *, unsigned long)))
+
 #endif /* _GEMINI_COMPAT_H */

@@ -13,6 +13,7 @@
 #ifndef _GEMINI_H
 #define _GEMINI_H
 
+#include <linux/ftrace.h>
 #include <linux/kref.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
@@ -23,6 +24,7 @@
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 
+#include "adapt.h"
 #include "block.h"
 #include "placement.h"
 
@@ -161,6 +163,98 @@ struct gemini_requests {
 	u64 failed;
 };
 
+/* Functions that tell of freed huge pages; see bucket.c. */
+enum gemini_trigger {
+	GEMINI_TRIGGER_ZAP,
+	GEMINI_TRIGGER_UNQUEUE,
+	GEMINI_TRIGGERS,
+};
+
+/**
+ * struct gemini_bucket - freed aligned blocks are held again
+ * @lock: held while it is switched on or off
+ * @ops: the callbacks
+ * @hooked: bits of those that are installed, 0: the bucket is off
+ * @wq: runs the work of each CPU on it
+ * @cpu: what each CPU freed
+ * @parked: blocks whose pages are kept until they are looked at
+ * @pressure_until: memory was short, nothing is held again before this time
+ * @freed: aligned blocks that were freed, as far as the callbacks saw
+ * @rebooked: blocks that were held again
+ */
+struct gemini_bucket {
+	struct mutex lock;	/* see above */
+#ifdef CONFIG_FUNCTION_TRACER
+	struct ftrace_ops ops[GEMINI_TRIGGERS];
+#endif
+	unsigned int hooked;
+	struct workqueue_struct *wq;
+	struct gemini_bucket_cpu __percpu *cpu;
+	atomic_t parked;
+	unsigned long pressure_until;
+	atomic64_t freed;
+	atomic64_t rebooked;
+};
+
+/* Isolated ranges that are remembered. */
+#define GEMINI_ISOLATED	8
+
+struct gemini_isolated {
+	u64 first;
+	u64 end;
+	unsigned long until;
+};
+
+/**
+ * struct gemini_isolation - held blocks make way for who isolates page frames
+ * @ops: the callback
+ * @active: it is installed and fires
+ * @fired: it was called
+ * @state: the same for people
+ * @lock: protects @range and @next
+ * @range: what was isolated last
+ * @next: the one to be written next
+ * @returned: blocks given back
+ */
+struct gemini_isolation {
+#ifdef CONFIG_FUNCTION_TRACER
+	struct ftrace_ops ops;
+#endif
+	bool active;
+	bool fired;
+	const char *state;
+	spinlock_t lock;	/* see above */
+	struct gemini_isolated range[GEMINI_ISOLATED];
+	unsigned int next;
+	atomic64_t returned;
+};
+
+/**
+ * struct gemini_timeout - how long a block is held for nothing
+ * @control: held while adapting begins or ends
+ * @lock: protects @adapt, @fixed_ms and @wish_ms
+ * @work: runs at the end of each period
+ * @adapt: the algorithm's state
+ * @fixed_ms: what the administrator wants; 0: adapt
+ * @wish_ms: what the host wished when adapting began
+ * @counting: perf counters tell of TLB misses
+ * @counted: what they said at the end of the last period, only @work uses it
+ * @placement_misses: misses up to then, only @work uses it
+ * @held: blocks were held then, only @work uses it
+ */
+struct gemini_timeout {
+	struct mutex control;	/* see above */
+	spinlock_t lock;	/* see above */
+	struct delayed_work work;
+	struct gemini_adapt adapt;
+	unsigned int fixed_ms;
+	unsigned int wish_ms;
+	bool counting;
+	u64 counted;
+	u64 placement_misses;
+	bool held;
+};
+
 /**
  * struct gemini_booking - which blocks are held, and how many
  * @work: looks, decides and acts; nothing else books for the stock
@@ -251,6 +345,9 @@ struct gemini_booking {
  * @returned_pressure: blocks given back because memory was short
  * @booking: see struct gemini_booking
  * @placement: see struct gemini_placement
+ * @bucket: see struct gemini_bucket
+ * @isolation: see struct gemini_isolation
+ * @timeout: see struct gemini_timeout
  * @debugfs: the device's folder
  * @command_lock: protects @command_result
  * @command_result: what the last command said
@@ -288,9 +385,11 @@ struct gemini {
 	struct shrinker *shrinker;
 	struct notifier_block oom;
 	atomic64_t returned_pressure;
-
 	struct gemini_booking booking;
 	struct gemini_placement placement;
+	struct gemini_bucket bucket;
+	struct gemini_isolation isolation;
+	struct gemini_timeout timeout;
 
 	struct dentry *debugfs;
 	struct mutex command_lock;	/* see above */
@@ -412,6 +511,7 @@ int gemini_hold_any(struct gemini *gemini, int nid, u64 *block);
 int gemini_hold_exact(struct gemini *gemini, u64 block);
 int gemini_hold_free(struct gemini *gemini, u64 block);
 u64 gemini_hold_free_all(struct gemini *gemini);
+void gemini_hold_idle(struct gemini *gemini, u64 first, u64 count, bool zero);
 u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count);
 u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
 		       bool made, unsigned long before, u64 most);
@@ -428,19 +528,33 @@ void gemini_booking_taken(struct gemini *gemini);
 void gemini_booking_pause(struct gemini *gemini);
 bool gemini_booking_wants(struct gemini *gemini, u64 block);
 
-/*
- * Without placement nobody would use what is held, and without a callback on
- * page isolation it would be in the way of unplugging: nothing is booked then.
- */
-static inline bool gemini_isolation_active(struct gemini *gemini)
-{
-	return false;
-}
+/* bucket.c */
+int gemini_bucket_init(struct gemini *gemini);
+void gemini_bucket_exit(struct gemini *gemini);
+int gemini_bucket_switch(struct gemini *gemini, bool on);
+u64 gemini_bucket_limit(struct gemini *gemini);
+unsigned int gemini_bucket_parked(struct gemini *gemini);
+u64 gemini_bucket_pressure(struct gemini *gemini);
+ssize_t gemini_bucket_hooks(struct gemini *gemini, char *buffer);
 
-static inline unsigned int gemini_timeout_ms(struct gemini *gemini)
-{
-	return READ_ONCE(gemini->booking_timeout_ms) ?: 60 * MSEC_PER_SEC;
-}
+/* isolation.c */
+void gemini_isolation_init(struct gemini *gemini);
+int gemini_isolation_start(struct gemini *gemini);
+void gemini_isolation_stop(struct gemini *gemini);
+bool gemini_isolation_active(struct gemini *gemini);
+const char *gemini_isolation_state(struct gemini *gemini);
+bool gemini_isolation_wants(struct gemini *gemini, u64 block);
+void gemini_isolation_idle(struct gemini *gemini, u64 first, u64 count);
+
+/* timeout.c */
+void gemini_timeout_start(struct gemini *gemini);
+void gemini_timeout_stop(struct gemini *gemini);
+unsigned int gemini_timeout_ms(struct gemini *gemini);
+int gemini_timeout_fix(struct gemini *gemini, unsigned int ms);
+const char *gemini_timeout_source(struct gemini *gemini);
+
+/* fmfi.c */
+unsigned int gemini_fmfi(struct gemini *gemini, int nid);
 
 /* sysfs.c */
 extern const struct attribute_group *gemini_groups[];

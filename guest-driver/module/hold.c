@@ -14,12 +14,8 @@
 #include "compat.h"
 #include "gemini.h"
 
-/*
- * What a huge page of a process would get without effort.  Not highmem, so
- * that nothing comes from ZONE_MOVABLE, which must stay free of what cannot be
- * moved.
- */
-#define HOLD_GFP	(GFP_TRANSHUGE_LIGHT & ~__GFP_HIGHMEM)
+/* What a huge page of a process would get without effort. */
+#define HOLD_GFP	GFP_TRANSHUGE_LIGHT
 
 /* Reclaim can have these pages, so they count as such. */
 static void account(struct gemini *gemini, struct page *page, int sign)
@@ -49,11 +45,16 @@ static int keep(struct gemini *gemini, struct page *page)
 	if (!ret)
 		ret = gemini_map_hold(&gemini->map, block,
 				      want_init_on_alloc(HOLD_GFP));
-	if (ret)
+	if (ret) {
 		__free_pages(page, gemini->block_order);
-	else
-		account(gemini, page, 1);
-	return ret;
+		return ret;
+	}
+	account(gemini, page, 1);
+	/* Or did somebody begin to isolate it while it was on its way here? */
+	if (gemini_isolation_wants(gemini, block) &&
+	    !gemini_hold_free(gemini, block))
+		return -EBUSY;
+	return 0;
 }
 
 /**
@@ -67,10 +68,16 @@ static int keep(struct gemini *gemini, struct page *page)
  */
 int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
 {
-	gfp_t gfp = HOLD_GFP | (nid == NUMA_NO_NODE ? 0 : __GFP_THISNODE);
-	struct page *page = alloc_pages_node(nid, gfp, gemini->block_order);
+	gfp_t gfp = HOLD_GFP;
 	unsigned long pfn;
+	struct page *page;
 
+	if (nid != NUMA_NO_NODE)
+		gfp |= __GFP_THISNODE;
+	/* ZONE_MOVABLE stays free of what cannot be moved, or make way. */
+	if (!gemini_isolation_active(gemini))
+		gfp &= ~__GFP_HIGHMEM;
+	page = alloc_pages_node(nid, gfp, gemini->block_order);
 	if (!page)
 		return -ENOMEM;
 	pfn = page_to_pfn(page);
@@ -119,8 +126,9 @@ int gemini_hold_exact(struct gemini *gemini, u64 block)
 		return -EINVAL;
 	}
 	page = pfn_to_online_page(pfn);
-	if (!page || zone_idx(page_zone(page)) == ZONE_MOVABLE ||
-	    !gemini_pageblock_movable(pfn))
+	if (!page || !gemini_pageblock_movable(pfn) ||
+	    (zone_idx(page_zone(page)) == ZONE_MOVABLE &&
+	     !gemini_isolation_active(gemini)))
 		return -EINVAL;
 	mutex_lock(&gemini->exact_lock);
 	WRITE_ONCE(gemini->exact_task, current);
@@ -201,6 +209,21 @@ int gemini_hold_free(struct gemini *gemini, u64 block)
 }
 
 /**
+ * gemini_hold_idle() - what was done with busy blocks is done
+ * @gemini: the device
+ * @first: the first block
+ * @count: number of blocks, all of them made busy by the caller
+ * @zero: every byte of them reads as zero now
+ *
+ * Does not sleep.
+ */
+void gemini_hold_idle(struct gemini *gemini, u64 first, u64 count, bool zero)
+{
+	gemini_map_idle(&gemini->map, first, count, zero);
+	gemini_isolation_idle(gemini, first, count);
+}
+
+/**
  * gemini_hold_free_range() - give blocks back that are not busy
  * @gemini: the device
  * @first: the first block
@@ -266,7 +289,7 @@ static u64 free_for_others(struct gemini *gemini, u64 most)
 
 	gemini_booking_pause(gemini);
 	atomic64_add(freed, &gemini->returned_pressure);
-	return freed;
+	return freed + gemini_bucket_pressure(gemini);
 }
 
 /**
@@ -285,7 +308,8 @@ static unsigned long count_pages(struct shrinker *shrinker,
 				 struct shrink_control *sc)
 {
 	struct gemini *gemini = shrinker->private_data;
-	u64 idle = READ_ONCE(gemini->map.held) - READ_ONCE(gemini->map.busy);
+	u64 idle = READ_ONCE(gemini->map.held) - READ_ONCE(gemini->map.busy) +
+		   gemini_bucket_parked(gemini);
 
 	return idle << gemini->block_order ?: SHRINK_EMPTY;
 }

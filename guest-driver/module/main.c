@@ -181,6 +181,18 @@ static void free_device(struct gemini *gemini)
 	kfree(gemini);
 }
 
+/* What cannot be hooked is not done; the rest of the driver works without. */
+static void install_hooks(struct gemini *gemini)
+{
+	if (gemini_isolation_start(gemini))
+		dev_warn(&gemini->vdev->dev,
+			 "nothing will be held, because memory could not be unplugged then: %s\n",
+			 gemini_isolation_state(gemini));
+	else if (gemini_bucket_switch(gemini, true))
+		dev_warn(&gemini->vdev->dev,
+			 "freed huge pages cannot be noticed: no bucket\n");
+}
+
 static int gemini_probe(struct virtio_device *vdev)
 {
 	struct gemini *gemini;
@@ -215,20 +227,30 @@ static int gemini_probe(struct virtio_device *vdev)
 	ret = gemini_census_init(gemini);
 	if (ret)
 		goto err_free;
+	gemini_isolation_init(gemini);
 	ret = gemini_hold_init(gemini);
 	if (ret)
 		goto err_census;
+	ret = gemini_bucket_init(gemini);
+	if (ret)
+		goto err_hold;
+	gemini_timeout_start(gemini);
+	install_hooks(gemini);
 
 	vdev->priv = gemini;
 	mutex_lock(&gemini->lifecycle);
 	ret = start(gemini);
 	mutex_unlock(&gemini->lifecycle);
 	if (ret)
-		goto err_hold;
+		goto err_bucket;
 	gemini_debugfs_add(gemini);
 	gemini_placement_init(gemini);
 	return 0;
 
+err_bucket:
+	gemini_isolation_stop(gemini);
+	gemini_timeout_stop(gemini);
+	gemini_bucket_exit(gemini);
 err_hold:
 	gemini_hold_exit(gemini);
 err_census:
@@ -248,7 +270,10 @@ static void gemini_remove(struct virtio_device *vdev)
 	stop(gemini);
 	mutex_unlock(&gemini->lifecycle);
 	gemini_debugfs_remove(gemini);
+	gemini_timeout_stop(gemini);
+	gemini_bucket_exit(gemini);
 	gemini_hold_exit(gemini);
+	gemini_isolation_stop(gemini);
 	gemini_census_exit(gemini);
 	free_device(gemini);
 }

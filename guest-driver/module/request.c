@@ -153,8 +153,8 @@ static int make_busy(struct gemini_request *request)
 			break;
 	}
 	while (ret && i--)
-		gemini_map_idle(map, le64_to_cpu(range[i].first),
-				le32_to_cpu(range[i].count), false);
+		gemini_hold_idle(request->gemini, le64_to_cpu(range[i].first),
+				 le32_to_cpu(range[i].count), false);
 	return ret;
 }
 
@@ -164,9 +164,8 @@ static void make_idle(struct gemini_request *request, bool zero)
 	u32 i;
 
 	for (i = 0; i < request->nr_ranges; i++)
-		gemini_map_idle(&request->gemini->map,
-				le64_to_cpu(range[i].first),
-				le32_to_cpu(range[i].count), zero);
+		gemini_hold_idle(request->gemini, le64_to_cpu(range[i].first),
+				 le32_to_cpu(range[i].count), zero);
 }
 
 static bool room_for(struct gemini_requests *requests,

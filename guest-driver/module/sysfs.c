@@ -224,6 +224,102 @@ static ssize_t placement_state_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(placement_state);
 
+/* Counters that several CPUs add to. */
+#define ATOMIC_ATTR(_name, _value)					\
+static ssize_t _name##_show(struct device *dev,				\
+			    struct device_attribute *attr, char *buf)	\
+{									\
+	struct gemini *gemini = of_device(dev);				\
+									\
+	return sysfs_emit(buf, "%llu\n", (u64)atomic64_read(&(_value)));	\
+}									\
+static DEVICE_ATTR_RO(_name)
+
+ATOMIC_ATTR(rebooked, gemini->bucket.rebooked);
+ATOMIC_ATTR(bucket_freed, gemini->bucket.freed);
+ATOMIC_ATTR(returned_isolation, gemini->isolation.returned);
+
+static ssize_t bucket_show(struct device *dev, struct device_attribute *attr,
+			   char *buf)
+{
+	return sysfs_emit(buf, "%d\n",
+			  !!READ_ONCE(of_device(dev)->bucket.hooked));
+}
+
+static ssize_t bucket_store(struct device *dev, struct device_attribute *attr,
+			    const char *buf, size_t count)
+{
+	bool on;
+	int ret;
+
+	ret = kstrtobool(buf, &on);
+	return ret ?: gemini_bucket_switch(of_device(dev), on) ?: count;
+}
+static DEVICE_ATTR_RW(bucket);
+
+static ssize_t bucket_hooks_show(struct device *dev,
+				 struct device_attribute *attr, char *buf)
+{
+	return gemini_bucket_hooks(of_device(dev), buf);
+}
+static DEVICE_ATTR_RO(bucket_hooks);
+
+static ssize_t bucket_max_show(struct device *dev,
+			       struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%llu\n",
+			  gemini_bucket_limit(of_device(dev)));
+}
+static DEVICE_ATTR_RO(bucket_max);
+
+static ssize_t isolation_show(struct device *dev,
+			      struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%s\n", gemini_isolation_state(of_device(dev)));
+}
+static DEVICE_ATTR_RO(isolation);
+
+static ssize_t booking_timeout_ms_show(struct device *dev,
+				       struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%u\n",
+			  READ_ONCE(of_device(dev)->timeout.fixed_ms));
+}
+
+static ssize_t booking_timeout_ms_store(struct device *dev,
+					struct device_attribute *attr,
+					const char *buf, size_t count)
+{
+	unsigned int ms;
+	int ret;
+
+	ret = kstrtouint(buf, 0, &ms);
+	return ret ?: gemini_timeout_fix(of_device(dev), ms) ?: count;
+}
+static DEVICE_ATTR_RW(booking_timeout_ms);
+
+static ssize_t timeout_ms_show(struct device *dev,
+			       struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%u\n", gemini_timeout_ms(of_device(dev)));
+}
+static DEVICE_ATTR_RO(timeout_ms);
+
+static ssize_t timeout_source_show(struct device *dev,
+				   struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%s\n", gemini_timeout_source(of_device(dev)));
+}
+static DEVICE_ATTR_RO(timeout_source);
+
+static ssize_t fmfi_show(struct device *dev, struct device_attribute *attr,
+			 char *buf)
+{
+	return sysfs_emit(buf, "%u\n",
+			  gemini_fmfi(of_device(dev), NUMA_NO_NODE));
+}
+static DEVICE_ATTR_RO(fmfi);
+
 static struct attribute *gemini_attrs[] = {
 	&dev_attr_guest_free.attr,
 	&dev_attr_guest_base.attr,
@@ -280,6 +376,17 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_placed.attr,
 	&dev_attr_placement_misses.attr,
 	&dev_attr_placement_declined.attr,
+	&dev_attr_bucket.attr,
+	&dev_attr_bucket_hooks.attr,
+	&dev_attr_bucket_max.attr,
+	&dev_attr_bucket_freed.attr,
+	&dev_attr_rebooked.attr,
+	&dev_attr_isolation.attr,
+	&dev_attr_returned_isolation.attr,
+	&dev_attr_booking_timeout_ms.attr,
+	&dev_attr_timeout_ms.attr,
+	&dev_attr_timeout_source.attr,
+	&dev_attr_fmfi.attr,
 	NULL
 };
 

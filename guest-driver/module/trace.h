@@ -209,6 +209,77 @@ TRACE_EVENT(gemini_placement_miss,
 	TP_printk("virtio%d nid=%d", __entry->device, __entry->nid)
 );
 
+/* A CPU looked for the aligned blocks that it freed. */
+TRACE_EVENT(gemini_rebook,
+	TP_PROTO(struct gemini *gemini, unsigned int parked, unsigned int kept,
+		 unsigned int spare, unsigned int missing, u64 ns),
+	TP_ARGS(gemini, parked, kept, spare, missing, ns),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(unsigned int, parked)
+		__field(unsigned int, kept)
+		__field(unsigned int, spare)
+		__field(unsigned int, missing)
+		__field(u64, ns)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->parked = parked;
+		__entry->kept = kept;
+		__entry->spare = spare;
+		__entry->missing = missing;
+		__entry->ns = ns;
+	),
+	TP_printk("virtio%d parked=%u kept=%u spare=%u missing=%u ns=%llu",
+		  __entry->device, __entry->parked, __entry->kept,
+		  __entry->spare, __entry->missing, __entry->ns)
+);
+
+/* Somebody isolates blocks; those that were held made way. */
+TRACE_EVENT(gemini_isolate,
+	TP_PROTO(struct gemini *gemini, u64 first, u64 blocks, u64 returned),
+	TP_ARGS(gemini, first, blocks, returned),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, first)
+		__field(u64, blocks)
+		__field(u64, returned)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->first = first;
+		__entry->blocks = blocks;
+		__entry->returned = returned;
+	),
+	TP_printk("virtio%d first=%llu blocks=%llu returned=%llu",
+		  __entry->device, __entry->first, __entry->blocks,
+		  __entry->returned)
+);
+
+/* A period of the adaptive booking timeout ended. */
+TRACE_EVENT(gemini_timeout,
+	TP_PROTO(struct gemini *gemini, u64 misses, unsigned int fmfi,
+		 unsigned int before, unsigned int after),
+	TP_ARGS(gemini, misses, fmfi, before, after),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, misses)
+		__field(unsigned int, fmfi)
+		__field(unsigned int, before)
+		__field(unsigned int, after)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->misses = misses;
+		__entry->fmfi = fmfi;
+		__entry->before = before;
+		__entry->after = after;
+	),
+	TP_printk("virtio%d misses=%llu fmfi=%u ms=%u next=%u",
+		  __entry->device, __entry->misses, __entry->fmfi,
+		  __entry->before, __entry->after)
+);
+
 #endif /* _GEMINI_TRACE_H */
 
 #undef TRACE_INCLUDE_PATH
