@@ -234,7 +234,9 @@ impl Guest {
     /// # Errors
     /// If the driver refuses.
     pub fn hints_only(&self) -> anyhow::Result<()> {
-        self.set_driver("booking", 0)?;
+        for setting in ["booking", "bucket", "placement"] {
+            self.set_driver(setting, 0)?;
+        }
         self.driver_command("free all").map(drop)
     }
 
