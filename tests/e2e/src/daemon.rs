@@ -79,6 +79,10 @@ pub struct Status {
     pub host_only: u64,
     /// Bytes copied.
     pub collapse_bytes: u64,
+    /// Blocks made huge by copying.
+    pub collapses: u64,
+    /// Blocks made huge without a copy.
+    pub populated: u64,
     /// Blocks dropped.
     pub released: u64,
     /// Records and requests refused.

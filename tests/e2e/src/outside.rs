@@ -232,6 +232,27 @@ impl GuestMemory {
     }
 }
 
+/// Huge pages that this machine's kernel has made so that base pages could be
+/// collapsed into them because somebody asked for it: all but khugepaged's.
+///
+/// # Errors
+/// If the kernel does not count them.
+pub fn requested_collapses() -> anyhow::Result<u64> {
+    const BY_ITSELF: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/pages_collapsed";
+    let text = fs::read_to_string("/proc/vmstat").context("cannot read /proc/vmstat")?;
+    let all: u64 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("thp_collapse_alloc "))
+        .and_then(|count| count.parse().ok())
+        .context("/proc/vmstat has no thp_collapse_alloc")?;
+    let by_itself = fs::read_to_string(BY_ITSELF)
+        .with_context(|| format!("cannot read {BY_ITSELF}"))?
+        .trim()
+        .parse()
+        .with_context(|| format!("{BY_ITSELF} holds no number"))?;
+    Ok(all.saturating_sub(by_itself))
+}
+
 /// The address range of a line of `/proc/PID/maps`.
 fn parse_range(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split_whitespace().next()?.split_once('-')?;

@@ -30,7 +30,7 @@ const STEP: usize = 512;
 
 /// Free memory at which filling ends, in bytes: what the kernel keeps to
 /// itself, and what two threads may take before they look again.
-const REST: u64 = 16 << 20;
+const REST: u64 = 10 << 20;
 
 /// `vm.min_free_kbytes` while memory is filled.
 const MIN_FREE_KIB: u64 = 2048;
@@ -99,10 +99,10 @@ pub fn start(options: &Fragment) -> anyhow::Result<(Fragmented, Fragments)> {
     result.filled_pages = filled;
     result.filled_seconds = filled_seconds;
     result.seconds = started.elapsed().as_secs_f64();
-    // Whole blocks are left by chance, and pages that the kernel holds back in
-    // the lists of its CPUs are in no figure.
+    // What was never taken may be whole blocks, and in a small guest that is a
+    // part of the free memory that shows.
     ensure!(
-        result.after.fmfi >= options.fmfi - 0.05,
+        result.after.fmfi >= options.fmfi - 0.1,
         "the index is {:.3} and not {:.3}: {result:?}",
         result.after.fmfi,
         options.fmfi

@@ -1,7 +1,10 @@
 //! Measured scenarios that need a real guest.
 
 pub mod driver_cycle;
+pub mod first_touch;
+pub mod fragmented;
 pub mod restart;
+pub mod reuse;
 
 use std::path::{Path, PathBuf};
 
@@ -37,6 +40,10 @@ enum Name {
     Restart,
     /// The driver is loaded and unloaded under memory load
     DriverCycle,
+    /// A program touches huge pages in a fragmented guest
+    FirstTouch,
+    /// Aligned blocks of a program that ended serve the next one
+    Reuse,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -49,6 +56,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     let mut scenario = match args.scenario {
         Name::Restart => restart::measure(&bench, args.seed, args.quick)?,
         Name::DriverCycle => driver_cycle::measure(&bench, args.seed, args.quick)?,
+        Name::FirstTouch => first_touch::measure(&bench, args.seed, args.quick)?,
+        Name::Reuse => reuse::measure(&bench, args.seed, args.quick)?,
     };
     scenario.arg("seed", args.seed);
     scenario.arg("quick", args.quick);
