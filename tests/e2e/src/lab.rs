@@ -1,8 +1,10 @@
 //! A daemon and a guest together, ready for a test.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use anyhow::Context;
 
 use crate::accel::{Accel, AccelChoice};
 use crate::assets::Assets;
@@ -26,7 +28,7 @@ pub struct Bench {
     /// What [`SHMEM_ENABLED`] was, and will be again.
     pub shmem_before: String,
     /// Shared, so that the settings are put back with the last user.
-    _settings: Arc<Settings>,
+    _settings: Option<Arc<Settings>>,
 }
 
 impl Bench {
@@ -50,7 +52,20 @@ impl Bench {
         let settings = Settings::hold()?;
         let shmem_before = settings.set(SHMEM_ENABLED, "never")?;
         let accel = accel.resolve(&assets)?;
-        Ok(Bench { assets, accel, shmem_before, _settings: Arc::new(settings) })
+        Ok(Bench { assets, accel, shmem_before, _settings: Some(Arc::new(settings)) })
+    }
+
+    /// The same for what does not depend on this machine's settings: they stay
+    /// as they are, others may change them meanwhile, and nobody waits.
+    ///
+    /// # Errors
+    /// If something is missing, or KVM was asked for and does not work.
+    pub fn with_any_settings(accel: AccelChoice) -> anyhow::Result<Self> {
+        let assets = Assets::from_env()?;
+        let shmem_before = std::fs::read_to_string(SHMEM_ENABLED)
+            .with_context(|| format!("cannot read {SHMEM_ENABLED}"))?;
+        let accel = accel.resolve(&assets)?;
+        Ok(Bench { assets, accel, shmem_before, _settings: None })
     }
 }
 
@@ -77,6 +92,12 @@ impl Place {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("gemini.sock")
+    }
+
+    /// For files that are needed as long as the daemon.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// Starts a daemon here.

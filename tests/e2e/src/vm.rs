@@ -27,6 +27,9 @@ pub struct VmConfig {
     pub accel: Accel,
     /// Bytes of guest memory.
     pub memory: u64,
+    /// NUMA nodes that memory and CPUs are divided among evenly; not more than
+    /// CPUs.
+    pub nodes: u32,
     /// Virtual CPUs.
     pub cpus: u32,
     /// Socket of the daemon; none for a guest without the device.
@@ -51,6 +54,7 @@ impl VmConfig {
             name: name.to_owned(),
             accel,
             memory: 1 << 30,
+            nodes: 1,
             cpus: 2,
             device: None,
             driver: false,
@@ -78,8 +82,22 @@ impl VmConfig {
         add(self.accel.arguments());
         add(&["-smp", &self.cpus.to_string()]);
         add(&["-m", &format!("{}M", self.memory >> 20)]);
-        let memory = format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory >> 20);
-        add(&["-object", &memory, "-machine", "q35,memory-backend=mem"]);
+        let backend = |id: &str, bytes: u64| {
+            format!("memory-backend-memfd,id={id},size={}M,share=on", bytes >> 20)
+        };
+        if self.nodes > 1 {
+            add(&["-machine", "q35"]);
+            for node in 0..self.nodes {
+                let id = format!("mem{node}");
+                add(&["-object", &backend(&id, self.memory / u64::from(self.nodes))]);
+                let first = node * self.cpus / self.nodes;
+                let last = ((node + 1) * self.cpus / self.nodes).saturating_sub(1);
+                add(&["-numa", &format!("node,nodeid={node},memdev={id},cpus={first}-{last}")]);
+            }
+        } else {
+            add(&["-object", &backend("mem", self.memory)]);
+            add(&["-machine", "q35,memory-backend=mem"]);
+        }
         add(&["-kernel", &assets.guest.kernel.to_string_lossy()]);
         add(&["-initrd", &assets.guest.initrd.to_string_lossy()]);
         add(&["-append", &self.command_line()]);

@@ -19,5 +19,6 @@ pub mod protocol;
 pub mod scatter;
 pub mod settings;
 pub mod storm;
+pub mod stress;
 pub mod worker;
 pub mod workload;

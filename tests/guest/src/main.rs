@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let argument = std::env::args().nth(1);
-    let result = match argument.as_deref() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.first().map(String::as_str) {
         Some("agent") => gemini_guest::agent::run(),
         Some("work") => gemini_guest::worker::serve(),
+        Some(word) if word.starts_with("stress") => gemini_guest::stress::run(&arguments),
         Some(other) if std::process::id() != 1 => {
-            Err(anyhow::anyhow!("unknown argument {other}: only `agent` and `work` are known"))
+            Err(anyhow::anyhow!("unknown argument {other}: `agent`, `work` and `stress` are known"))
         }
         // The kernel hands words of its command line that it does not know to
         // process 1: they mean nothing here.

@@ -5,8 +5,10 @@ pub mod first_touch;
 pub mod fragmented;
 pub mod restart;
 pub mod reuse;
+pub mod stress;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -31,6 +33,9 @@ pub struct BenchArgs {
     /// Fewer rounds: shows that it works, measures less
     #[arg(long)]
     quick: bool,
+    /// How long `stress` works [default: 30, or 2 with --quick]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    minutes: Option<u64>,
 }
 
 /// The scenarios of this program.
@@ -44,6 +49,8 @@ enum Name {
     FirstTouch,
     /// Aligned blocks of a program that ended serve the next one
     Reuse,
+    /// Everything that takes, moves or drops pages, at the same time
+    Stress,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -52,12 +59,19 @@ enum Name {
 /// # Errors
 /// If a part does not come up, or a figure cannot be measured.
 pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
-    let bench = Bench::new(AccelChoice::from_env()?)?;
+    let accel = AccelChoice::from_env()?;
+    let bench = match args.scenario {
+        // No figure of it depends on them, and it takes long.
+        Name::Stress => Bench::with_any_settings(accel)?,
+        _ => Bench::new(accel)?,
+    };
+    let minutes = args.minutes.unwrap_or(if args.quick { 2 } else { 30 });
     let mut scenario = match args.scenario {
         Name::Restart => restart::measure(&bench, args.seed, args.quick)?,
         Name::DriverCycle => driver_cycle::measure(&bench, args.seed, args.quick)?,
         Name::FirstTouch => first_touch::measure(&bench, args.seed, args.quick)?,
         Name::Reuse => reuse::measure(&bench, args.seed, args.quick)?,
+        Name::Stress => stress::measure(&bench, args.seed, Duration::from_secs(60 * minutes))?,
     };
     scenario.arg("seed", args.seed);
     scenario.arg("quick", args.quick);
