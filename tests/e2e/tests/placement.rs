@@ -7,10 +7,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{ensure, Context};
-use gemini_e2e::lab::{Bench, Lab};
+use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
 use gemini_e2e::outside::HostState;
 use gemini_e2e::process;
-use gemini_guest::protocol::{BlockState, PageSize};
+use gemini_guest::protocol::{BlockState, Break, PageSize};
 
 const MIB: u64 = 1 << 20;
 
@@ -29,6 +29,7 @@ fn start(bench: &Bench, name: &str) -> anyhow::Result<Lab> {
     let lab = Lab::start(bench, name, "gemini", |_| {})?;
     // These tests choose what is ready.
     set(&lab, &format!("{SETTINGS}/booking"), "0")?;
+    set(&lab, &format!("{SETTINGS}/bucket"), "0")?;
     lab.vm.guest.driver_command("free all")?;
     wait_state(&lab, "on")?;
     Ok(lab)
@@ -140,6 +141,149 @@ fn faults_and_collapses_take_ready_blocks() -> anyhow::Result<()> {
     for name in ["anonymous", "shared", "collapsed", "scanned", "missed"] {
         lab.vm.guest.free(name)?;
     }
+    let complaints = lab.vm.guest.complaints(log)?;
+    ensure!(complaints.is_empty(), "{complaints:?}");
+    lab.daemon.stop()
+}
+
+#[test]
+fn new_memory_is_zero_and_others_get_no_ready_block() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let lab = start(&bench, "placement-others")?;
+    let log = lab.vm.guest.log_position()?;
+
+    // The blocks had other contents before.
+    let before = counters(&lab)?;
+    ready(&lab)?;
+    lab.vm.guest.expect_zeros(BYTES, PageSize::Huge)?;
+    let after = counters(&lab)?;
+    ensure!(after.0 - before.0 == u64::from(BLOCKS), "{before:?} {after:?}");
+
+    // hugetlb allocates pages of the same order by the same function.
+    ready(&lab)?;
+    let before = counters(&lab)?;
+    set(&lab, "/proc/sys/vm/nr_hugepages", "4")?;
+    let after = counters(&lab)?;
+    ensure!((after.0, after.1) == (before.0, before.1), "{before:?} {after:?}");
+    ensure!(after.2 >= before.2 + 4, "{before:?} {after:?}");
+    ensure!(lab.vm.guest.driver_number("held")? == u64::from(BLOCKS));
+    set(&lab, "/proc/sys/vm/nr_hugepages", "0")?;
+
+    let complaints = lab.vm.guest.complaints(log)?;
+    ensure!(complaints.is_empty(), "{complaints:?}");
+    lab.daemon.stop()
+}
+
+/// What of the kernel's hooked functions calls the driver, as ftrace tells.
+fn hooked(lab: &Lab) -> anyhow::Result<usize> {
+    let text = lab.vm.guest.read_file("/sys/kernel/tracing/enabled_functions")?;
+    Ok(text.matches("gemini_trampoline").count())
+}
+
+#[test]
+fn placement_comes_and_goes() -> anyhow::Result<()> {
+    const FTRACE: &str = "/proc/sys/kernel/ftrace_enabled";
+    let bench = Bench::from_env()?;
+    let mut lab = start(&bench, "placement-switch")?;
+    let log = lab.vm.guest.log_position()?;
+
+    // Off means that nothing is hooked, and that nobody is counted.
+    ensure!(hooked(&lab)? >= 2);
+    set(&lab, &format!("{SETTINGS}/placement"), "0")?;
+    ensure!(state(&lab)? == "off", "{}", state(&lab)?);
+    ensure!(hooked(&lab)? == 0);
+    let before = counters(&lab)?;
+    let blocks = ready(&lab)?;
+    lab.vm.guest.fill("off", BYTES, 1, PageSize::Huge)?;
+    ensure!(counters(&lab)? == before);
+    ensure!(lab.vm.guest.driver_number("held")? == u64::from(BLOCKS));
+    set(&lab, &format!("{SETTINGS}/placement"), "1")?;
+    ensure!(state(&lab)? == "on", "{}", state(&lab)?);
+    lab.vm.guest.fill("on", BYTES, 2, PageSize::Huge)?;
+    expect_in(&lab, "on", &blocks)?;
+
+    // A tracer may look at the same functions.
+    lab.vm.guest.shell(
+        "cd /sys/kernel/tracing && \
+         echo vma_alloc_folio_noprof __folio_alloc_noprof folio_alloc_mpol_noprof \
+         > set_ftrace_filter && echo function > current_tracer",
+    )?;
+    let blocks = ready(&lab)?;
+    lab.vm.guest.fill("traced", BYTES, 3, PageSize::Huge)?;
+    expect_in(&lab, "traced", &blocks)?;
+    let trace = lab.vm.guest.shell(
+        "cd /sys/kernel/tracing && grep -c vma_alloc_folio_noprof trace; \
+         echo nop > current_tracer; echo > set_ftrace_filter",
+    )?;
+    let seen: u32 = trace.trim().parse().with_context(|| trace.clone())?;
+    ensure!(seen >= BLOCKS, "the tracer saw {seen} calls");
+
+    // ftrace as a whole may be off when the driver comes. The driver's callback
+    // on page isolation, which keeps it on otherwise, is then not there either.
+    lab.vm.guest.unload_driver()?;
+    set(&lab, FTRACE, "0")?;
+    lab.vm.guest.load_driver()?;
+    wait_state(&lab, "not on: ftrace calls no hooks")?;
+    set(&lab, FTRACE, "1")?;
+    wait_state(&lab, "on")?;
+
+    // It may go and come back meanwhile.
+    lab.daemon.wait_synced(SYNC_TIMEOUT)?;
+    set(&lab, &format!("{SETTINGS}/bucket"), "0")?;
+    set(&lab, FTRACE, "0")?;
+    wait_state(&lab, "not on: ftrace calls no hooks")?;
+    let before = counters(&lab)?;
+    let blocks = ready(&lab)?;
+    lab.vm.guest.fill("silent", BYTES, 4, PageSize::Huge)?;
+    ensure!(counters(&lab)? == before);
+    set(&lab, FTRACE, "1")?;
+    wait_state(&lab, "on")?;
+    lab.vm.guest.fill("back", BYTES, 5, PageSize::Huge)?;
+    expect_in(&lab, "back", &blocks)?;
+
+    for name in ["off", "on", "traced", "silent", "back"] {
+        lab.vm.guest.verify(name)?;
+    }
+    // That it holds nothing without that callback the driver tells once.
+    let mut complaints = lab.vm.guest.complaints(log)?;
+    complaints.retain(|message| !message.text.contains("nothing will be held"));
+    ensure!(complaints.is_empty(), "{complaints:?}");
+    lab.daemon.stop()
+}
+
+/// The module goes while tasks wait for memory inside of what it hooks.
+#[test]
+fn driver_unloads_while_tasks_compact_memory() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let lab = start(&bench, "placement-unload")?;
+    let log = lab.vm.guest.log_position()?;
+    let stalls = || -> anyhow::Result<u64> {
+        let text = lab.vm.guest.shell("sed -n 's/^compact_stall //p' /proc/vmstat")?;
+        text.trim().parse().with_context(|| text.clone())
+    };
+
+    // Half of nearly all blocks in use: a huge page has to be made by compaction.
+    set(&lab, &format!("{THP}/defrag"), "always")?;
+    let free = lab.vm.guest.memory()?.get("MemAvailable").copied().context("no MemAvailable")?;
+    lab.vm.guest.fill("scattered", free / 10 * 9, 1, PageSize::Base)?;
+    lab.vm.guest.break_pages("scattered", Break::DropHalf, 1)?;
+    let before = stalls()?;
+    for (seed, name) in ["one", "two", "three"].into_iter().enumerate() {
+        lab.vm.guest.start_churn(name, free / 10, seed as u64)?;
+    }
+    for _ in 0..5 {
+        wait_state(&lab, "on")?;
+        std::thread::sleep(Duration::from_secs(1));
+        lab.vm.guest.unload_driver()?;
+        lab.vm.guest.load_driver()?;
+    }
+    for name in ["one", "two", "three"] {
+        let done = lab.vm.guest.stop_churn(name)?;
+        ensure!(done.bad_words == 0, "{done:?}");
+    }
+    let during = stalls()? - before;
+    ensure!(during > 0, "nobody had to wait for a huge page");
+    lab.vm.guest.verify("scattered")?;
     let complaints = lab.vm.guest.complaints(log)?;
     ensure!(complaints.is_empty(), "{complaints:?}");
     lab.daemon.stop()
