@@ -66,8 +66,9 @@ fn stock_of_fresh_memory_costs_its_size_and_no_copy() -> anyhow::Result<()> {
     const STOCKED: u64 = 64;
     let bench = Bench::from_env()?;
     let lab = Lab::start(&bench, "stock-fresh", "gemini", |_| {})?;
-    let log = lab.vm.guest.shell("dmesg")?;
-    ensure!(log.contains("heap alloc:on"), "this kernel does not zero what it hands out: {log}");
+    let log = lab.vm.guest.log_position()?;
+    let boot = lab.vm.guest.shell("dmesg")?;
+    ensure!(boot.contains("heap alloc:on"), "this kernel does not zero what it hands out");
 
     let before = lab.memory.resident_bytes()?;
     set_stock(&lab, STOCKED)?;
@@ -87,7 +88,7 @@ fn stock_of_fresh_memory_costs_its_size_and_no_copy() -> anyhow::Result<()> {
     process::wait_for("the stock is given back", STOCK, || {
         Ok((lab.vm.guest.driver_number("held")? == 0).then_some(()))
     })?;
-    ensure!(lab.vm.guest.complaints(0)?.is_empty());
+    ensure!(lab.vm.guest.complaints(log)?.is_empty());
     lab.daemon.stop()
 }
 
@@ -96,6 +97,7 @@ fn stock_is_made_of_half_empty_blocks_and_nothing_in_them_is_lost() -> anyhow::R
     const STOCKED: u64 = 48;
     let bench = Bench::from_env()?;
     let lab = Lab::start(&bench, "stock-evacuated", "gemini", |_| {})?;
+    let log = lab.vm.guest.log_position()?;
     set_stock(&lab, 0)?;
     // No block is free any more, and half of nearly all of them is in use.
     let free = lab.vm.guest.memory()?["MemFree"];
@@ -109,6 +111,6 @@ fn stock_is_made_of_half_empty_blocks_and_nothing_in_them_is_lost() -> anyhow::R
     let evacuated = lab.vm.guest.driver_number("evacuated_blocks")?;
     ensure!(evacuated > 0, "no block was emptied");
     lab.vm.guest.verify("a")?;
-    ensure!(lab.vm.guest.complaints(0)?.is_empty());
+    ensure!(lab.vm.guest.complaints(log)?.is_empty());
     lab.daemon.stop()
 }
