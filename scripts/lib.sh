@@ -74,11 +74,12 @@ mirror_of() {
 }
 
 # The suites that the scripts take packages from, beside the machine's own:
-# QEMU's data files and Linux 6.12 are not in Debian 12 itself.
+# QEMU's data files and Linux 6.12 are not in Debian 12 itself, and the newest
+# Linux is in no release.
 extra_suites() {
 	case $1 in
 	bookworm) printf '%s\n' 'Debian bookworm-backports' 'Debian-Security bookworm-security' ;;
-	trixie) printf '%s\n' 'Debian-Security trixie-security' ;;
+	trixie) printf '%s\n' 'Debian trixie-backports' 'Debian-Security trixie-security' ;;
 	esac
 }
 
