@@ -80,7 +80,8 @@ impl VmConfig {
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
         add(&["-nodefaults", "-no-user-config", "-display", "none"]);
         add(self.accel.arguments());
-        add(&["-smp", &self.cpus.to_string()]);
+        // A socket is on one node.
+        add(&["-smp", &format!("{},sockets={}", self.cpus, self.nodes)]);
         add(&["-m", &format!("{}M", self.memory >> 20)]);
         let backend = |id: &str, bytes: u64| {
             format!("memory-backend-memfd,id={id},size={}M,share=on", bytes >> 20)

@@ -94,7 +94,7 @@ pub fn measure(bench: &Bench, seed: u64, duration: Duration) -> anyhow::Result<S
     let _ = vm.guest.write_file("/proc/sys/kernel/hung_task_timeout_secs", HUNG_TASK_SECONDS);
     plug(&mut vm, PLUGGABLE)?;
 
-    let mut log = Log::new(&vm.guest)?;
+    let mut log = Log::new()?;
     let command = format!("exec gemini-guest stress {} {seed}", duration.as_secs());
     let pending = vm.guest.start::<Output>(Command::Exec { command })?;
     let mut outside = Outside::default();
@@ -256,13 +256,14 @@ struct Log {
 }
 
 impl Log {
-    fn new(guest: &Guest) -> anyhow::Result<Self> {
+    /// From the boot on.
+    fn new() -> anyhow::Result<Self> {
         let path = log_directory("bench-stress")?.join("kernel.log");
         let file =
             File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Log {
             file,
-            next: guest.log_position()?,
+            next: 0,
             begun: false,
             ended: false,
             last: Vec::new(),

@@ -19,7 +19,7 @@ pub const HOOKED: [&str; 6] = [
     "folio_alloc_mpol_noprof",
     "start_isolate_page_range",
     "__folio_unqueue_deferred_split",
-    "free_unref_folios",
+    "zap_huge_pmd",
 ];
 
 const TRACING: &str = "/sys/kernel/tracing";
