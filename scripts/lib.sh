@@ -166,13 +166,14 @@ cargo_build() {
 }
 
 # Builds everything that a real guest needs and tells the programs of tests/e2e
-# where it is (see tests/e2e/src/assets.rs).  LAB_KERNEL is what the guest runs,
-# as scripts/build-guest --kernel names it.
+# where it is (see tests/e2e/src/assets.rs).  LAB_KERNEL and LAB_VERSION are what
+# the guest runs, as scripts/build-guest --kernel and --version name it.
 prepare_lab() {
 	step "building QEMU (kept in the cache)"
 	GEMINI_QEMU=$("$GEMINI_ROOT/scripts/build-qemu" | tail -n 1)
 	step "building the guest (kept in the cache)"
-	GEMINI_GUEST=$("$GEMINI_ROOT/scripts/build-guest" --kernel "${LAB_KERNEL:-cloud}" | tail -n 1)
+	GEMINI_GUEST=$("$GEMINI_ROOT/scripts/build-guest" --kernel "${LAB_KERNEL:-cloud}" \
+		--version "${LAB_VERSION:-6.12}" | tail -n 1)
 	step "building the daemon"
 	cargo_build vhost-device-gemini gemini-e2e
 	GEMINI_DAEMON=$(target_dir)/release/vhost-device-gemini
