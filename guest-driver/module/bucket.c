@@ -579,7 +579,10 @@ int gemini_bucket_switch(struct gemini *gemini, bool on)
 	int ret = 0;
 
 	mutex_lock(&bucket->lock);
-	if (on && !bucket->hooked)
+	/* Without it nothing may be held; ftrace may have been off before. */
+	if (on)
+		ret = gemini_isolation_start(gemini);
+	if (on && !ret && !bucket->hooked)
 		ret = switch_on(gemini);
 	else if (!on && bucket->hooked)
 		switch_off(gemini);

@@ -1,0 +1,268 @@
+//! What the driver does with blocks that processes free, and how it lets go of
+//! those that it holds.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{ensure, Context};
+use gemini_e2e::guest::Guest;
+use gemini_e2e::lab::{Bench, Lab};
+use gemini_e2e::process;
+use gemini_guest::protocol::{Fragment, PageSize};
+
+const MIB: u64 = 1 << 20;
+const BLOCK: u64 = 2 * MIB;
+const SETTLE: Duration = Duration::from_secs(60);
+const FOLLOW: Duration = Duration::from_secs(30);
+const SYSFS: &str = "/sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini";
+
+/// Blocks in this guest state that the host backs with a huge page, as the
+/// driver's map has it.
+fn host_huge_blocks(guest: &Guest, state: &str) -> anyhow::Result<BTreeSet<u64>> {
+    Ok(guest
+        .driver_blocks()?
+        .into_iter()
+        .filter(|run| run.guest == state && run.host == "huge")
+        .flat_map(|run| run.first..run.first + run.count)
+        .collect())
+}
+
+fn text_of(guest: &Guest, name: &str) -> anyhow::Result<String> {
+    Ok(guest.shell(&format!("cat {SYSFS}/{name}"))?.trim().to_owned())
+}
+
+fn wait_number(
+    guest: &Guest,
+    name: &str,
+    wanted: impl Fn(u64) -> bool,
+    timeout: Duration,
+) -> anyhow::Result<u64> {
+    let mut last = 0;
+    process::wait_for(&format!("the driver's {name}"), timeout, || {
+        last = guest.driver_number(name)?;
+        Ok(wanted(last).then_some(last))
+    })
+    .with_context(|| format!("{name} is {last}"))
+}
+
+fn expect_calm(guest: &Guest, log: u64) -> anyhow::Result<()> {
+    let complaints = guest.complaints(log)?;
+    ensure!(complaints.is_empty(), "{complaints:?}");
+    Ok(())
+}
+
+/// An aligned program of 256 MiB frees its memory, small allocations follow at
+/// once, then a second such program: the blocks are whole until it comes, and
+/// then they are its own.
+#[test]
+fn freed_aligned_blocks_survive_small_allocations_and_are_reused() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "bucket-reuse", "gemini", |_| {})?;
+    let log = lab.vm.guest.log_position()?;
+    ensure!(!text_of(&lab.vm.guest, "bucket_hooks")?.contains("off"));
+    lab.vm.guest.fill("first", 256 * MIB, 1, PageSize::Huge)?;
+    lab.wait_settled(SETTLE)?;
+    let guest = &lab.vm.guest;
+    let aligned = host_huge_blocks(guest, "huge")?;
+    ensure!(aligned.len() >= 120, "{} aligned blocks to begin with", aligned.len());
+
+    let free = guest.memory()?.get("MemFree").copied().unwrap_or(0) + 256 * MIB;
+    guest.free("first")?;
+    guest.fill("storm", free / 2, 2, PageSize::Base)?;
+    let rebooked = guest.driver_number("rebooked")?;
+    let freed = guest.driver_number("bucket_freed")?;
+    let kept = host_huge_blocks(guest, "booked")?.intersection(&aligned).count();
+    println!("{} aligned, {freed} seen freed, {rebooked} held again", aligned.len());
+    ensure!(
+        kept * 100 >= aligned.len() * 95,
+        "{kept} of {} aligned blocks are held after the storm",
+        aligned.len()
+    );
+
+    guest.fill("second", 256 * MIB, 3, PageSize::Huge)?;
+    guest.driver_command("census")?;
+    let again = host_huge_blocks(guest, "huge")?.intersection(&aligned).count();
+    ensure!(
+        again * 100 >= aligned.len() * 95,
+        "{again} of {} aligned blocks are aligned again",
+        aligned.len()
+    );
+    for name in ["storm", "second"] {
+        guest.verify(name)?;
+    }
+    expect_calm(guest, log)?;
+    lab.daemon.stop()
+}
+
+/// What nobody comes for goes back when the timeout says so, not before.
+#[test]
+fn timeout_gives_blocks_back_and_adapts() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "bucket-timeout", "gemini", |_| {})?;
+    let log = lab.vm.guest.log_position()?;
+    lab.vm.guest.fill("first", 128 * MIB, 1, PageSize::Huge)?;
+    lab.wait_settled(SETTLE)?;
+    let guest = &lab.vm.guest;
+    // No huge page is asked for from here on: the stock goes to its floor.
+    guest.set_driver("stock_floor", 0)?;
+    ensure!(guest.driver_number("timeout_ms")? == 60_000);
+    // An emulated guest has no counters of its own.
+    ensure!(text_of(guest, "timeout_source")? == "misaligned");
+    guest.free("first")?;
+    wait_number(guest, "rebooked", |count| count >= 60, FOLLOW)?;
+    let held = guest.driver_number("held")?;
+    // After a period with the timeout as it is, a longer one is tried.
+    wait_number(guest, "timeout_ms", |ms| ms == 66_000, FOLLOW)?;
+    let later = guest.driver_number("held")?;
+    ensure!(later * 10 >= held * 9, "{held} blocks held, {later} well before the timeout");
+
+    for refused in [999_u64, 600_001] {
+        ensure!(guest.set_driver("booking_timeout_ms", refused).is_err(), "{refused} is taken");
+    }
+    let expired = guest.driver_number("expired")?;
+    guest.set_driver("booking_timeout_ms", 1000)?;
+    ensure!(guest.driver_number("timeout_ms")? == 1000);
+    ensure!(text_of(guest, "timeout_source")? == "fixed");
+    wait_number(guest, "held", |held| held <= 4, FOLLOW)?;
+    let expired = guest.driver_number("expired")? - expired;
+    ensure!(expired + 4 >= later, "{expired} of {later} blocks expired");
+
+    guest.set_driver("booking_timeout_ms", 0)?;
+    ensure!(guest.driver_number("timeout_ms")? == 60_000, "adapting does not start anew");
+    expect_calm(guest, log)?;
+    lab.daemon.stop()
+}
+
+/// Per mille, as the driver's fmfi.c defines it, of `/proc/buddyinfo` and `held`
+/// idle blocks.
+fn fmfi_of(buddyinfo: &str, held: u64) -> u64 {
+    let (mut free, mut usable) = (held * 512, held * 512);
+    for line in buddyinfo.lines() {
+        let counts = line.split_once("zone").map_or("", |(_, rest)| rest);
+        for (order, count) in counts.split_whitespace().skip(1).enumerate() {
+            let pages = count.parse::<u64>().unwrap_or(0) << order;
+            free += pages;
+            usable += if order >= 9 { pages } else { 0 };
+        }
+    }
+    ((free - usable) * 1000).checked_div(free).unwrap_or(1000)
+}
+
+#[test]
+fn fragmentation_is_what_the_allocators_lists_say() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let lab = Lab::start(&bench, "bucket-fmfi", "none", |_| {})?;
+    let guest = &lab.vm.guest;
+    guest.hints_only()?;
+    let compare = |what: &str| -> anyhow::Result<u64> {
+        // One command, so that little changes in between.
+        let text = guest
+            .shell(&format!("cd {SYSFS}; cat held; cat fmfi; cat /proc/buddyinfo; cat fmfi"))?;
+        let mut lines = text.splitn(3, '\n');
+        let held: u64 = lines.next().unwrap_or_default().trim().parse()?;
+        let before: u64 = lines.next().unwrap_or_default().trim().parse()?;
+        let (buddyinfo, after) =
+            lines.next().unwrap_or_default().trim_end().rsplit_once('\n').context("no lines")?;
+        let after: u64 = after.trim().parse()?;
+        let here = fmfi_of(buddyinfo, held);
+        println!("{what}: {before}, {here} from buddyinfo with {held} held, {after}");
+        ensure!(
+            here + 5 >= before.min(after) && here <= before.max(after) + 5,
+            "{what}: the driver says {before} and {after}, /proc/buddyinfo {here}"
+        );
+        Ok(here)
+    };
+    let whole = compare("fresh")?;
+    guest.fragment("holes", Fragment { fmfi: 0.5, ..Fragment::new(1, 400 * MIB) })?;
+    let full = compare("fragmented")?;
+    ensure!(full >= 450, "fragmented to an index of {full}");
+    guest.driver_command("book any 40")?;
+    let held = compare("with blocks held")?;
+    ensure!(held.abs_diff(full) <= 20, "holding blocks looks like another state: {full}, {held}");
+    guest.driver_command("free all")?;
+    guest.end("holes")?;
+    ensure!(whole < 500, "a fresh guest with an index of {whole}");
+    lab.daemon.stop()
+}
+
+/// Memory whose blocks are held goes offline; not while the host may still drop
+/// one of them, but as soon as it answered.
+#[test]
+fn held_blocks_make_way_for_offlining() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "bucket-offline", "none", |config| {
+        config.kernel_arguments = vec!["movablecore=512M".into()];
+    })?;
+    let guest = &lab.vm.guest;
+    guest.hints_only()?;
+    ensure!(text_of(guest, "isolation")? == "on");
+    // One that can go offline at all: the kernel's own memory may be anywhere.
+    let section: u64 = guest
+        .shell(
+            "cd /sys/devices/system/memory && for m in memory*; do \
+             grep -q '^Movable' $m/valid_zones && echo offline 2>/dev/null > $m/state && \
+             echo online_movable > $m/state && echo ${m#memory} && break; done",
+        )?
+        .trim()
+        .parse()
+        .context("no memory can go offline")?;
+    // The kernel tells of those that cannot.
+    let log = guest.log_position()?;
+    let size = guest.read_file("/sys/devices/system/memory/block_size_bytes")?;
+    let per_section = u64::from_str_radix(size.trim(), 16)? / BLOCK;
+    let range = section * per_section..(section + 1) * per_section;
+    // For as long as it is remembered that somebody wanted it offline.
+    std::thread::sleep(Duration::from_secs(1));
+    guest.driver_command("book any 220")?;
+    let booked = || -> anyhow::Result<Vec<u64>> {
+        Ok(guest
+            .driver_blocks()?
+            .into_iter()
+            .filter(|run| run.guest == "booked")
+            .flat_map(|run| run.first..run.first + run.count)
+            .collect())
+    };
+    let held = booked()?;
+    let inside: Vec<u64> = held.iter().copied().filter(|block| range.contains(block)).collect();
+    ensure!(inside.len() >= 20, "{} blocks held in memory{section}", inside.len());
+    let state = format!("/sys/devices/system/memory/memory{section}/state");
+
+    // The host may drop this one at any time, until it answers.
+    lab.daemon.process.signal(libc::SIGSTOP)?;
+    guest.driver_command(&format!("release {} 1 nowait", inside[0]))?;
+    guest.shell(&format!(
+        "(echo offline > {state}; echo $? > /offlined) < /dev/null > /dev/null 2>&1 &"
+    ))?;
+    wait_number(guest, "returned_isolation", |count| count + 1 >= inside.len() as u64, FOLLOW)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let under_way = guest.read_file(&state)?;
+    let left: Vec<u64> = booked()?.into_iter().filter(|block| range.contains(block)).collect();
+    lab.daemon.process.signal(libc::SIGCONT)?;
+    ensure!(left == inside[..1], "{left:?} are held with one release under way");
+    ensure!(under_way.trim() == "going-offline", "memory{section} is {under_way}");
+
+    process::wait_for("memory goes offline", FOLLOW, || {
+        Ok((guest.read_file(&state)?.trim() == "offline").then_some(()))
+    })?;
+    process::wait_for("the one who asked for it knows", FOLLOW, || {
+        Ok((guest.read_file("/offlined")?.trim() == "0").then_some(()))
+    })?;
+    let returned = guest.driver_number("returned_isolation")?;
+    ensure!(returned == inside.len() as u64, "{returned} of {} returned", inside.len());
+    let left = guest.driver_number("held")?;
+    ensure!(left + returned == held.len() as u64, "{left} left, {returned} returned");
+
+    // And once more, with nothing under way.
+    guest.write_file(&state, "online_movable")?;
+    std::thread::sleep(Duration::from_secs(1));
+    guest.driver_command("book any 50")?;
+    let inside = booked()?.into_iter().filter(|block| range.contains(block)).count();
+    ensure!(inside >= 20, "{inside} blocks held in memory{section} again");
+    guest.write_file(&state, "offline").context("held blocks did not make way")?;
+    let again = guest.driver_number("returned_isolation")? - returned;
+    ensure!(again == inside as u64, "{again} of {inside} returned");
+    guest.write_file(&state, "online_movable")?;
+    guest.driver_command("free all")?;
+    expect_calm(guest, log)?;
+    lab.daemon.stop()
+}
