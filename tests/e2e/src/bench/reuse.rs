@@ -2,7 +2,7 @@
 //! program: how many of the aligned blocks serve it again.
 
 use anyhow::ensure;
-use gemini_guest::protocol::{Program, Storm, Stormed};
+use gemini_guest::protocol::{BlockState, Program, Storm, Stormed};
 use gemini_harness::figures::{Bar, Scenario};
 
 use super::fragmented::{Ground, Plan};
@@ -31,9 +31,24 @@ struct Run {
     reused_share: f64,
     second_aligned_share: f64,
     stormed: Stormed,
-    rebooked: u64,
+    /// Formerly aligned blocks that small allocations have a page in.
+    broken: u64,
+    /// Counters of the driver, and by how much they grew after the first program
+    /// had ended.
+    counters: Vec<(&'static str, u64)>,
     complaints: usize,
 }
+
+/// What explains the figures.
+const COUNTERS: [&str; 7] = [
+    "rebooked",
+    "expired",
+    "returned_pressure",
+    "returned_isolation",
+    "placed",
+    "placement_misses",
+    "placement_declined",
+];
 
 /// Measures with the huge bucket and without it, in a guest whose free memory is
 /// fragmented, and in one whose is not: there, what was freed last is what small
@@ -75,7 +90,10 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
         figure("second_aligned_share", run.second_aligned_share, Bar::None);
         figure("storm_bytes", run.stormed.bytes() as f64, Bar::None);
         figure("storm_seconds", run.stormed.seconds, Bar::None);
-        figure("rebooked", run.rebooked as f64, Bar::None);
+        figure("broken_blocks", run.broken as f64, Bar::None);
+        for (name, value) in run.counters {
+            figure(name, value as f64, Bar::None);
+        }
         figure("guest_complaints", run.complaints as f64, Bar::AtMost(0.0));
     }
     Ok(scenario)
@@ -100,11 +118,28 @@ fn run(bench: &Bench, plan: &Plan, bytes: u64, bucket: bool) -> anyhow::Result<R
 
     let free = guest.memory()?["MemFree"] + bytes;
     let storm = Storm { bytes: free * STORM_PERCENT / 100, seed: plan.seed };
+    let before = counters(&ground)?;
     guest.end("first")?;
     let stormed = guest.storm("storm", storm)?;
     let second = ground.touch("second", program)?;
     let again = first.aligned.intersection(&second.aligned).count();
-    let rebooked = ground.lab.vm.guest.driver_number("rebooked")?;
+    let lost: Vec<_> = first.aligned.difference(&second.aligned).collect();
+    if !lost.is_empty() {
+        eprintln!("aligned before and not now: blocks {lost:?}");
+    }
+    let counters = std::iter::zip(counters(&ground)?, before)
+        .map(|((name, now), (_, before))| (name, now - before))
+        .collect();
+    let broken = ground
+        .lab
+        .vm
+        .guest
+        .blocks()?
+        .runs
+        .iter()
+        .filter(|run| run.state == BlockState::Base)
+        .map(|run| first.aligned.range(run.first..run.first + run.count).count() as u64)
+        .sum();
     let complaints = ground.check(&["second"])?;
     Ok(Run {
         fmfi,
@@ -112,7 +147,13 @@ fn run(bench: &Bench, plan: &Plan, bytes: u64, bucket: bool) -> anyhow::Result<R
         reused_share: again as f64 / first.aligned.len() as f64,
         second_aligned_share: second.aligned_share(),
         stormed,
-        rebooked,
+        broken,
+        counters,
         complaints,
     })
+}
+
+fn counters(ground: &Ground) -> anyhow::Result<Vec<(&'static str, u64)>> {
+    let read = |name| Ok((name, ground.lab.vm.guest.driver_number(name)?));
+    COUNTERS.into_iter().map(read).collect()
 }
