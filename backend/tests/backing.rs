@@ -187,6 +187,27 @@ fn populate_of_many_tells_of_each_how_it_became_huge() {
 }
 
 #[test]
+fn demote_leaves_base_pages_with_the_same_contents() {
+    let test = "demote_leaves_base_pages_with_the_same_contents";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(4 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(1, 0, 512);
+    vmm.fill(2, 0, 512);
+    let memory = memory(&file);
+    assert_eq!(collapse(&memory, 1, 2), [Ok(Collapsed::Copied { bytes: BLOCK }); 2]);
+    memory.demote(1).unwrap();
+    assert_eq!(state(&memory, 1), HostState::Base);
+    assert_eq!(state(&memory, 2), HostState::Huge);
+    assert_eq!(vmm.huge_blocks(), 1);
+    assert!(vmm.is_filled(1, 0, 512) && vmm.is_filled(2, 0, 512));
+    // What is no huge page stays as it is.
+    memory.demote(0).unwrap();
+    assert_eq!(state(&memory, 0), HostState::Absent);
+    assert!(memory.demote(9).is_err());
+}
+
+#[test]
 fn populate_works_where_faults_give_huge_pages_too() {
     if !host::is_root("populate_works_where_faults_give_huge_pages_too") {
         return;

@@ -113,6 +113,10 @@ impl Backing for Hugetlb {
         results.extend(blocks.map(|block| (block, self.populate_one(block))));
     }
 
+    fn demote(&self, _block: u64) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
     fn discard(&self, _blocks: Range<u64>) -> io::Result<()> {
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }

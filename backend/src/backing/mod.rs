@@ -242,6 +242,7 @@ trait Backing: Send + Sync {
     fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
     fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
     fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
+    fn demote(&self, block: u64) -> io::Result<()>;
     fn discard(&self, blocks: Range<u64>) -> io::Result<()>;
 }
 
@@ -418,6 +419,18 @@ impl Memory {
         for (region, blocks) in self.pieces(first, count) {
             region.populate(blocks, results);
         }
+    }
+
+    /// Has a transparent huge page split into base pages; keeps its contents. It may stay whole
+    /// without an error, where somebody else maps it too.
+    ///
+    /// # Errors
+    /// If that cannot be done with this memory, or not at this VMM.
+    pub fn demote(&self, block: u64) -> Result<(), Error> {
+        let Some((region, blocks)) = self.pieces(block, 1).next() else {
+            return Err(Error::NotManaged { first: block, count: 1 });
+        };
+        region.demote(block).map_err(system_error("demote", &blocks))
     }
 
     /// Drops the contents of `count` blocks from `first` on: afterwards they read as zeros.

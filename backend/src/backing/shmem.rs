@@ -453,6 +453,14 @@ impl Backing for Shmem {
         }
     }
 
+    fn demote(&self, block: u64) -> io::Result<()> {
+        // Through our own mapping it would be shared, and the kernel splits nothing.
+        match (self.route, self.home.at_vmm(&(block..block + 1))) {
+            (Route::Vmm, Some((vmm, range))) => vmm.split(range.start),
+            _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        }
+    }
+
     fn discard(&self, blocks: Range<u64>) -> io::Result<()> {
         if !self.may_discard() {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));

@@ -231,22 +231,29 @@ pub fn pidfd_alive(pidfd: BorrowedFd<'_>) -> bool {
 /// Collapses a range of another process's memory. An empty range collapses nothing and tells
 /// whether the caller would be allowed to.
 pub fn process_collapse(pidfd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    process_advise(pidfd, range, libc::MADV_COLLAPSE)
+}
+
+/// Calls a range of another process's memory cold: a huge page of which that is only a part is
+/// split.
+pub fn process_cold(pidfd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    process_advise(pidfd, range, libc::MADV_COLD)
+}
+
+fn process_advise(
+    pidfd: BorrowedFd<'_>,
+    range: &Range<u64>,
+    advice: libc::c_int,
+) -> io::Result<()> {
     let iovec = libc::iovec {
         // An address of the other process; no pointer for us.
         iov_base: ptr::without_provenance_mut(length(range.start)?),
         iov_len: length(range.end.saturating_sub(range.start))?,
     };
     // SAFETY: `iovec` is valid for the call; what it points to belongs to the other process, and
-    // collapsing changes how that memory is backed, not what it holds.
+    // both pieces of advice change how that memory is backed, not what it holds.
     let advised = check(unsafe {
-        libc::syscall(
-            libc::SYS_process_madvise,
-            pidfd.as_raw_fd(),
-            &raw const iovec,
-            1,
-            libc::MADV_COLLAPSE,
-            0,
-        )
+        libc::syscall(libc::SYS_process_madvise, pidfd.as_raw_fd(), &raw const iovec, 1, advice, 0)
     })?;
     if usize::try_from(advised).ok() == Some(iovec.iov_len) {
         Ok(())

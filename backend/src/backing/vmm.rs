@@ -183,6 +183,11 @@ impl Vmm {
         sys::process_collapse(self.pidfd.as_fd(), range)
     }
 
+    /// Has the huge page at an address split.
+    pub fn split(&self, addr: u64) -> io::Result<()> {
+        sys::process_cold(self.pidfd.as_fd(), &(addr..addr + sys::page_size()))
+    }
+
     /// Whether it declined huge pages for all its memory (PR_SET_THP_DISABLE).
     pub fn declines_huge_pages(&self) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));

@@ -2,6 +2,7 @@
 //! publishes hints. System calls that may block run on two workers (one looks, one acts);
 //! discards run on the release queue's own thread, in [`Engine::release`].
 
+mod demotion;
 mod hints;
 mod repair;
 mod scan;
@@ -446,7 +447,8 @@ impl Engine {
                 prepared: left.prepared,
                 renewed: left.renewed,
             };
-            if let Some(work) = state.repair.next(&state.map, &allowance) {
+            let work = state.repair.next(&state.map, &allowance);
+            if let Some(work) = work.or_else(|| state.next_demotion(&allowance, now)) {
                 state.acting = work.blocks();
                 // Spent in advance; settled when it is done.
                 let advance = state.copies(&work) * block_size;
@@ -462,7 +464,10 @@ impl Engine {
                 if state.repair.requested() {
                     wait_for((!allowance.requested).then(|| cpu.requested_wait(now)));
                 }
-                if state.repair.wants() && allowance.pages > 0 {
+                if state.repair.wants() && allowance.pages == 0 {
+                    let until = state.demotion.next_sweep().saturating_duration_since(now);
+                    *sleep = (*sleep).min(until.max(THROTTLE));
+                } else if state.repair.wants() {
                     wait_for((!allowance.background).then(|| cpu.background_wait(now)));
                 }
             }
@@ -541,6 +546,7 @@ impl Engine {
         state.totals.collapse_bytes += deed.copied_bytes;
         state.totals.collapses += deed.copied;
         state.totals.populated += deed.populated;
+        state.totals.demoted += deed.demoted;
         state.totals.collapse_failures += deed.failed;
         for (_, outcome) in &deed.outcomes {
             match outcome {
@@ -605,6 +611,16 @@ impl State {
             && blocks <= self.map.len() as u64
             && ranges.iter().all(|&(first, count)| self.map.is_managed(first, count));
         (!valid).then_some(S_INVALID)
+    }
+
+    /// What to demote, where the limit alone keeps the policy from what it wants.
+    fn next_demotion(&mut self, allowance: &Allowance, now: Instant) -> Option<Work> {
+        let at_limit = allowance.pages == 0 && self.repair.wants();
+        if !at_limit || !allowance.background || allowance.copies == 0 {
+            return None;
+        }
+        let block = self.demotion.next(&self.map, |index| self.repair.rests(index), now)?;
+        Some(Work::Demote { block })
     }
 
     /// Notes whether huge pages are scarce.

@@ -44,6 +44,11 @@ pub enum Work {
         /// Number of blocks.
         count: u32,
     },
+    /// Make a host-huge block one of base pages, to have its huge page for another one.
+    Demote {
+        /// Block number.
+        block: u64,
+    },
     /// All of a PREPARE was tried: look at the result and answer.
     Settle {
         /// Which PREPARE.
@@ -60,7 +65,7 @@ impl Work {
             Self::Collapse { first, count } | Self::Populate { first, count } => {
                 first..first + u64::from(count)
             }
-            Self::Settle { .. } => 0..0,
+            Self::Demote { .. } | Self::Settle { .. } => 0..0,
         }
     }
 }
@@ -179,6 +184,11 @@ impl Repair {
     /// Whether a renewed block is still to be made huge.
     pub fn fills_at(&self, index: usize) -> bool {
         self.fill.get(index)
+    }
+
+    /// Whether a block rests after an attempt.
+    pub fn rests(&self, index: usize) -> bool {
+        self.resting.get(index)
     }
 
     /// Whether something is to be done that the guest asked for.

@@ -1,5 +1,6 @@
 //! Everything the daemon knows of one guest, changed under one lock and without system calls.
 
+use super::demotion::Demotion;
 use super::hints::Hints;
 use super::repair::Repair;
 use super::scan::ScanPlan;
@@ -38,6 +39,8 @@ pub struct Totals {
     pub collapse_failures: u64,
     /// Blocks made host-huge without a copy.
     pub populated: u64,
+    /// Blocks made base pages again, because the guest was at its limit.
+    pub demoted: u64,
     /// Blocks dropped by RELEASE.
     pub released: u64,
     /// Blocks dropped by RENEW.
@@ -84,6 +87,8 @@ pub struct State {
     pub scan: ScanPlan,
     /// What the host should do next.
     pub repair: Repair,
+    /// What a guest at its limit could do without.
+    pub demotion: Demotion,
     /// Huge pages that the host has to give.
     pub supply: Supply,
     /// Blocks of the RENEW that is being carried out: their huge pages are promised.
@@ -110,6 +115,7 @@ impl State {
             hints: Hints::default(),
             scan: ScanPlan::new(0, now),
             repair: Repair::new(0),
+            demotion: Demotion::new(0, now),
             supply: Supply::new(huge_max),
             renewing: 0,
             acting: 0..0,
@@ -124,6 +130,7 @@ impl State {
         self.map = memory.as_ref().map_or_else(BlockMap::default, |m| BlockMap::new(m.spans()));
         self.memory = memory;
         self.scan = ScanPlan::new(self.map.len(), now);
+        self.demotion = Demotion::new(self.map.len(), now);
         self.new_generation();
     }
 

@@ -65,6 +65,8 @@ pub struct Deed {
     pub wasted_bytes: u64,
     /// Blocks made huge without a copy.
     pub populated: u64,
+    /// Blocks made base pages.
+    pub demoted: u64,
     /// Attempts that failed.
     pub failed: u64,
     /// Whether the guest had asked for it.
@@ -115,7 +117,7 @@ pub fn scan(memory: &Memory, first: u64, count: u32, runs: &mut Vec<HostRun>) ->
 }
 
 fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
-    let requested = !matches!(work, Work::Collapse { .. });
+    let requested = matches!(work, Work::Populate { .. } | Work::Settle { .. });
     let mut acted = Deed { seen: true, requested, ..Deed::default() };
     let mut results = Vec::new();
     match work {
@@ -126,6 +128,17 @@ fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
         Work::Populate { first, count } => {
             memory.populate(first, u64::from(count), &mut results);
             acted.seen = scan(memory, first, count, &mut acted.runs);
+        }
+        Work::Demote { block } => {
+            let demoted = memory.demote(block);
+            acted.seen = scan(memory, block, 1, &mut acted.runs);
+            if acted.runs.iter().any(|run| run.state.is_huge()) {
+                log::debug!("block {block:#x} stays huge: {demoted:?}");
+                // Not to be tried again and again.
+                acted.outcomes.push((block, Outcome::Idle));
+            } else {
+                acted.demoted += 1;
+            }
         }
         Work::Settle { id, ranges } => {
             for &(first, count) in &ranges {

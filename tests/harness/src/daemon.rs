@@ -174,6 +174,8 @@ pub struct Status {
     pub collapse_failures: u64,
     /// Blocks made huge without copying.
     pub populated: u64,
+    /// Blocks made base pages again, for want of huge pages.
+    pub demoted: u64,
     /// Blocks dropped.
     pub released: u64,
     /// Blocks dropped and to be made huge.

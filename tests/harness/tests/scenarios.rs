@@ -8,7 +8,7 @@ use anyhow::ensure;
 use common::Result;
 use gemini_harness::daemon::default_program;
 use gemini_harness::memory::BLOCK_SIZE;
-use gemini_harness::{hostile, restart, run, scale, settings};
+use gemini_harness::{hostile, ready, restart, run, scale, settings};
 
 #[test]
 fn the_workload_is_aligned_under_gemini_alone() -> Result {
@@ -45,6 +45,14 @@ fn a_large_guest_is_cheap() -> Result {
     plan.resident = 1 << 27;
     plan.idle = Duration::from_secs(4);
     let scenario = scale::measure(&plan)?;
+    ensure!(scenario.passed(), "{scenario}");
+    Ok(())
+}
+
+#[test]
+fn blocks_become_ready_without_a_copy() -> Result {
+    let plan = ready::Plan { program: default_program()?, blocks: 40, singles: 4 };
+    let scenario = ready::measure(&plan)?;
     ensure!(scenario.passed(), "{scenario}");
     Ok(())
 }

@@ -168,6 +168,34 @@ fn a_renewed_block_is_told_of_again_even_if_it_is_huge_as_before() -> Result {
     Ok(())
 }
 
+#[test]
+fn huge_pages_of_no_use_go_where_the_guest_has_huge_pages() -> Result {
+    let mut lab = lab_with(6)?;
+    let mut machine = lab.boot(40)?;
+    for block in 10..16 {
+        machine.guest.alloc_huge(block)?;
+    }
+    machine.talk()?;
+    machine.wait_host(&[10, 11, 12, 13, 14, 15], |state| state == HUGE, PATIENCE)?;
+    // Two are free now, one is broken, one is held; others want to be aligned.
+    machine.guest.free_huge(10)?;
+    machine.guest.free_huge(11)?;
+    machine.guest.split(12)?;
+    machine.guest.free_huge(13)?;
+    machine.guest.book(13)?;
+    for block in 20..26 {
+        machine.guest.alloc_huge(block)?;
+    }
+    machine.talk()?;
+    let status = lab.daemon.wait_status("aligned again", PATIENCE, |status| status.aligned == 5)?;
+    ensure!(status.demoted == 3 && status.host_only == 1, "{status:?}");
+    ensure!(huge(&machine)? == 6);
+    machine.run_for(Duration::from_secs(5))?;
+    let status = lab.daemon.status()?;
+    ensure!((status.aligned, status.guest_only, status.demoted) == (5, 3, 3), "{status:?}");
+    machine.guest.ensure_intact()
+}
+
 /// A guest that asks for whatever comes to its mind, as fast as it can.
 #[test]
 fn no_guest_gets_more_than_its_limit() -> Result {

@@ -183,12 +183,16 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     let mut served = 0;
     let mut slowest = Duration::ZERO;
     for round in 0..ROUNDS {
+        // In every other round there are huge pages for few blocks or none.
+        let huge_max = (round % 2 == 1).then_some(round / 2 * BLOCKS / 16 * BLOCK_SIZE);
+        arena.daemon.set_huge_max(huge_max)?;
         for (name, share, part) in PARTS {
             let wanted = plan.inputs * share / 1000 / ROUNDS + 1;
             part(&mut arena, wanted).with_context(|| format!("{name}, round {round}"))?;
             arena.daemon.ensure_alive().with_context(|| format!("after {name}, round {round}"))?;
             arena.verify(name)?;
         }
+        arena.daemon.set_huge_max(None)?;
         let began = Instant::now();
         serve_good_guest(&mut arena).with_context(|| format!("good guest, round {round}"))?;
         slowest = slowest.max(began.elapsed());

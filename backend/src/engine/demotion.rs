@@ -1,0 +1,136 @@
+//! Which huge pages of the host a guest at its limit has no use for: those under blocks that are
+//! free there, or hold base pages. Taken from these, they can go where the guest has huge pages.
+//!
+//! A block that was just freed is likely to be used again as a huge page (the driver books it), so
+//! only one that was of no use in two sweeps is taken.
+
+use crate::backing::HostState;
+use crate::bitmap::Bitmap;
+use crate::block_map::{Block, BlockMap};
+use crate::protocol::GuestState;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Time between two sweeps.
+const SWEEP: Duration = Duration::from_secs(2);
+/// Most blocks that are taken in consequence of one.
+const MOST: usize = 256;
+
+/// The search for such blocks.
+#[derive(Debug)]
+pub struct Demotion {
+    /// Of no use at the last sweep.
+    unused: Bitmap,
+    /// Indices that are to be demoted, free ones first.
+    victims: VecDeque<usize>,
+    next_sweep: Instant,
+}
+
+fn is_unused(block: &Block) -> bool {
+    block.host == HostState::Huge && matches!(block.guest, GuestState::Free | GuestState::Base)
+}
+
+impl Demotion {
+    /// Nothing is known of `len` blocks.
+    pub fn new(len: usize, now: Instant) -> Self {
+        Self { unused: Bitmap::new(len), victims: VecDeque::new(), next_sweep: now }
+    }
+
+    /// When the next sweep is due.
+    pub fn next_sweep(&self) -> Instant {
+        self.next_sweep
+    }
+
+    /// The next block to demote, by its number; none that `rests`.
+    pub fn next(
+        &mut self,
+        map: &BlockMap,
+        rests: impl Fn(usize) -> bool,
+        now: Instant,
+    ) -> Option<u64> {
+        if self.victims.is_empty() && now >= self.next_sweep {
+            self.next_sweep = now + SWEEP;
+            self.sweep(map, rests);
+        }
+        while let Some(index) = self.victims.pop_front() {
+            if map.get(index).is_some_and(is_unused) {
+                return map.block_at(index).map(|(block, _)| block);
+            }
+        }
+        None
+    }
+
+    fn sweep(&mut self, map: &BlockMap, rests: impl Fn(usize) -> bool) {
+        let mut base = Vec::new();
+        for index in 0..map.len() {
+            let block = map.get(index).filter(|block| is_unused(block));
+            let again = self.unused.get(index);
+            self.unused.assign(index, block.is_some());
+            match block {
+                Some(block) if again && !rests(index) => {
+                    if block.guest == GuestState::Free {
+                        self.victims.push_back(index);
+                    } else {
+                        base.push(index);
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.victims.extend(base);
+        self.victims.truncate(MOST);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_of_no_use_for_a_while_is_demoted_free_blocks_first() {
+        let mut now = Instant::now();
+        let mut map = BlockMap::new(&[10..20]);
+        for (index, guest) in [
+            (0, GuestState::Base),
+            (1, GuestState::Free),
+            (2, GuestState::Huge),
+            (3, GuestState::Booked),
+            (4, GuestState::Pinned),
+            (5, GuestState::Free),
+            (6, GuestState::Free),
+        ] {
+            map.set_guest(index, guest, 0);
+            map.set_host(index, HostState::Huge);
+        }
+        map.set_host(6, HostState::Base);
+        let mut demotion = Demotion::new(map.len(), now);
+        assert_eq!(demotion.next(&map, |_| false, now), None, "seen for the first time");
+        // One is used again, and unused again.
+        map.set_guest(5, GuestState::Huge, 0);
+        now += SWEEP;
+        assert_eq!(demotion.next(&map, |_| false, now), Some(11));
+        assert_eq!(demotion.next(&map, |_| false, now), Some(10));
+        assert_eq!(demotion.next(&map, |_| false, now), None);
+        map.set_guest(5, GuestState::Free, 0);
+        now += SWEEP;
+        let resting = |index| index < 2;
+        assert_eq!(demotion.next(&map, resting, now), None);
+        now += SWEEP;
+        assert_eq!(demotion.next(&map, resting, now), Some(15));
+    }
+
+    #[test]
+    fn victims_that_are_used_meanwhile_are_spared() {
+        let now = Instant::now();
+        let mut map = BlockMap::new(&[0..4]);
+        map.set_host(0, HostState::Huge);
+        map.set_guest(0, GuestState::Free, 0);
+        map.set_host(1, HostState::Huge);
+        map.set_guest(1, GuestState::Free, 0);
+        let mut demotion = Demotion::new(map.len(), now);
+        assert_eq!(demotion.next(&map, |_| false, now), None);
+        assert_eq!(demotion.next(&map, |_| false, now + SWEEP), Some(0));
+        map.set_guest(1, GuestState::Huge, 0);
+        assert_eq!(demotion.next(&map, |_| false, now + SWEEP), None);
+    }
+}
