@@ -89,6 +89,12 @@ impl View {
         View { blocks }
     }
 
+    /// The blocks that are huge in the host, and what they are in the guest.
+    pub fn host_huge(&self) -> impl Iterator<Item = (u64, BlockState)> + '_ {
+        let huge = self.blocks.iter().filter(|(_, block)| block.host == HostState::Huge);
+        huge.map(|(number, block)| (*number, block.guest))
+    }
+
     /// The figures.
     #[must_use]
     pub fn counts(&self) -> Counts {

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{bail, Context};
+use anyhow::{bail, ensure, Context};
 use gemini_harness::report::BlockMap;
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
+use serde_json::{json, Value};
 
 use crate::process::{self, Guarded};
 
@@ -83,6 +84,8 @@ pub struct Status {
     pub collapses: u64,
     /// Blocks made huge without a copy.
     pub populated: u64,
+    /// Blocks made base pages again, for want of huge pages.
+    pub demoted: u64,
     /// Blocks dropped.
     pub released: u64,
     /// Records and requests refused.
@@ -198,7 +201,17 @@ impl Control {
     /// # Errors
     /// If it does not answer.
     pub fn status(&self) -> anyhow::Result<Status> {
-        self.ask("status")
+        self.ask(&json!({"cmd": "status"}))
+    }
+
+    /// Sets the most bytes of huge pages that the guest may have.
+    ///
+    /// # Errors
+    /// If it does not answer, or sets another limit.
+    pub fn set_huge_max(&self, bytes: u64) -> anyhow::Result<()> {
+        let answer: Value = self.ask(&json!({"cmd": "set", "huge_max": bytes}))?;
+        ensure!(answer["huge_max"] == bytes, "the daemon answers {answer}");
+        Ok(())
     }
 
     /// The daemon's view of every block it manages.
@@ -206,14 +219,14 @@ impl Control {
     /// # Errors
     /// If it does not answer.
     pub fn map(&self) -> anyhow::Result<BlockMap> {
-        self.ask("map")
+        self.ask(&json!({"cmd": "map"}))
     }
 
-    fn ask<T: DeserializeOwned>(&self, command: &str) -> anyhow::Result<T> {
+    fn ask<T: DeserializeOwned>(&self, command: &Value) -> anyhow::Result<T> {
         let mut stream = UnixStream::connect(&self.path)
             .with_context(|| format!("cannot connect to {}", self.path.display()))?;
         stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.write_all(format!("{{\"cmd\":\"{command}\"}}\n").as_bytes())?;
+        stream.write_all(format!("{command}\n").as_bytes())?;
         let mut line = String::new();
         BufReader::new(stream)
             .read_line(&mut line)

@@ -204,7 +204,14 @@ impl Lab {
     /// # Errors
     /// If it does not come to rest in time.
     pub fn wait_settled(&mut self, timeout: Duration) -> anyhow::Result<()> {
-        const REST: Duration = Duration::from_secs(2);
+        self.wait_at_rest(Duration::from_secs(2), timeout)
+    }
+
+    /// As [`Lab::wait_settled`], for `rest` without a change.
+    ///
+    /// # Errors
+    /// If it does not come to rest in time.
+    pub fn wait_at_rest(&mut self, rest: Duration, timeout: Duration) -> anyhow::Result<()> {
         if self.vm.config.driver {
             // A whole walk around memory that begins now, and its report.
             self.vm.guest.driver_command("census")?;
@@ -221,7 +228,7 @@ impl Lab {
                 last = Some(now);
                 since = std::time::Instant::now();
             }
-            Ok((since.elapsed() >= REST).then_some(()))
+            Ok((since.elapsed() >= rest).then_some(()))
         })
     }
 }

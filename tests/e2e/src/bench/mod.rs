@@ -5,6 +5,7 @@ pub mod first_touch;
 pub mod fragmented;
 pub mod restart;
 pub mod reuse;
+pub mod scarce_host;
 pub mod stress;
 
 use std::path::{Path, PathBuf};
@@ -51,6 +52,8 @@ enum Name {
     Reuse,
     /// Everything that takes, moves or drops pages, at the same time
     Stress,
+    /// The host has huge pages for a quarter of the guest
+    ScarceHost,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -68,6 +71,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     let minutes = args.minutes.unwrap_or(if args.quick { 2 } else { 30 });
     let mut scenario = match args.scenario {
         Name::Restart => restart::measure(&bench, args.seed, args.quick)?,
+        Name::ScarceHost => scarce_host::measure(&bench, args.seed, args.quick)?,
         Name::DriverCycle => driver_cycle::measure(&bench, args.seed, args.quick)?,
         Name::FirstTouch => first_touch::measure(&bench, args.seed, args.quick)?,
         Name::Reuse => reuse::measure(&bench, args.seed, args.quick)?,
