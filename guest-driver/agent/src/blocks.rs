@@ -9,6 +9,31 @@ use std::path::Path;
 /// Where the driver shows its devices.
 pub const DRIVER: &str = "/sys/kernel/debug/virtio_gemini";
 
+/// Where the driver shows settings and counters of its devices.
+pub const SETTINGS: &str = "/sys/bus/virtio/drivers/virtio_gemini";
+
+/// Whether `driver` shows the map of a device.
+#[must_use]
+pub fn is_there(driver: &Path) -> bool {
+    let devices = std::fs::read_dir(driver);
+    devices.is_ok_and(|mut all| {
+        all.any(|device| device.is_ok_and(|device| device.path().join("blocks").exists()))
+    })
+}
+
+/// Number of blocks that the driver holds ready for the next huge pages: free
+/// memory that the allocator does not count. None where it places no pages.
+#[must_use]
+pub fn ready(settings: &Path) -> u64 {
+    let Ok(devices) = std::fs::read_dir(settings) else { return 0 };
+    let of_device = |device: std::fs::DirEntry| -> Option<u64> {
+        let read = |name| std::fs::read_to_string(device.path().join("gemini").join(name)).ok();
+        (read("placement_state")?.trim() == "on").then_some(())?;
+        read("ready")?.trim().parse().ok()
+    };
+    devices.flatten().filter_map(of_device).sum()
+}
+
 /// The blocks that are huge in the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostHuge {
@@ -105,6 +130,24 @@ mod tests {
         std::fs::create_dir(&device).expect("a directory");
         std::fs::write(device.join("blocks"), "0 9 free 0 absent -\n").expect("a file");
         assert_eq!(HostHuge::read(directory.path()), Some(HostHuge::default()));
+        assert!(is_there(directory.path()));
+        assert!(!is_there(&directory.path().join("none")) && !is_there(&device));
+    }
+
+    #[test]
+    fn ready_blocks_count_where_pages_are_placed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert_eq!(ready(directory.path()), 0);
+        for (name, state, blocks) in
+            [("virtio3", "on\n", "17\n"), ("virtio4", "no hook\n", "5\n"), ("bind", "", "x")]
+        {
+            let gemini = directory.path().join(name).join("gemini");
+            std::fs::create_dir_all(&gemini).expect("a directory");
+            std::fs::write(gemini.join("placement_state"), state).expect("a file");
+            std::fs::write(gemini.join("ready"), blocks).expect("a file");
+        }
+        assert_eq!(ready(directory.path()), 17);
+        assert_eq!(ready(&directory.path().join("none")), 0);
     }
 
     proptest! {

@@ -8,18 +8,20 @@ use std::path::Path;
 pub const PREALLOCATION_LIMIT: f64 = 0.5;
 
 /// The index of the whole system for blocks of `2^order` pages: 0 where all
-/// free memory could become such blocks, 1 where none could.
+/// free memory could become such blocks, 1 where none could. `ready` blocks of
+/// that size are free for huge pages although the allocator does not have them.
 ///
 /// # Errors
 /// If `/proc/buddyinfo` cannot be read.
-pub fn read(order: u32) -> std::io::Result<f64> {
-    Ok(index(&std::fs::read_to_string(Path::new("/proc/buddyinfo"))?, order))
+pub fn read(order: u32, ready: u64) -> std::io::Result<f64> {
+    Ok(index(&std::fs::read_to_string(Path::new("/proc/buddyinfo"))?, order, ready))
 }
 
 /// `Node 0, zone Normal N0 N1 N2 ...` with the number of free blocks of each
 /// order. All zones count together: user memory may come from each of them.
-fn index(buddyinfo: &str, order: u32) -> f64 {
-    let (mut free, mut usable) = (0_u64, 0_u64);
+fn index(buddyinfo: &str, order: u32, ready: u64) -> f64 {
+    let mut usable = ready.saturating_mul(1 << order);
+    let mut free = usable;
     for line in buddyinfo.lines() {
         let Some((_, zone)) = line.split_once("zone") else {
             continue;
@@ -49,14 +51,22 @@ mod tests {
     fn index_is_the_share_of_free_memory_in_smaller_blocks() {
         let text = "Node 0, zone      DMA      0      0      0      0      0      0      0      0      0      0      1 \n\
                     Node 0, zone   Normal   1024      0      0      0      0      0      0      0      0      0      0 \n";
-        assert_eq!(index(text, 9), 0.5);
-        assert_eq!(index(text, 0), 0.0);
+        assert_eq!(index(text, 9, 0), 0.5);
+        assert_eq!(index(text, 0, 0), 0.0);
+    }
+
+    #[test]
+    fn ready_blocks_are_usable() {
+        let text = "Node 0, zone   Normal   1024 0 0 0 0 0 0 0 0 0 0\n";
+        assert_eq!(index(text, 9, 0), 1.0);
+        assert_eq!(index(text, 9, 2), 0.5);
+        assert_eq!(index("", 9, 1), 0.0);
     }
 
     #[test]
     fn no_free_memory_is_fully_fragmented() {
-        assert_eq!(index("", 9), 1.0);
-        assert_eq!(index("Node 0, zone DMA 0 0 0\n", 9), 1.0);
+        assert_eq!(index("", 9, 0), 1.0);
+        assert_eq!(index("Node 0, zone DMA 0 0 0\n", 9, 0), 1.0);
     }
 
     proptest! {
@@ -66,14 +76,14 @@ mod tests {
         ) {
             let words: Vec<String> = counts.iter().map(u64::to_string).collect();
             let text = format!("Node 0, zone Normal {}\n", words.join(" "));
-            let of = |order| index(&text, order);
+            let of = |order| index(&text, order, 0);
             prop_assert!((0.0..=1.0).contains(&of(9)));
             prop_assert!(of(1) <= of(2) && of(2) <= of(9));
         }
 
         #[test]
         fn any_text_gives_an_index(text in ".*") {
-            prop_assert!((0.0..=1.0).contains(&index(&text, 9)));
+            prop_assert!((0.0..=1.0).contains(&index(&text, 9, 0)));
         }
     }
 }

@@ -12,6 +12,7 @@ mod pagemap;
 mod plan;
 mod process;
 mod promote;
+mod quiet;
 mod report;
 mod sys;
 
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use crate::budget::Debt;
 use crate::kernel::Geometry;
 use crate::pace::Pace;
 use crate::promote::{Promoter, Settings};
@@ -30,9 +32,12 @@ use crate::report::{Outcome, Report};
 /// again.
 const PASS_LIMIT: Duration = Duration::from_secs(30);
 
-/// A pass without work is followed by at least this many times its CPU time: an
-/// idle agent costs at most half a percent of a CPU.
-const IDLE_FACTOR: u32 = 200;
+/// Share of one CPU that passes without work may take in the long run.
+const IDLE_SHARE: f64 = 0.005;
+
+/// CPU seconds that they may take ahead of that: the first look at a large
+/// process is no reason to miss what it does next.
+const IDLE_CREDIT: f64 = 0.5;
 
 /// Rest when there is no free huge page.
 const SHORTAGE: Duration = Duration::from_secs(10);
@@ -109,6 +114,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let mut promoter = Promoter::new(settings, geometry, pace);
     let limit = (!args.once).then_some(PASS_LIMIT);
     let mut summary = Summary::default();
+    let mut idle = Debt::new(IDLE_SHARE, IDLE_CREDIT);
     loop {
         let report = match promoter.pass(limit) {
             // Asked to end: that is no error.
@@ -124,7 +130,8 @@ fn run(args: Args) -> anyhow::Result<()> {
             break;
         }
         summary.log(promoter.pace().now());
-        let wait = pause(&report, Duration::from_secs(args.interval));
+        let interval = Duration::from_secs(args.interval);
+        let wait = pause(&report, interval, &mut idle, promoter.pace().now());
         match promoter.pace().wait(wait) {
             Err(_) if promoter.pace().stopped() => break,
             result => result?,
@@ -134,14 +141,14 @@ fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How long to wait after a pass.
-fn pause(report: &Report, interval: Duration) -> Duration {
-    let cpu = Duration::try_from_secs_f64(report.cpu_seconds).unwrap_or(Duration::ZERO);
-    match (report.promoted, report.ended_early) {
-        (0, true) => interval.max(SHORTAGE),
-        (0, false) => interval.max(cpu.saturating_mul(IDLE_FACTOR)),
-        _ => interval,
+/// How long to wait after a pass that ended at `now`.
+fn pause(report: &Report, interval: Duration, idle: &mut Debt, now: Duration) -> Duration {
+    if report.promoted > 0 {
+        return interval;
     }
+    idle.charge(report.cpu_seconds, now);
+    let least = if report.ended_early { SHORTAGE } else { Duration::ZERO };
+    interval.max(least).max(idle.rest())
 }
 
 /// What the log will tell next.

@@ -14,6 +14,7 @@ use crate::pace::Pace;
 use crate::pagemap::{Occupancy, Pagemap};
 use crate::plan::{self, Candidate, Run, Shortlist, Skip};
 use crate::process::{self, Flags, Identity, Refusal};
+use crate::quiet::Quiet;
 use crate::report::{Outcome, Planned, Report};
 use crate::sys::{self, Pidfd};
 use crate::{cgroup, fmfi};
@@ -46,6 +47,7 @@ pub struct Promoter {
     geometry: Geometry,
     pace: Pace,
     backoff: Backoff,
+    quiet: Quiet,
 }
 
 /// A process that is being promoted.
@@ -73,7 +75,7 @@ impl Promoter {
     /// A promoter that has seen nothing yet.
     #[must_use]
     pub fn new(settings: Settings, geometry: Geometry, pace: Pace) -> Self {
-        Promoter { settings, geometry, pace, backoff: Backoff::default() }
+        Promoter { settings, geometry, pace, backoff: Backoff::default(), quiet: Quiet::default() }
     }
 
     /// The clock, and whether to end.
@@ -90,15 +92,15 @@ impl Promoter {
     pub fn pass(&mut self, limit: Option<Duration>) -> anyhow::Result<Report> {
         let begin = self.pace.now();
         let cpu = sys::cpu_time()?;
-        let host_huge = HostHuge::read(Path::new(blocks::DRIVER));
         let mut report = Report {
             version: env!("CARGO_PKG_VERSION"),
             dry_run: self.settings.dry_run,
             thp: Thp::read(self.geometry.block)?,
-            fmfi: fmfi::read(self.geometry.order())?,
-            driver: host_huge.is_some(),
-            host_huge_blocks: host_huge.as_ref().map_or(0, HostHuge::count),
+            fmfi: self.fmfi()?,
+            driver: blocks::is_there(Path::new(blocks::DRIVER)),
+            host_huge_blocks: 0,
             processes: 0,
+            quiet: 0,
             unreadable: 0,
             opted_out_processes: 0,
             skipped: BTreeMap::new(),
@@ -110,9 +112,10 @@ impl Promoter {
             cpu_seconds: 0.0,
         };
         self.backoff.tidy(begin);
+        self.quiet.begin(report.thp, report.fmfi <= fmfi::PREALLOCATION_LIMIT, begin);
         // Nobody is to have huge pages: nothing to look for.
         if report.thp != Thp::Never {
-            let plan = self.survey(&host_huge.unwrap_or_default(), &mut report)?;
+            let plan = self.survey(&mut report)?;
             self.carry_out(plan, limit.map(|limit| begin.saturating_add(limit)), &mut report)?;
         }
         report.seconds = self.pace.now().saturating_sub(begin).as_secs_f64();
@@ -120,15 +123,21 @@ impl Promoter {
         Ok(report)
     }
 
-    fn survey(&mut self, host_huge: &HostHuge, report: &mut Report) -> io::Result<Vec<Run>> {
+    /// How fragmented free memory is, for huge pages of processes.
+    fn fmfi(&self) -> io::Result<f64> {
+        fmfi::read(self.geometry.order(), blocks::ready(Path::new(blocks::SETTINGS)))
+    }
+
+    fn survey(&mut self, report: &mut Report) -> io::Result<Vec<Run>> {
         let mut shortlist = Shortlist::new(PLAN_LIMIT);
+        let mut host_huge = None;
         let own = i32::try_from(std::process::id()).unwrap_or(-1);
         for pid in process::all()? {
             let wanted = self.settings.pids.is_empty() || self.settings.pids.contains(&pid);
             if pid == own || !wanted {
                 continue;
             }
-            match self.survey_process(pid, host_huge, &mut shortlist, report) {
+            match self.survey_process(pid, &mut host_huge, &mut shortlist, report) {
                 Ok(()) => {}
                 Err(error) if self.pace.stopped() => return Err(error),
                 // Older kernels lack what this cannot work without.
@@ -153,21 +162,29 @@ impl Promoter {
     fn survey_process(
         &mut self,
         pid: i32,
-        host_huge: &HostHuge,
+        host_huge: &mut Option<HostHuge>,
         shortlist: &mut Shortlist,
         report: &mut Report,
     ) -> io::Result<()> {
         // Kernel threads have none, small processes not enough.
-        if process::anonymous_pages(pid)? < self.geometry.pages() / 2 {
+        let pages = process::anonymous_pages(pid)?;
+        if pages < self.geometry.pages() / 2 {
+            return Ok(());
+        }
+        let process = Identity::read(pid)?;
+        if self.quiet.contains(process, pages, self.geometry) {
+            report.quiet += 1;
             return Ok(());
         }
         if !process::allows_huge_pages(pid)? {
             report.opted_out_processes += 1;
             return Ok(());
         }
-        let process = Identity::read(pid)?;
         let pagemap = Pagemap::open(pid, self.geometry)?;
         let mut flags = None;
+        // What may change without a change of the memory's size is no reason to
+        // look away.
+        let mut is_quiet = true;
         report.processes += 1;
         for mapping in process::mappings(pid)? {
             let Some(range) = whole_blocks(&mapping, self.geometry.block) else { continue };
@@ -181,10 +198,17 @@ impl Promoter {
                     Ok(()) => allowed(&mut flags, pid, &block, report.thp)?,
                     Err(reason) => Err(reason),
                 };
+                is_quiet &= matches!(judged, Err(Skip::Sparse | Skip::Fragmented));
                 if let Err(reason) = judged {
                     report.skip(reason);
                     return Ok(());
                 }
+                // The driver is asked only where there is something to promote.
+                let host_huge = host_huge.get_or_insert_with(|| {
+                    let map = HostHuge::read(Path::new(blocks::DRIVER)).unwrap_or_default();
+                    report.host_huge_blocks = map.count();
+                    map
+                });
                 let on_host_huge = |number| host_huge.contains(number);
                 let placement = pagemap.placement(address, occupancy.zero, on_host_huge)?;
                 if placement.shared > 0 {
@@ -200,6 +224,9 @@ impl Promoter {
                 ));
                 Ok(())
             })?;
+        }
+        if is_quiet {
+            self.quiet.insert(process, pages, self.pace.now());
         }
         Ok(())
     }
@@ -234,7 +261,7 @@ impl Promoter {
 
     /// Promotes a run, except for what has changed since it was planned.
     fn promote(&mut self, target: &Target, run: Run, report: &mut Report) {
-        let fmfi = fmfi::read(self.geometry.order()).unwrap_or(1.0);
+        let fmfi = self.fmfi().unwrap_or(1.0);
         let now = self.pace.now();
         // The survey may be half a minute old.
         let pieces = run.split(|block| match look_again(target, block, fmfi, self.geometry) {

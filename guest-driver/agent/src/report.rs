@@ -18,12 +18,15 @@ pub struct Report {
     pub thp: Thp,
     /// Fragmentation of free memory when the pass began, 0 to 1.
     pub fmfi: f64,
-    /// Whether the driver told where the host has huge pages.
+    /// Whether there is a driver to tell where the host has huge pages.
     pub driver: bool,
-    /// Blocks of guest memory on host huge pages.
+    /// Blocks of guest memory on host huge pages; 0 where nothing was found to
+    /// promote, so that nobody asked.
     pub host_huge_blocks: u64,
     /// Processes whose page tables were looked at.
     pub processes: u64,
+    /// Processes that were passed over because nothing has changed in them.
+    pub quiet: u64,
     /// Processes that ended, or could not be looked at, meanwhile.
     pub unreadable: u64,
     /// Processes that declined huge pages as a whole.
