@@ -107,9 +107,7 @@ fn run_policy(
         config.memory = memory;
     })?;
     let guest = &lab.vm.guest;
-    if policy == "gemini" {
-        lab.wait_stocked(SETTLE_TIMEOUT)?;
-    } else {
+    if policy != "gemini" {
         // What one has without this project: a guest that places by itself.
         guest.hints_only()?;
     }

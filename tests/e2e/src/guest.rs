@@ -8,10 +8,11 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
+use gemini_guest::probe::Probe;
 use gemini_guest::protocol::{
     Answer, BlockStates, Break, Broken, Churned, Command, Elapsed, Filled, Fragment, Fragmentation,
     Fragmented, Message, Messages, Output, PageSize, Pong, Program, ProgramBlocks, Question,
-    Request, Storm, Stormed, Task, Touched, Verified, DRIVER_NAME, DRIVER_PATH,
+    Request, Sparse, Storm, Stormed, Task, Touched, Verified, DRIVER_NAME, DRIVER_PATH,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -22,6 +23,9 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a command may take that works through memory.
 const LONG_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// What a shell says of a process that SIGKILL ended.
+const KILLED: i32 = 128 + libc::SIGKILL;
 
 /// Most severe level that is no reason to worry: 5 is a notice, 4 a warning.
 const NOTICE: u8 = 5;
@@ -159,6 +163,34 @@ impl Guest {
             bail!("`{command}` exits with {}: {}", output.code, output.output);
         }
         Ok(output.output)
+    }
+
+    /// Runs a probe as a process of its own; `None` if the kernel killed it
+    /// for want of memory.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn probe<T: DeserializeOwned>(&self, probe: &Probe) -> anyhow::Result<Option<T>> {
+        let output: Output = self.start_probe(probe)?.wait(LONG_TIMEOUT)?;
+        match output.code {
+            0 => serde_json::from_str(&output.output)
+                .map(Some)
+                .with_context(|| format!("{probe:?} prints another form: {}", output.output)),
+            KILLED => Ok(None),
+            code => bail!("{probe:?} exits with {code}: {}", output.output),
+        }
+    }
+
+    /// Starts a probe as a process of its own. The output is its result as
+    /// JSON.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn start_probe(&self, probe: &Probe) -> anyhow::Result<Pending<Output>> {
+        // No quotes are in what is given to probes, and the shell leaves the
+        // rest alone.
+        let text = serde_json::to_string(probe)?;
+        self.start(Command::Exec { command: format!("exec gemini-guest probe '{text}'") })
     }
 
     /// Loads the driver.
@@ -407,6 +439,23 @@ impl Guest {
         let found: ProgramBlocks =
             self.call(Command::Ask { name: name.into(), question }, LONG_TIMEOUT)?;
         Ok(found.blocks)
+    }
+
+    /// Has a program use some of its memory; it keeps it until it is ended.
+    ///
+    /// # Errors
+    /// If the guest cannot.
+    pub fn start_sparse(&self, name: &str, options: Sparse) -> anyhow::Result<Elapsed> {
+        self.start_task(name, Task::Sparse(options))?.wait(LONG_TIMEOUT)
+    }
+
+    /// Has a program that [`Guest::start_sparse`] started use all of its memory.
+    ///
+    /// # Errors
+    /// If there is no such program.
+    pub fn grow(&self, name: &str) -> anyhow::Result<Elapsed> {
+        let question = Question::Grow;
+        self.call(Command::Ask { name: name.into(), question }, LONG_TIMEOUT)
     }
 
     /// Compares the memory of a program or fragmenter with what was written.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context};
+use anyhow::{bail, ensure, Context};
 use serde_json::Value;
 
 use crate::blocks;
@@ -31,7 +31,7 @@ pub fn start(options: &Program) -> anyhow::Result<(Touched, Touching)> {
         options.blocks_per_second
     );
     let mapping = Mapping::new(options.bytes, PageSize::Huge, Sharing::Private)?;
-    let program = Touching { mapping, seed: options.seed };
+    let program = Touching::new(mapping, options.seed);
     let started = Instant::now();
     let mut longest = Duration::ZERO;
     for block in 0..program.blocks() {
@@ -40,7 +40,7 @@ pub fn start(options: &Program) -> anyhow::Result<(Touched, Touching)> {
             std::thread::sleep(due.saturating_sub(started.elapsed()));
         }
         let touch = Instant::now();
-        program.touch(block);
+        program.touch_block(block);
         longest = longest.max(touch.elapsed());
     }
     let touched = Touched {
@@ -52,15 +52,30 @@ pub fn start(options: &Program) -> anyhow::Result<(Touched, Touching)> {
 }
 
 impl Touching {
+    /// The memory of `mapping`, in which nothing was written yet.
+    pub(crate) fn new(mapping: Mapping, seed: u64) -> Self {
+        Touching { mapping, seed }
+    }
+
+    /// Number of base pages.
+    pub(crate) fn pages(&self) -> usize {
+        self.mapping.bytes() / PAGE
+    }
+
+    /// Writes to a page.
+    pub(crate) fn touch(&self, page: usize) {
+        self.mapping.write(page * PAGE / 8, mark(self.seed, page));
+    }
+
     fn blocks(&self) -> usize {
         self.mapping.bytes() / HUGE
     }
 
     /// Writes to every page: where the kernel has no huge page, all base pages
     /// become resident.
-    fn touch(&self, block: usize) {
+    fn touch_block(&self, block: usize) {
         for page in block * PAGES..(block + 1) * PAGES {
-            self.mapping.write(page * PAGE / 8, mark(self.seed, page));
+            self.touch(page);
         }
     }
 
@@ -107,6 +122,7 @@ impl Holder for Touching {
         Ok(match question {
             Question::Blocks => serde_json::to_value(self.placed()?)?,
             Question::Verify => serde_json::to_value(self.verify())?,
+            Question::Grow => bail!("this program has used all of its memory already"),
         })
     }
 }

@@ -176,14 +176,15 @@ pub enum Command {
         name: String,
     },
     /// Starts a process that does a task and holds what it made. Answered when
-    /// the task is done, by [`Fragmented`], [`Touched`] or [`Stormed`].
+    /// the task is done, by [`Fragmented`], [`Touched`], [`Stormed`] or [`Elapsed`].
     Start {
         /// Names the process; must be new.
         name: String,
         /// What it does.
         task: Task,
     },
-    /// Asks such a process. Answered by [`ProgramBlocks`] or [`Verified`].
+    /// Asks such a process. Answered by [`ProgramBlocks`], [`Verified`] or
+    /// [`Elapsed`].
     Ask {
         /// The process.
         name: String,
@@ -231,6 +232,8 @@ pub enum Task {
     Program(Program),
     /// Makes small allocations of many kinds.
     Storm(Storm),
+    /// Uses memory sparsely.
+    Sparse(Sparse),
 }
 
 /// What can be asked of such a process.
@@ -241,6 +244,23 @@ pub enum Question {
     Blocks,
     /// Is the memory of a program or a fragmenter what was written to it?
     Verify,
+    /// Use the rest of the memory that was used sparsely. Answered by
+    /// [`Elapsed`].
+    Grow,
+}
+
+/// Touches some base pages of each block of anonymous memory, and the rest when
+/// it is asked to. Answered by [`Elapsed`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sparse {
+    /// Size in bytes, rounded up to whole 2 MiB.
+    pub bytes: u64,
+    /// Seed of the pattern.
+    pub seed: u64,
+    /// Base pages of each block that are touched at first, below 512.
+    pub pages: u32,
+    /// What the kernel is told about huge pages.
+    pub advice: PageSize,
 }
 
 /// Fills all free memory with base pages, then frees some of each block.

@@ -1,11 +1,15 @@
 //! Measured scenarios that need a real guest.
 
+pub mod base_pages;
 pub mod driver_cycle;
+pub mod faults;
 pub mod first_touch;
 pub mod fragmented;
+pub mod pressure;
 pub mod restart;
 pub mod reuse;
 pub mod scarce_host;
+pub mod spread;
 pub mod stress;
 
 use std::path::{Path, PathBuf};
@@ -54,6 +58,12 @@ enum Name {
     Stress,
     /// The host has huge pages for a quarter of the guest
     ScarceHost,
+    /// A program that needs all memory gets it from a driver that holds it
+    GuestPressure,
+    /// Base pages become aligned through the promoter in the guest
+    BasePages,
+    /// What the driver's hooks cost page faults
+    FaultLatency,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -76,6 +86,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         Name::FirstTouch => first_touch::measure(&bench, args.seed, args.quick)?,
         Name::Reuse => reuse::measure(&bench, args.seed, args.quick)?,
         Name::Stress => stress::measure(&bench, args.seed, Duration::from_secs(60 * minutes))?,
+        Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
+        Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
+        Name::GuestPressure => pressure::measure(&bench, args.quick)?,
     };
     scenario.arg("seed", args.seed);
     scenario.arg("quick", args.quick);
