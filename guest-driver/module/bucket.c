@@ -620,8 +620,8 @@ int gemini_bucket_init(struct gemini *gemini)
 	mutex_init(&bucket->lock);
 	/* Of the CPU that freed, and long enough to disturb others there. */
 	bucket->wq = alloc_workqueue("virtio_gemini_bucket/%d",
-				     WQ_FREEZABLE | WQ_CPU_INTENSIVE, 0,
-				     gemini->vdev->index);
+				     GEMINI_WQ_PERCPU | WQ_FREEZABLE |
+				     WQ_CPU_INTENSIVE, 0, gemini->vdev->index);
 	if (!bucket->wq)
 		return -ENOMEM;
 	bucket->cpu = __alloc_percpu(struct_size(bucket->cpu, freed,

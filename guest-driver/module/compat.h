@@ -149,4 +149,14 @@ static inline struct folio *gemini_vma_alloc_folio(gfp_t gfp, int order,
 		     bool (struct mmu_gather *, struct vm_area_struct *, \
 			   pmd_t *, unsigned long)))
 
+/*
+ * A work queue says whether it is of a processor or unbound from 6.17 on, and is
+ * warned of if it does not; before, the former goes without saying.
+ */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 17, 0)
+#define GEMINI_WQ_PERCPU	WQ_PERCPU
+#else
+#define GEMINI_WQ_PERCPU	0
+#endif
+
 #endif /* _GEMINI_COMPAT_H */
