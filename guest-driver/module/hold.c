@@ -50,8 +50,12 @@ static int keep(struct gemini *gemini, struct page *page)
 		return ret;
 	}
 	account(gemini, page, 1);
-	/* Or did somebody begin to isolate it while it was on its way here? */
-	if (gemini_isolation_wants(gemini, block) &&
+	/*
+	 * Or did somebody begin to isolate it, or has done so, while it was
+	 * zeroed and on its way here?
+	 */
+	if ((gemini_isolation_wants(gemini, block) ||
+	     !gemini_pageblock_movable(page_to_pfn(page))) &&
 	    !gemini_hold_free(gemini, block))
 		return -EBUSY;
 	return 0;

@@ -26,7 +26,7 @@
  * Page blocks are isolated one after the other once the callback has returned;
  * until all are, what was given back could be held again.
  */
-#define WINDOW		(HZ / 10)
+#define WINDOW		(2 * HZ)
 
 #define FUNCTION	"start_isolate_page_range"
 

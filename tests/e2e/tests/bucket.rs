@@ -212,7 +212,7 @@ fn held_blocks_make_way_for_offlining() -> anyhow::Result<()> {
     let per_section = u64::from_str_radix(size.trim(), 16)? / BLOCK;
     let range = section * per_section..(section + 1) * per_section;
     // For as long as it is remembered that somebody wanted it offline.
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(3));
     guest.driver_command("book any 220")?;
     let booked = || -> anyhow::Result<Vec<u64>> {
         Ok(guest
@@ -254,7 +254,7 @@ fn held_blocks_make_way_for_offlining() -> anyhow::Result<()> {
 
     // And once more, with nothing under way.
     guest.write_file(&state, "online_movable")?;
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(3));
     guest.driver_command("book any 50")?;
     let inside = booked()?.into_iter().filter(|block| range.contains(block)).count();
     ensure!(inside >= 20, "{inside} blocks held in memory{section} again");
