@@ -138,10 +138,18 @@ fn hold(lab: &Lab) -> anyhow::Result<Seen> {
     let total = lab.vm.guest.memory()?.get("MemTotal").copied().context("no MemTotal")?;
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     let blocks = (total as f64 * HELD / BLOCK as f64).ceil() as u64;
-    let held = lab.vm.guest.driver_number("held")?;
-    lab.vm.guest.driver_command(&format!("book any {}", blocks.saturating_sub(held)))?;
     process::wait_for("the driver holds nine tenths of memory", HOLD_TIMEOUT, || {
-        Ok((lab.vm.guest.driver_number("held")? >= blocks).then_some(()))
+        let held = lab.vm.guest.driver_number("held")?;
+        if held >= blocks {
+            return Ok(Some(()));
+        }
+        // Plain allocations end at a block that is not the driver's to keep,
+        // for that is offered again and again. The rest is had by address.
+        if lab.vm.guest.driver_command(&format!("book any {}", blocks - held)).is_err() {
+            lab.vm.guest.driver_command("census")?;
+            book_free(lab, blocks)?;
+        }
+        Ok(None)
     })?;
     make_ready(lab)?;
     let held = lab.vm.guest.driver_number("held")?;
@@ -154,6 +162,19 @@ fn hold(lab: &Lab) -> anyhow::Result<Seen> {
         missing: expected - i128::from(available),
         ready_share: (ready * BLOCK) as f64 / total as f64,
     })
+}
+
+/// Books free blocks at their addresses until `most` are held.
+fn book_free(lab: &Lab, most: u64) -> anyhow::Result<()> {
+    for run in lab.vm.guest.driver_blocks()? {
+        let held = lab.vm.guest.driver_number("held")?;
+        if run.guest == "free" && held < most {
+            let count = run.count.min(most - held);
+            // Some of them may be in use again; there are others.
+            let _ = lab.vm.guest.driver_command(&format!("book {} {count}", run.first));
+        }
+    }
+    Ok(())
 }
 
 /// Has the host put huge pages under what is held.
