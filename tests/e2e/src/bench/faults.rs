@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{bail, ensure, Context};
+use anyhow::{bail, Context};
 use gemini_guest::probe::{Instructions, Latencies, Probe, Work};
 use gemini_guest::protocol::{Fragment, PageSize};
 use gemini_harness::figures::{Bar, Scenario};
@@ -146,10 +146,10 @@ fn switch(lab: &Lab, hooks: Hooks) -> anyhow::Result<()> {
             } else {
                 guest.hints_only()?;
             }
-            let state = guest.shell(
-                "cat /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini/placement_state",
-            )?;
-            ensure!(state.trim() == "on", "placement is not on: {state}");
+            let state = "cat /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini/placement_state";
+            process::wait_for("placement is on", STOCK_TIMEOUT, || {
+                Ok((guest.shell(state)?.trim() == "on").then_some(()))
+            })?;
         }
         Hooks::Off => {
             guest.set_driver("placement", 0)?;
