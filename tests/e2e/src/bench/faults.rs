@@ -141,10 +141,9 @@ fn switch(lab: &Lab, hooks: Hooks) -> anyhow::Result<()> {
     match hooks {
         Hooks::On | Hooks::Alone => {
             guest.set_driver("placement", 1)?;
-            if hooks == Hooks::On {
-                guest.set_driver("booking", 1)?;
-            } else {
-                guest.hints_only()?;
+            guest.set_driver("booking", u64::from(hooks == Hooks::On))?;
+            if hooks == Hooks::Alone {
+                guest.driver_command("free all")?;
             }
             let state = "cat /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini/placement_state";
             process::wait_for("placement is on", STOCK_TIMEOUT, || {
