@@ -3,7 +3,7 @@
 //!
 //! Each kind of work is a process of its own, so that the kernel may kill it
 //! for lack of memory; the supervisor starts it again. What it did is kept in a
-//! [`tally::Tally`]. What nobody may see is told to the kernel's log, where
+//! `tally::Tally`. What nobody may see is told to the kernel's log, where
 //! whoever looks for the kernel's own complaints finds it.
 
 mod bpf;
