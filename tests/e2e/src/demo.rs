@@ -107,7 +107,9 @@ fn run_policy(
         config.memory = memory;
     })?;
     let guest = &lab.vm.guest;
-    if policy != "gemini" {
+    if policy == "gemini" {
+        lab.wait_stocked(SETTLE_TIMEOUT)?;
+    } else {
         // What one has without this project: a guest that places by itself.
         guest.hints_only()?;
     }

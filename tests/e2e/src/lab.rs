@@ -198,6 +198,19 @@ impl Lab {
         Ok(())
     }
 
+    /// Waits until the driver places huge pages and has its stock of ready
+    /// blocks, as in a guest that booted a while ago.
+    ///
+    /// # Errors
+    /// If that does not come in time.
+    pub fn wait_stocked(&self, timeout: Duration) -> anyhow::Result<()> {
+        let guest = &self.vm.guest;
+        process::wait_for("the driver has its stock", timeout, || {
+            let target = guest.driver_number("stock_target")?;
+            Ok((target > 0 && guest.driver_number("ready")? >= target).then_some(()))
+        })
+    }
+
     /// Waits until the daemon has heard of the guest's present state and has
     /// nothing left to do: nothing changes for a while.
     ///
