@@ -50,10 +50,17 @@
 /* What the stock does not need any more, and nobody took. */
 #define UNUSED			(2 * HZ)
 
+/*
+ * Free host-huge blocks that are held only if the stock needs them: those that
+ * nobody came for, and those that the host made huge for a stock that may not
+ * need them any more.
+ */
+#define STOCK_ONLY		(GEMINI_BLOCK_SPENT | GEMINI_BLOCK_MADE)
+
 /* The order of kinds above; less is cheaper. */
 enum cost {
 	COST_FREE,			/* and host-huge */
-	COST_SPENT,			/* likewise, but held in vain before */
+	COST_SPENT,			/* likewise, but only for the stock */
 	COST_EVACUATE,			/* plus the pages in use, host-huge */
 	COST_FREE_SMALL = SZ_64K,	/* free, not host-huge */
 	COST_EVACUATE_SMALL,		/* plus the pages in use, not host-huge */
@@ -101,8 +108,7 @@ static u32 cost_of(struct gemini *gemini, const struct gemini_block *entry,
 	if (entry->guest == VIRTIO_GEMINI_GUEST_FREE) {
 		if (!huge)
 			return COST_FREE_SMALL;
-		return entry->flags & GEMINI_BLOCK_SPENT ? COST_SPENT :
-							   COST_FREE;
+		return entry->flags & STOCK_ONLY ? COST_SPENT : COST_FREE;
 	}
 	if (entry->guest == VIRTIO_GEMINI_GUEST_BASE && entry->used &&
 	    entry->used <= most)
@@ -235,7 +241,7 @@ static bool wanted(struct gemini *gemini, u64 block, u64 need)
 		copy = *entry;
 	spin_unlock(&gemini->map.lock);
 	return need || (gemini_host_huge(copy.host) &&
-			!(copy.flags & GEMINI_BLOCK_SPENT));
+			!(copy.flags & STOCK_ONLY));
 }
 
 static u64 need_on(struct gemini *gemini, int nid)

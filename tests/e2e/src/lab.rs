@@ -211,6 +211,21 @@ impl Lab {
         })
     }
 
+    /// Waits until the driver's stock is as small as it gets without demand.
+    ///
+    /// # Errors
+    /// If that does not come in time.
+    pub fn wait_stock_at_rest(&self, timeout: Duration) -> anyhow::Result<()> {
+        let guest = &self.vm.guest;
+        process::wait_for("the driver's stock is at rest", timeout, || {
+            let floor = guest.driver_number("stock_floor")?;
+            // Right after a burst the stock is empty, and about to grow.
+            let at_rest = guest.driver_number("stock_target")? <= floor
+                && guest.driver_number("ready")? <= floor;
+            Ok(at_rest.then_some(()))
+        })
+    }
+
     /// Waits until the daemon has heard of the guest's present state and has
     /// nothing left to do: nothing changes for a while.
     ///
