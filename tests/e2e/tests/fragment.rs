@@ -49,8 +49,12 @@ fn base_pages_are_scattered_over_all_blocks_until_the_fragmenter_ends() -> anyho
     vm.guest.verify_process("f")?;
 
     vm.guest.end("f")?;
+    // The last freed pages of many blocks are on lists of processors, from where
+    // they come back when they like; compaction has them back now.
+    vm.guest.write_file("/proc/sys/vm/compact_memory", "1")?;
     let after = vm.guest.fragmentation()?;
-    ensure!(after.fmfi < 0.5, "{after:?}");
+    ensure!(after.fmfi < 0.1, "{after:?}");
+    ensure!(after.free_pages + 4096 > result.before.free_pages, "{after:?}");
     Ok(())
 }
 

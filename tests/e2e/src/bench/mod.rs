@@ -41,6 +41,9 @@ pub struct BenchArgs {
     /// How long `stress` works [default: 30, or 2 with --quick]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     minutes: Option<u64>,
+    /// `stress` without the driver: what goes wrong then is the kernel's own
+    #[arg(long)]
+    control: bool,
 }
 
 /// The scenarios of this program.
@@ -85,7 +88,10 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         Name::DriverCycle => driver_cycle::measure(&bench, args.seed, args.quick)?,
         Name::FirstTouch => first_touch::measure(&bench, args.seed, args.quick)?,
         Name::Reuse => reuse::measure(&bench, args.seed, args.quick)?,
-        Name::Stress => stress::measure(&bench, args.seed, Duration::from_secs(60 * minutes))?,
+        Name::Stress => {
+            let duration = Duration::from_secs(60 * minutes);
+            stress::measure(&bench, args.seed, duration, args.control)?
+        }
         Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
         Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
         Name::GuestPressure => pressure::measure(&bench, args.quick)?,

@@ -69,11 +69,16 @@ struct Outside {
     wanted: u64,
 }
 
-/// Works on a guest for `duration`.
+/// Works on a guest for `duration`; as a `control`, without the driver.
 ///
 /// # Errors
 /// If guest, QEMU or daemon end, which is no figure any more.
-pub fn measure(bench: &Bench, seed: u64, duration: Duration) -> anyhow::Result<Scenario> {
+pub fn measure(
+    bench: &Bench,
+    seed: u64,
+    duration: Duration,
+    control: bool,
+) -> anyhow::Result<Scenario> {
     let debug = bench.assets.guest.release.ends_with("-debug");
     let place = Place::new("bench-stress")?;
     let daemon_config = DaemonConfig::new(&bench.assets.daemon, "gemini");
@@ -95,7 +100,10 @@ pub fn measure(bench: &Bench, seed: u64, duration: Duration) -> anyhow::Result<S
     plug(&mut vm, PLUGGABLE)?;
 
     let mut log = Log::new()?;
-    let command = format!("exec gemini-guest stress {} {seed}", duration.as_secs());
+    let mut command = format!("exec gemini-guest stress {} {seed}", duration.as_secs());
+    if control {
+        command += " control";
+    }
     let pending = vm.guest.start::<Output>(Command::Exec { command })?;
     let mut outside = Outside::default();
     let mut random = Random(seed);
@@ -124,7 +132,9 @@ pub fn measure(bench: &Bench, seed: u64, duration: Duration) -> anyhow::Result<S
     let report: Report = serde_json::from_str(line)
         .with_context(|| format!("the guest's report has another form: {}", output.output))?;
     log.show();
-    Ok(figures(&report, &outside, &log, debug))
+    let mut scenario = figures(&report, &outside, &log, debug);
+    scenario.arg("control", control);
+    Ok(scenario)
 }
 
 /// Arguments for disks and for memory that can be plugged.

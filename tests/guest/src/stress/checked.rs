@@ -6,6 +6,8 @@
 //! swapped for another, handed out without having been zeroed, or dropped while
 //! it was in use, is found by the next look at it.
 
+use std::collections::VecDeque;
+use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -16,6 +18,7 @@ use anyhow::Context;
 
 use super::random::Random;
 use crate::mapping::HUGE;
+use crate::pagemap::Pagemap;
 use crate::workload::word;
 
 /// Size of a base page in bytes.
@@ -65,6 +68,19 @@ pub struct Wrong {
     pub wanted: u64,
 }
 
+/// What was done to pages of a region.
+#[derive(Clone, Debug)]
+struct Deed {
+    name: &'static str,
+    /// Which advice, which node.
+    argument: libc::c_int,
+    pages: Range<usize>,
+    error: Option<i32>,
+}
+
+/// Deeds that a region remembers.
+const DEEDS: usize = 64;
+
 /// A mapping with a known content.
 #[derive(Debug)]
 pub struct Region {
@@ -72,6 +88,7 @@ pub struct Region {
     kind: Kind,
     holds: Vec<Holds>,
     stamps: Random,
+    deeds: VecDeque<Deed>,
 }
 
 impl Region {
@@ -116,6 +133,7 @@ impl Region {
             kind,
             holds: vec![Holds::Zero; pages],
             stamps: Random::new(word(seed, 0)),
+            deeds: VecDeque::new(),
         })
     }
 
@@ -123,6 +141,21 @@ impl Region {
     #[must_use]
     pub fn pages(&self) -> usize {
         self.holds.len()
+    }
+
+    /// Remembers what was done, for whom to understand a wrong page.
+    pub fn remember(
+        &mut self,
+        name: &'static str,
+        argument: libc::c_int,
+        pages: Range<usize>,
+        result: &io::Result<()>,
+    ) {
+        if self.deeds.len() == DEEDS {
+            self.deeds.pop_front();
+        }
+        let error = result.as_ref().err().map(|error| error.raw_os_error().unwrap_or(-1));
+        self.deeds.push_back(Deed { name, argument, pages, error });
     }
 
     fn bytes(&self) -> usize {
@@ -143,6 +176,7 @@ impl Region {
 
     /// Writes a new pattern into each of these pages.
     pub fn write(&mut self, pages: Range<usize>) {
+        self.remember("write", 0, pages.clone(), &Ok(()));
         for page in pages {
             let stamp = self.stamps.next();
             let base = self.page(page);
@@ -176,6 +210,7 @@ impl Region {
         let result =
             unsafe { libc::madvise(self.page(pages.start).cast(), pages.len() * PAGE, advice) };
         let result = if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+        self.remember("advise", advice, pages.clone(), &result);
         for holds in &mut self.holds[pages] {
             *holds = match (advice, self.kind, *holds, &result) {
                 // A private file's hole shows again: zeros.
@@ -309,6 +344,44 @@ impl Region {
     #[must_use]
     pub fn is_copied_by_fork(&self) -> bool {
         self.kind != Kind::Shared
+    }
+}
+
+/// Everything that may tell why a page is wrong, in lines that the kernel's log
+/// takes.
+pub struct Evidence<'a>(pub &'a Region, pub Wrong);
+
+impl Display for Evidence<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Evidence(region, wrong) = *self;
+        let pages = region.pages();
+        writeln!(f, "{wrong:x?} of {pages:x} pages, {:?}", region.kind)?;
+        let mut frames = vec![0; pages];
+        match Pagemap::open().and_then(|map| map.frames(region.address(0), &mut frames)) {
+            Ok(()) => {}
+            Err(error) => writeln!(f, "{error:#}")?,
+        }
+        let mut page = 0;
+        while page < pages {
+            let first = region.verify(page..page + 1);
+            let end = (page + 1..pages)
+                .find(|&next| {
+                    region.verify(next..next + 1).is_some() != first.is_some()
+                        || frames[next] != frames[next - 1] + 1
+                })
+                .unwrap_or(pages);
+            if let Some(first) = first {
+                let last = region.verify(end - 1..end);
+                writeln!(f, "wrong up to {end:x}, frames from {:x}: {first:x?}", frames[page])?;
+                writeln!(f, "    the last of these: {last:x?}")?;
+            }
+            page = end;
+        }
+        for deed in region.deeds.iter().filter(|deed| deed.pages.contains(&wrong.page)) {
+            let Deed { name, argument, pages, error } = deed;
+            writeln!(f, "{name} {argument} {pages:x?} {error:?}")?;
+        }
+        Ok(())
     }
 }
 

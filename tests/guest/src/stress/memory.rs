@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use anyhow::Context;
 
-use super::checked::{Kind, Region, Wrong, PAGES};
+use super::checked::{Evidence, Kind, Region, Wrong, PAGES};
 use super::random::Random;
 use super::tally::Count;
 use super::Worker;
@@ -68,54 +68,59 @@ impl Workload {
         let wrong = match worker.random.below(24) {
             0..=6 => {
                 let wrong = region.verify(range.clone());
+                report(worker, region, wrong);
                 region.write(range);
-                wrong
+                None
             }
             7..=10 => region.verify(0..region.pages()),
             11..=15 => {
                 let advice = *worker.random.pick(&ADVICE);
-                allowed(worker, region.advise(range.clone(), advice));
+                allowed(worker, &region.advise(range.clone(), advice));
                 region.verify(range)
             }
             16 => {
-                allowed(worker, region.protect(range.clone()));
+                let result = region.protect(range.clone());
+                done(worker, region, "protect", range.clone(), &result);
                 region.verify(range)
             }
             17 => {
-                allowed(worker, region.lock(range.clone()));
+                let result = region.lock(range.clone());
+                done(worker, region, "lock", range.clone(), &result);
                 region.verify(range)
             }
             18 => {
                 // Refused where the mapping has fallen into several.
-                let moved = region.relocate();
-                worker.tally.add(if moved.is_ok() { Count::Done } else { Count::Refused });
+                let result = region.relocate().map_err(io::Error::other);
+                done(worker, region, "relocate", 0..region.pages(), &result);
                 region.verify(range)
             }
             19 => {
                 let node = i32::from(worker.random.one_in(2));
-                allowed(worker, region.migrate(range.clone(), node));
+                let result = region.migrate(range.clone(), node);
+                done(worker, region, "migrate", range.clone(), &result);
                 region.verify(range)
             }
-            20 => match region.splice(range) {
+            20 => match region.splice(range.clone()) {
                 Ok(wrong) => wrong,
                 Err(error) => {
-                    allowed(worker, Err(error));
+                    done(worker, region, "splice", range, &Err(error));
                     None
                 }
             },
             21 => {
                 split(region, range.clone());
+                region.remember("split", 0, range.clone(), &Ok(()));
                 region.verify(range)
             }
-            22 => self.fork(worker)?,
+            22 => return self.fork(worker),
             _ => {
-                let region = self.regions.swap_remove(number);
-                region.verify(0..region.pages())
+                let mut region = self.regions.swap_remove(number);
+                let wrong = region.verify(0..region.pages());
+                report(worker, &mut region, wrong);
+                return Ok(());
             }
         };
-        if let Some(wrong) = wrong {
-            worker.report_wrong(&format!("memory: {wrong:x?}"));
-        }
+        report(worker, region, wrong);
         if worker.random.one_in(64) {
             prefer_node(worker);
         }
@@ -124,29 +129,28 @@ impl Workload {
 
     /// A child and this process change what was one memory, and each must see
     /// its own.
-    fn fork(&mut self, worker: &mut Worker) -> anyhow::Result<Option<Wrong>> {
+    fn fork(&mut self, worker: &mut Worker) -> anyhow::Result<()> {
         let seed = worker.random.next();
         // SAFETY: this process has one thread, so the child may go on with all
         // that is here.
         let child = unsafe { libc::fork() };
         if child < 0 {
-            allowed(worker, Err(io::Error::last_os_error()));
-            return Ok(None);
+            allowed(worker, &Err(io::Error::last_os_error()));
+            return Ok(());
         }
         let mut random = Random::new(seed ^ u64::from(child == 0));
-        let mut wrong = None;
         for region in self.regions.iter_mut().filter(|region| region.is_copied_by_fork()) {
+            region.remember("fork", child, 0..region.pages(), &Ok(()));
             for _ in 0..2 {
                 let range = some_pages(&mut random, region.pages());
-                wrong = wrong.or(region.verify(range.clone()));
+                let wrong = region.verify(range.clone());
+                report(worker, region, wrong);
                 region.write(range);
             }
-            wrong = wrong.or(region.verify(0..region.pages()));
+            let wrong = region.verify(0..region.pages());
+            report(worker, region, wrong);
         }
         if child == 0 {
-            if let Some(wrong) = wrong {
-                worker.report_wrong(&format!("memory of a child: {wrong:x?}"));
-            }
             // SAFETY: ends the child at once; its mappings go with it.
             unsafe { libc::_exit(0) };
         }
@@ -155,8 +159,28 @@ impl Workload {
         if unsafe { libc::waitpid(child, &mut status, 0) } != child {
             return Err(io::Error::last_os_error()).context("a child is lost");
         }
-        Ok(wrong)
+        Ok(())
     }
+}
+
+/// Tells of a wrong page, if there is one, and only once.
+fn report(worker: &mut Worker, region: &mut Region, wrong: Option<Wrong>) {
+    if let Some(wrong) = wrong {
+        worker.report_wrong(&format!("memory: {}", Evidence(region, wrong)));
+        region.write(0..region.pages());
+    }
+}
+
+/// Counts and remembers what was done.
+fn done(
+    worker: &Worker,
+    region: &mut Region,
+    name: &'static str,
+    pages: Range<usize>,
+    result: &io::Result<()>,
+) {
+    allowed(worker, result);
+    region.remember(name, 0, pages, result);
 }
 
 /// A part of a region: whole huge pages or some base pages.
@@ -174,7 +198,7 @@ fn some_pages(random: &mut Random, pages: usize) -> Range<usize> {
 
 /// Counts what the kernel may refuse: for lack of memory, because a page is in
 /// use elsewhere, because the kind of memory knows no such thing.
-fn allowed(worker: &Worker, result: io::Result<()>) {
+fn allowed(worker: &Worker, result: &io::Result<()>) {
     worker.tally.add(if result.is_ok() { Count::Done } else { Count::Refused });
 }
 
@@ -201,7 +225,8 @@ fn prefer_node(worker: &mut Worker) {
     };
     // SAFETY: a mask of 64 bits, which the kernel only reads.
     let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, &nodes, 64) };
-    allowed(worker, if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) });
+    let result = if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    allowed(worker, &result);
 }
 
 #[cfg(test)]

@@ -98,11 +98,14 @@ impl Worker {
 
 /// Writes a line to the kernel's log with the severity `level`.
 fn say(level: u8, text: &str) {
-    // A log that cannot be written is no reason to end: the tally has it too.
-    let _ = std::fs::write("/dev/kmsg", format!("<{level}>gemini-guest: {text}"));
+    for line in text.lines() {
+        // A log that cannot be written is no reason to end: the tally has it too.
+        let _ = std::fs::write("/dev/kmsg", format!("<{level}>gemini-guest: {line}"));
+    }
 }
 
-/// What the command line asks for: `stress SECONDS SEED` is the supervisor,
+/// What the command line asks for: `stress SECONDS SEED` is the supervisor, with
+/// `control` behind it one that leaves the driver out,
 /// `stress-worker KIND NUMBER SEED BYTES` one of its processes, and
 /// `stress-eater BYTES` takes memory until it is killed for it.
 ///
@@ -111,8 +114,9 @@ fn say(level: u8, text: &str) {
 pub fn run(words: &[String]) -> anyhow::Result<()> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
-        ["stress", seconds, seed] => {
-            let report = supervisor::run(Duration::from_secs(seconds.parse()?), seed.parse()?)?;
+        ["stress", seconds, seed, ref control @ ..] if matches!(control, [] | ["control"]) => {
+            let duration = Duration::from_secs(seconds.parse()?);
+            let report = supervisor::run(duration, seed.parse()?, control.is_empty())?;
             println!("{}", serde_json::to_string(&report)?);
             Ok(())
         }
@@ -126,7 +130,7 @@ pub fn run(words: &[String]) -> anyhow::Result<()> {
         }
         ["stress-eater", bytes] => oom::eat(bytes.parse()?),
         _ => bail!(
-            "stress SECONDS SEED, stress-worker KIND NUMBER SEED BYTES, or stress-eater BYTES"
+            "stress SECONDS SEED [control], stress-worker KIND NUMBER SEED BYTES, or stress-eater BYTES"
         ),
     }
 }

@@ -99,17 +99,21 @@ pub struct Report {
     pub driver: BTreeMap<String, u64>,
 }
 
+/// Kinds of work that are none without the driver.
+const NEED_DRIVER: [&str; 2] = ["driver", "reload"];
+
 struct Slot {
     kind: usize,
     number: usize,
     child: Child,
 }
 
-/// Runs all kinds of work for `duration`.
+/// Runs all kinds of work for `duration`; without the driver, what goes wrong is
+/// not its doing.
 ///
 /// # Errors
 /// If the guest cannot be set up, or cannot be brought to rest again.
-pub fn run(duration: Duration, seed: u64) -> anyhow::Result<Report> {
+pub fn run(duration: Duration, seed: u64, with_driver: bool) -> anyhow::Result<Report> {
     fs::create_dir_all(TALLIES).context("cannot make a directory for tallies")?;
     protect_from_oom();
     swap_on()?;
@@ -124,9 +128,11 @@ pub fn run(duration: Duration, seed: u64) -> anyhow::Result<Report> {
     fs::create_dir_all(TALLIES)?;
     let before = look(None)?;
 
-    driver::load()?;
+    if with_driver {
+        driver::load()?;
+    }
     say(6, BEGINS);
-    work(duration, seed, true, &mut figures)?;
+    work(duration, seed, with_driver, &mut figures)?;
     driver::keep_counters();
     driver::unload()?;
     say(6, ENDS);
@@ -135,6 +141,9 @@ pub fn run(duration: Duration, seed: u64) -> anyhow::Result<Report> {
     let (seconds, driver) = (duration.as_secs(), driver::kept_counters());
     let mut report = Report { seconds, before, after, driver, ..Report::default() };
     for (figures, (_, name, ..)) in figures.iter_mut().zip(KINDS) {
+        if !with_driver && NEED_DRIVER.contains(&name) {
+            continue;
+        }
         let tally = Tally::open(&Path::new(TALLIES).join(name))?;
         figures.rounds = tally.get(Count::Rounds);
         figures.done = tally.get(Count::Done);
@@ -182,7 +191,7 @@ fn work(
     let memory = kernel::memory()?.get("MemTotal").copied().context("no MemTotal")?;
     let mut slots = Vec::new();
     for (kind, &(_, name, processes, _)) in KINDS.iter().enumerate() {
-        if !with_driver && ["driver", "reload"].contains(&name) {
+        if !with_driver && NEED_DRIVER.contains(&name) {
             continue;
         }
         for number in 0..processes {
