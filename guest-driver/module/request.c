@@ -358,6 +358,9 @@ static void finish(struct gemini_request *request)
 	/* Who sees it answered sees the answer. */
 	smp_store_release(&request->answered, true);
 	wake_up_all(&gemini->waitq);
+	/* Blocks that were free are to be held before somebody breaks them. */
+	if (request->type == VIRTIO_GEMINI_REQ_PREPARE)
+		gemini_booking_kick(gemini);
 	gemini_request_put(request);
 }
 
