@@ -398,17 +398,23 @@ fn pattern(stamp: u64, index: usize) -> u64 {
 
 /// Compares a page, given by its words, with what it must hold.
 fn check(page: usize, holds: Holds, read: impl Fn(usize) -> u64) -> Option<Wrong> {
-    let stamp = match holds {
-        Holds::Zero => None,
-        Holds::Pattern(stamp) => Some(stamp),
-        // Whole pages are freed: the first word tells which it is.
-        Holds::PatternOrZero(stamp) => (read(0) != 0).then_some(stamp),
+    let compare = |stamp: Option<u64>| {
+        (0..WORDS).find_map(|index| {
+            let wanted = stamp.map_or(0, |stamp| pattern(stamp, index));
+            let found = read(index);
+            (found != wanted).then_some(Wrong { page, word: index, found, wanted })
+        })
     };
-    (0..WORDS).find_map(|index| {
-        let wanted = stamp.map_or(0, |stamp| pattern(stamp, index));
-        let found = read(index);
-        (found != wanted).then_some(Wrong { page, word: index, found, wanted })
-    })
+    match holds {
+        Holds::Zero => compare(None),
+        Holds::Pattern(stamp) => compare(Some(stamp)),
+        // The whole page goes at once, and at any time: also between two words.
+        // Then all of them are zero from there on.
+        Holds::PatternOrZero(stamp) => match compare(Some(stamp)) {
+            Some(Wrong { found: 0, .. }) => compare(None),
+            result => result,
+        },
+    }
 }
 
 fn check_call(result: libc::c_int) -> io::Result<()> {
@@ -512,6 +518,27 @@ mod tests {
         // SAFETY: as above; a page that was never freed.
         unsafe { region.page(6).write(1) };
         assert!(region.verify(0..8).is_some());
+    }
+
+    #[test]
+    fn freed_pages_may_go_while_they_are_looked_at() {
+        for reads in 0..=WORDS {
+            let left = std::cell::Cell::new(reads);
+            let look = |after: u64| {
+                left.set(reads);
+                check(0, Holds::PatternOrZero(5), |index| {
+                    if left.get() == 0 {
+                        return after;
+                    }
+                    left.set(left.get() - 1);
+                    pattern(5, index)
+                })
+            };
+            assert_eq!(look(0), None, "{reads}");
+            assert_eq!(look(1).is_some(), reads < WORDS, "{reads}");
+        }
+        let half_zero = |index| if index < 9 { 0 } else { pattern(5, index) };
+        assert_eq!(check(0, Holds::PatternOrZero(5), half_zero).map(|wrong| wrong.word), Some(9));
     }
 
     #[test]
