@@ -38,8 +38,8 @@ SUM_ATTR(host_only, host_only);
 SUM_ATTR(held, held);
 SUM_ATTR(busy, busy);
 
-/* One counter; each has a single writer, and is read as it is. */
-#define COUNTER_ATTR(_name, _value)					\
+/* One number, as it is at the moment. */
+#define NUMBER_ATTR(_name, _value)					\
 static ssize_t _name##_show(struct device *dev,				\
 			    struct device_attribute *attr, char *buf)	\
 {									\
@@ -49,40 +49,51 @@ static ssize_t _name##_show(struct device *dev,				\
 }									\
 static DEVICE_ATTR_RO(_name)
 
-COUNTER_ATTR(census_passes, READ_ONCE(gemini->census.passes));
-COUNTER_ATTR(census_blocks, READ_ONCE(gemini->census.last_blocks));
-COUNTER_ATTR(census_ns, READ_ONCE(gemini->census.total_ns));
-COUNTER_ATTR(hint_batches, READ_ONCE(gemini->hints.batches));
-COUNTER_ATTR(hint_records, READ_ONCE(gemini->hints.records));
-COUNTER_ATTR(hints_refused, READ_ONCE(gemini->hints.bad));
-COUNTER_ATTR(report_batches, READ_ONCE(gemini->report.batches));
-COUNTER_ATTR(report_records, READ_ONCE(gemini->report.records));
-COUNTER_ATTR(ctrl_requests, READ_ONCE(gemini->ctrl.made));
-COUNTER_ATTR(ctrl_pending, READ_ONCE(gemini->ctrl.nr_pending));
-COUNTER_ATTR(ctrl_failed, READ_ONCE(gemini->ctrl.failed));
-COUNTER_ATTR(release_requests, READ_ONCE(gemini->release.made));
-COUNTER_ATTR(release_pending, READ_ONCE(gemini->release.nr_pending));
-COUNTER_ATTR(release_failed, READ_ONCE(gemini->release.failed));
-COUNTER_ATTR(release_max, READ_ONCE(gemini->release_max));
-COUNTER_ATTR(broken, READ_ONCE(gemini->broken));
-COUNTER_ATTR(wanted, READ_ONCE(gemini->wanted));
+NUMBER_ATTR(census_passes, READ_ONCE(gemini->census.passes));
+NUMBER_ATTR(census_blocks, READ_ONCE(gemini->census.last_blocks));
+NUMBER_ATTR(census_ns, READ_ONCE(gemini->census.total_ns));
+NUMBER_ATTR(hint_batches, READ_ONCE(gemini->hints.batches));
+NUMBER_ATTR(hint_records, READ_ONCE(gemini->hints.records));
+NUMBER_ATTR(hints_refused, READ_ONCE(gemini->hints.bad));
+NUMBER_ATTR(report_batches, READ_ONCE(gemini->report.batches));
+NUMBER_ATTR(report_records, READ_ONCE(gemini->report.records));
+NUMBER_ATTR(ctrl_requests, READ_ONCE(gemini->ctrl.made));
+NUMBER_ATTR(ctrl_pending, READ_ONCE(gemini->ctrl.nr_pending));
+NUMBER_ATTR(ctrl_failed, READ_ONCE(gemini->ctrl.failed));
+NUMBER_ATTR(release_requests, READ_ONCE(gemini->release.made));
+NUMBER_ATTR(release_pending, READ_ONCE(gemini->release.nr_pending));
+NUMBER_ATTR(release_failed, READ_ONCE(gemini->release.failed));
+NUMBER_ATTR(release_max, READ_ONCE(gemini->release_max));
+NUMBER_ATTR(broken, READ_ONCE(gemini->broken));
+NUMBER_ATTR(wanted, READ_ONCE(gemini->wanted));
 
-COUNTER_ATTR(ready, gemini_hold_ready(gemini, NUMA_NO_NODE));
-COUNTER_ATTR(scarce, READ_ONCE(gemini->scarce));
-COUNTER_ATTR(stock_target, READ_ONCE(gemini->booking.target));
-COUNTER_ATTR(booked_plain, READ_ONCE(gemini->booking.plain));
-COUNTER_ATTR(booked_exact, READ_ONCE(gemini->booking.exact));
-COUNTER_ATTR(evacuated_blocks, READ_ONCE(gemini->booking.evacuated));
-COUNTER_ATTR(evacuated_pages, READ_ONCE(gemini->booking.evacuated_pages));
-COUNTER_ATTR(evacuation_failures, READ_ONCE(gemini->booking.failures));
-COUNTER_ATTR(prepared, READ_ONCE(gemini->booking.prepared));
-COUNTER_ATTR(renewed, READ_ONCE(gemini->booking.renewed));
-COUNTER_ATTR(expired, READ_ONCE(gemini->booking.expired));
-COUNTER_ATTR(returned_pressure, atomic64_read(&gemini->returned_pressure));
+NUMBER_ATTR(ready, gemini_hold_ready(gemini, NUMA_NO_NODE));
+NUMBER_ATTR(scarce, READ_ONCE(gemini->scarce));
+NUMBER_ATTR(stock_target, READ_ONCE(gemini->booking.target));
+NUMBER_ATTR(booked_plain, READ_ONCE(gemini->booking.plain));
+NUMBER_ATTR(booked_exact, READ_ONCE(gemini->booking.exact));
+NUMBER_ATTR(evacuated_blocks, READ_ONCE(gemini->booking.evacuated));
+NUMBER_ATTR(evacuated_pages, READ_ONCE(gemini->booking.evacuated_pages));
+NUMBER_ATTR(evacuation_failures, READ_ONCE(gemini->booking.failures));
+NUMBER_ATTR(prepared, READ_ONCE(gemini->booking.prepared));
+NUMBER_ATTR(renewed, READ_ONCE(gemini->booking.renewed));
+NUMBER_ATTR(expired, READ_ONCE(gemini->booking.expired));
+NUMBER_ATTR(returned_pressure, atomic64_read(&gemini->returned_pressure));
 
-COUNTER_ATTR(placed, atomic64_read(&gemini->placement.placed));
-COUNTER_ATTR(placement_misses, atomic64_read(&gemini->placement.misses));
-COUNTER_ATTR(placement_declined, atomic64_read(&gemini->placement.declined));
+NUMBER_ATTR(placed, atomic64_read(&gemini->placement.placed));
+NUMBER_ATTR(placement_misses, atomic64_read(&gemini->placement.misses));
+NUMBER_ATTR(placement_declined, atomic64_read(&gemini->placement.declined));
+
+/* Words for people. */
+#define TEXT_ATTR(_name, _value)					\
+static ssize_t _name##_show(struct device *dev,				\
+			    struct device_attribute *attr, char *buf)	\
+{									\
+	struct gemini *gemini = of_device(dev);				\
+									\
+	return sysfs_emit(buf, "%s\n", _value);				\
+}									\
+static DEVICE_ATTR_RO(_name)
 
 static ssize_t generation_show(struct device *dev,
 			       struct device_attribute *attr, char *buf)
@@ -117,37 +128,13 @@ static ssize_t census_ns_per_block_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(census_ns_per_block);
 
-static ssize_t census_period_ms_show(struct device *dev,
-				     struct device_attribute *attr, char *buf)
-{
-	return sysfs_emit(buf, "%u\n",
-			  READ_ONCE(of_device(dev)->census.period_ms));
-}
-
-static ssize_t census_period_ms_store(struct device *dev,
-				      struct device_attribute *attr,
-				      const char *buf, size_t count)
-{
-	struct gemini *gemini = of_device(dev);
-	unsigned int period;
-	int ret;
-
-	ret = kstrtouint(buf, 0, &period);
-	if (ret)
-		return ret;
-	if (period < GEMINI_PERIOD_MIN || period > GEMINI_PERIOD_MAX)
-		return -EINVAL;
-	WRITE_ONCE(gemini->census.period_ms, period);
-	gemini_census_kick(gemini);
-	return count;
-}
-static DEVICE_ATTR_RW(census_period_ms);
-
-/* A number of the device that booking looks at. */
+/* A number of the device, and who is to know of its change. */
 struct setting {
 	struct device_attribute attr;
 	size_t offset;
+	unsigned int min;
 	unsigned int max;
+	void (*changed)(struct gemini *gemini);
 };
 
 static unsigned int *setting_of(struct device *dev, const struct setting *setting)
@@ -173,24 +160,29 @@ static ssize_t setting_store(struct device *dev, struct device_attribute *attr,
 	ret = kstrtouint(buf, 0, &value);
 	if (ret)
 		return ret;
-	if (value > setting->max)
+	if (value < setting->min || value > setting->max)
 		return -EINVAL;
 	WRITE_ONCE(*setting_of(dev, setting), value);
-	gemini_booking_kick(of_device(dev));
+	setting->changed(of_device(dev));
 	return count;
 }
 
-#define SETTING(_name, _field, _max)					\
+#define SETTING(_name, _field, _min, _max, _changed)			\
 static struct setting setting_##_name = {				\
 	.attr = __ATTR(_name, 0644, setting_show, setting_store),	\
 	.offset = offsetof(struct gemini, _field),			\
+	.min = (_min),							\
 	.max = (_max),							\
+	.changed = (_changed),						\
 }
 
-SETTING(booking, booking.enabled, 1);
-SETTING(stock_floor, booking.stock_floor, INT_MAX);
-SETTING(stock_cap, booking.stock_cap, INT_MAX);
-SETTING(evacuation_rate, booking.evacuation_rate, GEMINI_EVACUATION_MAX);
+SETTING(booking, booking.enabled, 0, 1, gemini_booking_kick);
+SETTING(stock_floor, booking.stock_floor, 0, INT_MAX, gemini_booking_kick);
+SETTING(stock_cap, booking.stock_cap, 0, INT_MAX, gemini_booking_kick);
+SETTING(evacuation_rate, booking.evacuation_rate, 0, GEMINI_EVACUATION_MAX,
+	gemini_booking_kick);
+SETTING(census_period_ms, census.period_ms, GEMINI_PERIOD_MIN,
+	GEMINI_PERIOD_MAX, gemini_census_kick);
 
 static ssize_t placement_show(struct device *dev,
 			      struct device_attribute *attr, char *buf)
@@ -224,20 +216,9 @@ static ssize_t placement_state_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(placement_state);
 
-/* Counters that several CPUs add to. */
-#define ATOMIC_ATTR(_name, _value)					\
-static ssize_t _name##_show(struct device *dev,				\
-			    struct device_attribute *attr, char *buf)	\
-{									\
-	struct gemini *gemini = of_device(dev);				\
-									\
-	return sysfs_emit(buf, "%llu\n", (u64)atomic64_read(&(_value)));	\
-}									\
-static DEVICE_ATTR_RO(_name)
-
-ATOMIC_ATTR(rebooked, gemini->bucket.rebooked);
-ATOMIC_ATTR(bucket_freed, gemini->bucket.freed);
-ATOMIC_ATTR(returned_isolation, gemini->isolation.returned);
+NUMBER_ATTR(rebooked, atomic64_read(&gemini->bucket.rebooked));
+NUMBER_ATTR(bucket_freed, atomic64_read(&gemini->bucket.freed));
+NUMBER_ATTR(returned_isolation, atomic64_read(&gemini->isolation.returned));
 
 static ssize_t bucket_show(struct device *dev, struct device_attribute *attr,
 			   char *buf)
@@ -264,20 +245,9 @@ static ssize_t bucket_hooks_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(bucket_hooks);
 
-static ssize_t bucket_max_show(struct device *dev,
-			       struct device_attribute *attr, char *buf)
-{
-	return sysfs_emit(buf, "%llu\n",
-			  gemini_bucket_limit(of_device(dev)));
-}
-static DEVICE_ATTR_RO(bucket_max);
+NUMBER_ATTR(bucket_max, gemini_bucket_limit(gemini));
 
-static ssize_t isolation_show(struct device *dev,
-			      struct device_attribute *attr, char *buf)
-{
-	return sysfs_emit(buf, "%s\n", gemini_isolation_state(of_device(dev)));
-}
-static DEVICE_ATTR_RO(isolation);
+TEXT_ATTR(isolation, gemini_isolation_state(gemini));
 
 static ssize_t booking_timeout_ms_show(struct device *dev,
 				       struct device_attribute *attr, char *buf)
@@ -298,27 +268,11 @@ static ssize_t booking_timeout_ms_store(struct device *dev,
 }
 static DEVICE_ATTR_RW(booking_timeout_ms);
 
-static ssize_t timeout_ms_show(struct device *dev,
-			       struct device_attribute *attr, char *buf)
-{
-	return sysfs_emit(buf, "%u\n", gemini_timeout_ms(of_device(dev)));
-}
-static DEVICE_ATTR_RO(timeout_ms);
+NUMBER_ATTR(timeout_ms, gemini_timeout_ms(gemini));
 
-static ssize_t timeout_source_show(struct device *dev,
-				   struct device_attribute *attr, char *buf)
-{
-	return sysfs_emit(buf, "%s\n", gemini_timeout_source(of_device(dev)));
-}
-static DEVICE_ATTR_RO(timeout_source);
+TEXT_ATTR(timeout_source, gemini_timeout_source(gemini));
 
-static ssize_t fmfi_show(struct device *dev, struct device_attribute *attr,
-			 char *buf)
-{
-	return sysfs_emit(buf, "%u\n",
-			  gemini_fmfi(of_device(dev), NUMA_NO_NODE));
-}
-static DEVICE_ATTR_RO(fmfi);
+NUMBER_ATTR(fmfi, gemini_fmfi(gemini, NUMA_NO_NODE));
 
 static struct attribute *gemini_attrs[] = {
 	&dev_attr_guest_free.attr,
@@ -354,7 +308,7 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_synced.attr,
 	&dev_attr_broken.attr,
 	&dev_attr_wanted.attr,
-	&dev_attr_census_period_ms.attr,
+	&setting_census_period_ms.attr.attr,
 	&dev_attr_census_passes.attr,
 	&dev_attr_census_blocks.attr,
 	&dev_attr_census_ns.attr,
