@@ -5,6 +5,7 @@ use std::io::Read;
 
 use anyhow::Context;
 
+use crate::kernel;
 use crate::protocol::{BlockRun, BlockState, BlockStates};
 
 /// Base pages in a block of 2 MiB.
@@ -24,12 +25,18 @@ const ZERO_PAGE: u64 = 1 << 24;
 
 /// Reads the state of all blocks.
 ///
+/// Freed blocks wait on lists of processors. There `/proc/kpageflags` tells
+/// nothing of their pages, as it does of pages that the kernel has taken for
+/// itself. They count as free if the kernel tells to have as many pages on those
+/// lists.
+///
 /// # Errors
 /// If `/proc/kpageflags` cannot be read: it needs root and
 /// CONFIG_PROC_PAGE_MONITOR.
 pub fn read() -> anyhow::Result<BlockStates> {
     let mut file = File::open("/proc/kpageflags").context("cannot open /proc/kpageflags")?;
-    let mut states = BlockStates::default();
+    let mut blocks = Vec::new();
+    let mut bare = 0;
     let mut bytes = vec![0; PAGES * 8];
     for number in 0.. {
         let mut filled = 0;
@@ -43,12 +50,21 @@ pub fn read() -> anyhow::Result<BlockStates> {
         if filled == 0 {
             break;
         }
-        if let Some((state, user)) = classify(&parse(&bytes[..filled])) {
-            push(&mut states.runs, number, state, user);
+        let flags = parse(&bytes[..filled]);
+        if let Some((state, user)) = classify(&flags) {
+            let is_bare = flags.len() == PAGES && flags.iter().all(|&page| page == 0);
+            bare += u64::from(is_bare);
+            blocks.push((number, state, user, is_bare));
         }
         if filled < bytes.len() {
             break;
         }
+    }
+    let on_lists = kernel::pages_on_cpu_lists()? / PAGES as u64;
+    let mut states = BlockStates::default();
+    for (number, state, user, is_bare) in blocks {
+        let state = if is_bare && bare <= on_lists { BlockState::Free } else { state };
+        push(&mut states.runs, number, state, user);
     }
     Ok(states)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -105,7 +105,7 @@ fn parse_record(record: &str) -> Option<(u64, Message)> {
 /// # Errors
 /// If it cannot be read.
 pub fn memory() -> anyhow::Result<BTreeMap<String, u64>> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     Ok(text.lines().filter_map(parse_meminfo).collect())
 }
 
@@ -115,6 +115,23 @@ fn parse_meminfo(line: &str) -> Option<(String, u64)> {
     let value: u64 = words.next()?.parse().ok()?;
     let unit = if words.next() == Some("kB") { 1024 } else { 1 };
     Some((name.to_owned(), value * unit))
+}
+
+/// Free pages that wait on lists of processors.
+///
+/// # Errors
+/// If `/proc/zoneinfo` cannot be read.
+pub fn pages_on_cpu_lists() -> anyhow::Result<u64> {
+    let zones = fs::read_to_string("/proc/zoneinfo").context("cannot read /proc/zoneinfo")?;
+    Ok(on_cpu_lists(&zones))
+}
+
+fn on_cpu_lists(zoneinfo: &str) -> u64 {
+    zoneinfo
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("count:"))
+        .filter_map(|count| count.trim().parse::<u64>().ok())
+        .sum()
 }
 
 #[cfg(test)]
@@ -135,5 +152,12 @@ mod tests {
     fn meminfo_is_in_bytes_except_for_counts() {
         assert_eq!(parse_meminfo("MemTotal:  16 kB"), Some(("MemTotal".into(), 16384)));
         assert_eq!(parse_meminfo("HugePages_Total:   3"), Some(("HugePages_Total".into(), 3)));
+    }
+
+    #[test]
+    fn pages_on_lists_of_processors_are_counted_in_every_zone() {
+        let text = "Node 0, zone   Normal\n  pagesets\n    cpu: 0\n              count:    5\n\
+                    \x20             high:     14\n    cpu: 1\n              count:    2\n";
+        assert_eq!(on_cpu_lists(text), 7);
     }
 }

@@ -281,9 +281,10 @@ fn look(total: Option<u64>) -> anyhow::Result<Rest> {
 
 fn rest() -> anyhow::Result<Rest> {
     let info = kernel::memory()?;
-    let zones = fs::read_to_string("/proc/zoneinfo").context("cannot read /proc/zoneinfo")?;
+    // `MemFree` leaves them out.
+    let on_lists = kernel::pages_on_cpu_lists()? * 4096;
     let value = |name: &str| info.get(name).copied().unwrap_or(0);
-    let (total, free) = (value("MemTotal"), value("MemFree") + on_cpu_lists(&zones));
+    let (total, free) = (value("MemTotal"), value("MemFree") + on_lists);
     let used: u64 = ACCOUNTED.iter().map(|name| value(name)).sum();
     let held_blocks = blocks::read()?
         .runs
@@ -300,26 +301,4 @@ fn tell_where_memory_is() -> anyhow::Result<()> {
         say(6, &format!("at rest: {name} {bytes}"));
     }
     Ok(())
-}
-
-/// Bytes on the lists of processors, which `MemFree` leaves out.
-fn on_cpu_lists(zoneinfo: &str) -> u64 {
-    let pages: u64 = zoneinfo
-        .lines()
-        .filter_map(|line| line.trim_start().strip_prefix("count:"))
-        .filter_map(|count| count.trim().parse::<u64>().ok())
-        .sum();
-    pages * 4096
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_on_lists_of_processors_are_counted_in_every_zone() {
-        let text = "Node 0, zone   Normal\n  pagesets\n    cpu: 0\n              count:    5\n\
-                    \x20             high:     14\n    cpu: 1\n              count:    2\n";
-        assert_eq!(on_cpu_lists(text), 7 * 4096);
-    }
 }
