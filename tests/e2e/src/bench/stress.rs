@@ -354,7 +354,9 @@ fn is_splat(message: &Message) -> bool {
         "ODEBUG:",
     ];
     const MORE: [&str; 3] = ["UBSAN:", "use-after-free", "Kernel panic"];
-    let told = |text: &&str| message.text.contains(*text);
+    /// Less urgent than this the kernel tells, of its checks among others.
+    const INFO: u8 = 6;
+    let told = |text: &&str| message.level < INFO && message.text.contains(*text);
     SPLATS.iter().any(told)
         || MORE.iter().any(told)
         || (message.level <= 3 && OURS.iter().any(|prefix| message.text.starts_with(prefix)))
@@ -395,6 +397,7 @@ mod tests {
         assert!(is_splat(&message(1, "BUG: KASAN: slab-use-after-free in gemini_hold_take")));
         assert!(is_splat(&message(4, "WARNING: possible circular locking dependency detected")));
         assert!(is_splat(&message(3, "gemini-guest: memory: Wrong { page: 1 }")));
+        assert!(!is_splat(&message(6, "rcu: RCU callback double-/use-after-free debug is on")));
         assert!(!is_splat(&message(3, "Out of memory: Killed process 99 (gemini-guest)")));
         assert!(!is_splat(&message(4, "page allocation failure: order:9")));
         assert!(!is_splat(&message(4, "virtio_gemini virtio3: placement off: a tracer is there")));
