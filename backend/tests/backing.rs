@@ -154,7 +154,7 @@ fn populate_makes_any_block_huge_and_keeps_contents() {
     assert_eq!(populate(&memory, 1), Ok(Collapsed::Copied { bytes: 2 * PAGE }));
     assert_eq!(populate(&memory, 2), Ok(Collapsed::Copied { bytes: BLOCK }));
     let mut results = Vec::new();
-    memory.populate(8, 1, &mut results);
+    memory.populate(8, 1, u64::MAX, &mut results);
     assert_eq!(results, [], "not managed");
     assert_eq!(
         scan(&memory, 0, 8),
@@ -177,13 +177,35 @@ fn populate_of_many_tells_of_each_how_it_became_huge() {
     let memory = memory(&file);
     assert_eq!(collapse(&memory, 2, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
     let mut results = Vec::new();
-    memory.populate(0, 8, &mut results);
+    memory.populate(0, 8, u64::MAX, &mut results);
     let without_copy = results.iter().filter(|(_, result)| *result == Ok(Collapsed::Populated));
     assert_eq!(without_copy.count(), 6, "{results:?}");
     assert_eq!(results[2], (2, Ok(Collapsed::AlreadyHuge)));
     assert_eq!(results[5], (5, Ok(Collapsed::Copied { bytes: PAGE })));
     assert_eq!(scan(&memory, 0, 8), [run(0, 8, HostState::Huge, 0)]);
     assert!(vmm.is_filled(5, 3, 1) && vmm.is_zero(5, 4, 508) && vmm.is_filled(2, 0, 512));
+}
+
+#[test]
+fn populate_copies_no_more_than_it_has_leave_to() {
+    let test = "populate_copies_no_more_than_it_has_leave_to";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(8 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(1, 0, 512);
+    vmm.fill(3, 0, 100);
+    let memory = memory(&file);
+    let mut results = Vec::new();
+    memory.populate(0, 4, 1, &mut results);
+    let expected = [
+        (0, Ok(Collapsed::Populated)),
+        (1, Ok(Collapsed::Copied { bytes: BLOCK })),
+        (2, Ok(Collapsed::Populated)),
+        (3, Err(Refusal::Unaffordable)),
+    ];
+    assert_eq!(results, expected);
+    assert_eq!(state(&memory, 3), HostState::Base);
+    assert!(vmm.is_filled(1, 0, 512) && vmm.is_filled(3, 0, 100) && vmm.resident(3) == 100);
 }
 
 #[test]

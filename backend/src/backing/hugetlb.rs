@@ -109,7 +109,8 @@ impl Backing for Hugetlb {
         }
     }
 
-    fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+    /// Nothing is ever copied here.
+    fn populate(&self, blocks: Range<u64>, _: &mut u64, results: &mut Vec<(u64, Outcome)>) {
         results.extend(blocks.map(|block| (block, self.populate_one(block))));
     }
 

@@ -158,6 +158,8 @@ pub enum Refusal {
     Unsupported,
     /// It would take memory that the filesystem lacks for the rest of the guest.
     Space,
+    /// It has contents, and the caller gave no leave to copy them.
+    Unaffordable,
     /// The VMM has exited.
     Gone,
     /// Another errno.
@@ -241,7 +243,7 @@ trait Backing: Send + Sync {
     fn may_discard(&self) -> bool;
     fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
     fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
-    fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
+    fn populate(&self, blocks: Range<u64>, leave: &mut u64, results: &mut Vec<(u64, Outcome)>);
     fn demote(&self, block: u64) -> io::Result<()>;
     fn discard(&self, blocks: Range<u64>) -> io::Result<()>;
 }
@@ -414,10 +416,17 @@ impl Memory {
     }
 
     /// Makes the managed ones among `count` blocks from `first` on huge, resident or not; keeps
-    /// their contents. Appends one result for each block that is managed.
-    pub fn populate(&self, first: u64, count: u64, results: &mut Vec<(u64, Outcome)>) {
+    /// their contents, and copies those of at most `leave` blocks. Appends one result for each
+    /// block that is managed.
+    pub fn populate(
+        &self,
+        first: u64,
+        count: u64,
+        mut leave: u64,
+        results: &mut Vec<(u64, Outcome)>,
+    ) {
         for (region, blocks) in self.pieces(first, count) {
-            region.populate(blocks, results);
+            region.populate(blocks, &mut leave, results);
         }
     }
 

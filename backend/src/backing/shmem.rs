@@ -320,7 +320,15 @@ impl Shmem {
         None
     }
 
-    fn collapse_some(&self, blocks: &Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+    /// Collapses blocks, as far as they are resident: those of `fresh`, which hold one page that
+    /// was just faulted in, and up to `leave` others.
+    fn collapse_some(
+        &self,
+        blocks: &Range<u64>,
+        fresh: &[u64],
+        leave: &mut u64,
+        results: &mut Vec<(u64, Outcome)>,
+    ) {
         let looks = match self.look(blocks, true) {
             Ok(looks) => looks,
             Err(error) => {
@@ -329,18 +337,35 @@ impl Shmem {
             }
         };
         let mut room = None;
-        let verdicts: Vec<Option<Outcome>> =
+        let mut outcomes: Vec<Option<Outcome>> =
             looks.iter().map(|look| self.verdict(look, &mut room)).collect();
-        let open = blocks.clone().zip(&verdicts).filter(|(_, v)| v.is_none()).map(|(b, _)| b);
-        let mut tried = Vec::new();
-        for run in runs_of(open, COLLAPSE_BLOCKS) {
-            let part = &looks[index(blocks, run.start)..index(blocks, run.end)];
-            tried.extend(self.collapse_run(&run, part));
+        let open: Vec<u64> =
+            blocks.clone().filter(|block| outcomes[index(blocks, *block)].is_none()).collect();
+        // Contents are copied block by block: of a range in which several fail the kernel does not
+        // tell which it tried, and each try costs a copy.
+        let (costly, cheap): (Vec<u64>, Vec<u64>) = open.into_iter().partition(|block| {
+            let look = &looks[index(blocks, *block)];
+            !look.file_huge && (look.cached.resident > 1 || fresh.binary_search(block).is_err())
+        });
+        let mut runs = runs_of(cheap, COLLAPSE_BLOCKS);
+        for block in costly {
+            match leave.checked_sub(1) {
+                Some(left) => {
+                    *leave = left;
+                    runs.push(block..block + 1);
+                }
+                None => outcomes[index(blocks, block)] = Some(Err(Refusal::Unaffordable)),
+            }
         }
-        let mut tried = tried.into_iter();
-        for (block, verdict) in blocks.clone().zip(verdicts) {
-            let outcome = verdict.or_else(|| tried.next()).unwrap_or(Err(Refusal::Again));
-            results.push((block, outcome));
+        for run in runs {
+            let part = index(blocks, run.start)..index(blocks, run.end);
+            let tried = self.collapse_run(&run, &looks[part.clone()]);
+            for (outcome, tried) in outcomes[part].iter_mut().zip(tried) {
+                *outcome = Some(tried);
+            }
+        }
+        for (block, outcome) in blocks.clone().zip(outcomes) {
+            results.push((block, outcome.unwrap_or(Err(Refusal::Again))));
         }
     }
 
@@ -363,7 +388,7 @@ impl Shmem {
             .collect())
     }
 
-    fn populate_some(&self, run: &Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+    fn populate_some(&self, run: &Range<u64>, leave: &mut u64, results: &mut Vec<(u64, Outcome)>) {
         let refuse = |error: &io::Error| Refusal::from(error);
         let looks = match self.look(run, true) {
             Ok(looks) => looks,
@@ -386,11 +411,15 @@ impl Shmem {
             },
         };
         let mut collapsed = Vec::new();
-        self.collapse_some(run, &mut collapsed);
+        self.collapse_some(run, &absent, leave, &mut collapsed);
         for (block, outcome) in collapsed {
             let at = absent.binary_search(&block);
             let refused = at.ok().and_then(|at| touched.get(at).copied().flatten());
             let outcome = match (outcome, at.is_ok(), refused) {
+                // Used by the guest in between.
+                (Ok(Collapsed::Copied { bytes }), true, _) if bytes > page_size() => {
+                    Ok(Collapsed::Copied { bytes })
+                }
                 (Ok(_), true, _) => Ok(Collapsed::Populated),
                 (Err(Refusal::Absent), _, Some(refused)) => Err(refused),
                 // Dropped by the guest in between.
@@ -438,18 +467,19 @@ impl Backing for Shmem {
             results.extend(blocks.map(|block| (block, Err(refusal))));
             return;
         }
+        let mut leave = u64::MAX;
         for part in parts(&blocks, COLLAPSE_BLOCKS) {
-            self.collapse_some(&part, results);
+            self.collapse_some(&part, &[], &mut leave, results);
         }
     }
 
-    fn populate(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+    fn populate(&self, blocks: Range<u64>, leave: &mut u64, results: &mut Vec<(u64, Outcome)>) {
         if let Route::Closed(refusal) = self.route {
             results.extend(blocks.map(|block| (block, Err(refusal))));
             return;
         }
         for part in parts(&blocks, COLLAPSE_BLOCKS) {
-            self.populate_some(&part, results);
+            self.populate_some(&part, leave, results);
         }
     }
 

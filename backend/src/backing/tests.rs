@@ -51,7 +51,7 @@ fn memory_new_leaves_alone_what_is_no_regular_file() {
         assert_eq!(memory.findings()[0].code, "region-not-a-file");
         assert!(matches!(memory.discard(0, 1), Err(Error::NotManaged { .. })));
         let mut results = Vec::new();
-        memory.populate(0, 1, &mut results);
+        memory.populate(0, 1, 1, &mut results);
         assert_eq!(results, [], "nothing is managed");
     }
 }

@@ -53,9 +53,9 @@ pub trait Port: Send + Sync {
 pub struct Settings {
     /// Which blocks the host makes huge.
     pub policy: Policy,
-    /// Bytes that collapses may copy per second.
+    /// Bytes that collapses may copy per second at first.
     pub copy_rate: u64,
-    /// Share of one CPU, 1.0 being all of it.
+    /// Share of one CPU at first, 1.0 being all of it.
     pub cpu_share: f64,
     /// log2 of the block size.
     pub block_shift: u32,
@@ -90,11 +90,19 @@ struct Inner {
     next_prepare: u64,
 }
 
+/// What may be spent per second, as it was set last.
+#[derive(Clone, Copy, Debug)]
+struct Rates {
+    copy_rate: u64,
+    cpu_share: f64,
+}
+
 /// One guest's engine: shared by the device's threads, the deciding thread and the workers.
 pub struct Engine {
     settings: Settings,
     inner: Mutex<Inner>,
     wake: Condvar,
+    rates: Mutex<Rates>,
     cpu: Mutex<CpuBudget>,
     copy: Mutex<CopyBudget>,
 }
@@ -129,6 +137,10 @@ impl Engine {
                 next_prepare: 1,
             }),
             wake: Condvar::new(),
+            rates: Mutex::new(Rates {
+                copy_rate: settings.copy_rate,
+                cpu_share: settings.cpu_share,
+            }),
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
             copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
             settings,
@@ -207,6 +219,30 @@ impl Engine {
     pub fn huge_max(&self) -> Option<u64> {
         let limit = self.lock().state.supply.limit();
         (limit != u64::MAX).then(|| limit << self.settings.block_shift)
+    }
+
+    /// Sets how many bytes collapses may copy per second, from now on.
+    pub fn set_copy_rate(&self, bytes: u64) {
+        lock(&self.rates).copy_rate = bytes;
+        lock(&self.copy).set_rate(bytes, 1 << self.settings.block_shift, Instant::now());
+        self.wake();
+    }
+
+    /// Bytes that collapses may copy per second.
+    pub fn copy_rate(&self) -> u64 {
+        lock(&self.rates).copy_rate
+    }
+
+    /// Sets the share of one CPU that the daemon may use (1.0 is all of it), from now on.
+    pub fn set_cpu_share(&self, share: f64) {
+        lock(&self.rates).cpu_share = share;
+        lock(&self.cpu).set_share(share, Instant::now());
+        self.wake();
+    }
+
+    /// Share of one CPU that the daemon may use.
+    pub fn cpu_share(&self) -> f64 {
+        lock(&self.rates).cpu_share
     }
 
     /// Reads the state, for status output.
@@ -450,9 +486,9 @@ impl Engine {
             let work = state.repair.next(&state.map, &allowance);
             if let Some(work) = work.or_else(|| state.next_demotion(&allowance, now)) {
                 state.acting = work.blocks();
-                // Spent in advance; settled when it is done.
+                // Taken in advance; settled when it is done.
                 let advance = state.copies(&work) * block_size;
-                copy.spend(advance, now);
+                copy.advance(advance, now);
                 let job = Job::Act { memory, generation: state.generation, work, advance };
                 *acting = act.try_send(job).is_ok();
             } else {
@@ -537,7 +573,8 @@ impl Engine {
     fn acted(&self, done: worker::Acted) {
         let worker::Acted { memory, generation, advance, deed } = done;
         let now = Instant::now();
-        lock(&self.copy).settle(advance, deed.copied_bytes + deed.wasted_bytes, now);
+        let block_size = 1 << self.settings.block_shift;
+        lock(&self.copy).settle(advance, deed.attempts * block_size, now);
         let mut inner = self.lock();
         inner.acting = false;
         let port = inner.port.clone();
@@ -548,11 +585,12 @@ impl Engine {
         state.totals.populated += deed.populated;
         state.totals.demoted += deed.demoted;
         state.totals.collapse_failures += deed.failed;
+        state.totals.charged_bytes += deed.attempts * block_size;
         for (_, outcome) in &deed.outcomes {
             match outcome {
                 Outcome::Done => state.supply.gave(),
                 Outcome::Lacking => state.supply.failed(now),
-                Outcome::Idle | Outcome::Failed => {}
+                Outcome::Idle | Outcome::Failed | Outcome::Deferred => {}
             }
         }
         if state.generation == generation {
@@ -561,6 +599,9 @@ impl Engine {
                 let failures = state.map.get(index).map_or(0, |b| b.failures);
                 let failures = state.repair.ended(index, outcome, failures, now);
                 state.map.set_failures(index, failures);
+                if outcome == Outcome::Deferred && deed.seen {
+                    state.repair.again(block);
+                }
                 // Who asked is told again, also of what is as it was.
                 if deed.requested {
                     state.hints.changed(index);
@@ -638,10 +679,9 @@ impl State {
     /// How many blocks an action may copy.
     fn copies(&self, work: &Work) -> u64 {
         let blocks = work.blocks().filter_map(|block| self.map.index_of(block));
-        let absent = |index: &usize| {
-            self.map.get(*index).is_some_and(|block| block.host == HostState::Absent)
-        };
-        blocks.filter(|index| !absent(index)).count() as u64
+        let resident =
+            |index: &usize| self.map.get(*index).is_some_and(|block| block.host == HostState::Base);
+        blocks.filter(resident).count() as u64
     }
 
     /// The known host states of ranges, as records.

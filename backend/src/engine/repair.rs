@@ -81,6 +81,8 @@ pub enum Outcome {
     Failed,
     /// Another one: the host has no huge page for it.
     Lacking,
+    /// It turned out to have contents, and there was no budget for copying them.
+    Deferred,
 }
 
 /// A PREPARE request that is being worked on.
@@ -159,6 +161,16 @@ impl Repair {
     /// Takes a PREPARE; the caller has checked that none is at work and that all is managed.
     pub fn prepare(&mut self, id: u64, ranges: Vec<(u64, u32)>) {
         self.prepare = Some(Prepare { id, ranges, at: (0, 0) });
+    }
+
+    /// Has the PREPARE at work come back to a block that was deferred.
+    pub fn again(&mut self, block: u64) {
+        let Some(prepare) = &mut self.prepare else { return };
+        let at = prepare.ranges.iter().enumerate().find_map(|(range, &(first, count))| {
+            let offset = u32::try_from(block.checked_sub(first)?).ok()?;
+            (offset < count).then_some((range, offset))
+        });
+        prepare.at = at.map_or(prepare.at, |at| at.min(prepare.at));
     }
 
     /// Ends the PREPARE `id`, answered or cancelled; whether it was the one at work.
@@ -272,19 +284,22 @@ impl Repair {
             let first = first + u64::from(offset);
             let most = REQUESTED_BATCH.min(u64::from(count - offset));
             let (mut take, mut pages, mut copies) = (0, 0, 0);
-            let mut beyond_supply = false;
+            let mut hopeless = false;
             for block in first..first + most {
-                let host = map.index_of(block).and_then(|index| map.get(index)).map(|b| b.host);
-                pages += u64::from(!host.is_some_and(HostState::is_huge));
-                copies += u64::from(host == Some(HostState::Base));
-                beyond_supply = pages > allowance.prepared;
-                if beyond_supply || copies > allowance.copies {
+                let index = map.index_of(block);
+                let known = index.and_then(|index| map.get(index)).copied().unwrap_or_default();
+                pages += u64::from(!known.host.is_huge());
+                copies += u64::from(known.host == HostState::Base);
+                let rests = known.failures > 0 && index.is_some_and(|i| self.resting.get(i));
+                hopeless = pages > allowance.prepared || (rests && !known.host.is_huge());
+                if hopeless || copies > allowance.copies {
                     break;
                 }
                 take += 1;
             }
-            // A block for which there is no page is passed over: the records tell the driver.
-            let skip = u32::from(take == 0 && beyond_supply);
+            // A block for which there is no page, or that rests after it failed, is passed over:
+            // the records tell the driver.
+            let skip = u32::from(take == 0 && hopeless);
             let next = offset + take + skip;
             prepare.at = if next == count { (range + 1, 0) } else { (range, next) };
             if skip == 0 {
@@ -308,6 +323,8 @@ impl Repair {
     /// Notes how an attempt at a block ended; returns the number of failures to remember.
     pub fn ended(&mut self, index: usize, outcome: Outcome, failures: u8, now: Instant) -> u8 {
         let failures = match outcome {
+            // Nothing was tried.
+            Outcome::Deferred => return failures,
             Outcome::Done => 0,
             Outcome::Idle | Outcome::Failed | Outcome::Lacking => failures.saturating_add(1),
         };
@@ -449,6 +466,41 @@ mod tests {
         assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 14, count: 1 }));
         assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 90, count: 1 }));
         assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 10, count: 1 }));
+    }
+
+    #[test]
+    fn prepare_passes_over_what_rests_after_failures() {
+        let mut map = resident(100);
+        let now = Instant::now();
+        let mut repair = Repair::new(100);
+        let failures = repair.ended(11, Outcome::Failed, 0, now);
+        map.set_failures(11, failures);
+        repair.ended(12, Outcome::Done, 0, now);
+        repair.prepare(9, vec![(10, 4)]);
+        let plenty = copies(9);
+        assert_eq!(repair.next(&map, &plenty), Some(Work::Populate { first: 10, count: 1 }));
+        assert_eq!(repair.next(&map, &plenty), Some(Work::Populate { first: 12, count: 2 }));
+        repair.next(&map, &plenty);
+        assert!(repair.end_prepare(9));
+        repair.wake(now + 2 * REST);
+        repair.prepare(10, vec![(11, 1)]);
+        assert_eq!(repair.next(&map, &plenty), Some(Work::Populate { first: 11, count: 1 }));
+    }
+
+    #[test]
+    fn prepare_comes_back_to_what_was_deferred() {
+        let map = resident(100);
+        let mut repair = Repair::new(100);
+        repair.prepare(9, vec![(20, 2), (10, 2)]);
+        for first in [20, 10] {
+            assert_eq!(repair.next(&map, &copies(2)), Some(Work::Populate { first, count: 2 }));
+        }
+        for block in [10, 21, 90] {
+            repair.again(block);
+        }
+        assert_eq!(repair.next(&map, &copies(2)), Some(Work::Populate { first: 21, count: 1 }));
+        assert_eq!(repair.next(&map, &copies(2)), Some(Work::Populate { first: 10, count: 2 }));
+        assert!(matches!(repair.next(&map, &copies(2)), Some(Work::Settle { .. })));
     }
 
     #[test]

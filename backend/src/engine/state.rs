@@ -33,6 +33,9 @@ pub enum GuestSync {
 pub struct Totals {
     /// Bytes that collapses copied.
     pub collapse_bytes: u64,
+    /// Bytes that the copy budget was charged for: a whole block for each attempt to collapse one
+    /// with contents, whatever came of it.
+    pub charged_bytes: u64,
     /// Blocks collapsed with a copy.
     pub collapses: u64,
     /// Attempts to collapse or populate that failed.

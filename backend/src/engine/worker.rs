@@ -61,8 +61,9 @@ pub struct Deed {
     pub copied: u64,
     /// Bytes that these copied.
     pub copied_bytes: u64,
-    /// Bytes that attempts which failed may have copied.
-    pub wasted_bytes: u64,
+    /// Blocks that the kernel was asked to copy, whether it did or not: what the copy budget is
+    /// charged for.
+    pub attempts: u64,
     /// Blocks made huge without a copy.
     pub populated: u64,
     /// Blocks made base pages.
@@ -99,8 +100,8 @@ pub fn run(engine: &Engine, jobs: &Receiver<Job>) {
                 });
             }
             Job::Act { memory, generation, work, advance } => {
-                let block_size = 1 << engine.settings().block_shift;
-                let deed = act(&memory, work, block_size);
+                let block_size = 1u64 << engine.settings().block_shift;
+                let deed = act(&memory, work, advance / block_size);
                 engine.acted(Acted { memory, generation, advance, deed });
             }
         }
@@ -116,7 +117,8 @@ pub fn scan(memory: &Memory, first: u64, count: u32, runs: &mut Vec<HostRun>) ->
     result.is_ok()
 }
 
-fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
+/// Does it, and has the kernel copy no more than `leave` blocks.
+fn act(memory: &Memory, work: Work, leave: u64) -> Deed {
     let requested = matches!(work, Work::Populate { .. } | Work::Settle { .. });
     let mut acted = Deed { seen: true, requested, ..Deed::default() };
     let mut results = Vec::new();
@@ -126,7 +128,7 @@ fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
             acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Populate { first, count } => {
-            memory.populate(first, u64::from(count), &mut results);
+            memory.populate(first, u64::from(count), leave, &mut results);
             acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Demote { block } => {
@@ -153,6 +155,7 @@ fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
             Ok(Collapsed::Copied { bytes }) => {
                 acted.copied += 1;
                 acted.copied_bytes += bytes;
+                acted.attempts += 1;
                 Outcome::Done
             }
             Ok(Collapsed::Populated) => {
@@ -160,21 +163,25 @@ fn act(memory: &Memory, work: Work, block_size: u64) -> Deed {
                 Outcome::Done
             }
             Ok(Collapsed::AlreadyHuge) => Outcome::Idle,
+            Err(Refusal::Unaffordable) => Outcome::Deferred,
             Err(Refusal::Absent | Refusal::NotPermitted | Refusal::Gone) => {
                 // Nothing was even begun.
                 acted.failed += 1;
                 Outcome::Failed
             }
-            Err(Refusal::NoMemory | Refusal::Space) => {
-                // The page is sought before anything is copied.
+            Err(Refusal::Space) => {
                 acted.failed += 1;
                 Outcome::Lacking
             }
             Err(refusal) => {
                 log::debug!("block {block:#x} stays as it is: {refusal:?}");
-                acted.wasted_bytes += block_size;
+                acted.attempts += 1;
                 acted.failed += 1;
-                Outcome::Failed
+                if refusal == Refusal::NoMemory {
+                    Outcome::Lacking
+                } else {
+                    Outcome::Failed
+                }
             }
         };
         acted.outcomes.push((block, outcome));

@@ -87,7 +87,7 @@ pub fn collapse(memory: &Memory, first: u64, count: u64) -> Vec<Outcome> {
 pub fn populate(memory: &Memory, block: u64) -> Outcome {
     let once = || {
         let mut results = Vec::new();
-        memory.populate(block, 1, &mut results);
+        memory.populate(block, 1, u64::MAX, &mut results);
         results[0].1
     };
     match once() {

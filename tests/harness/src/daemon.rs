@@ -168,6 +168,8 @@ pub struct Status {
     pub host_only: u64,
     /// Bytes copied to make huge pages.
     pub collapse_bytes: u64,
+    /// Bytes charged to the copy budget: 2 MiB an attempt.
+    pub charged_bytes: u64,
     /// Blocks made huge by copying.
     pub collapses: u64,
     /// Attempts that failed.

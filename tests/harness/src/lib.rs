@@ -4,6 +4,7 @@
 //! real daemon process, over the real socket, with virtqueues that lie in real
 //! shared memory. Only the guest is a model: there is no virtual machine.
 
+pub mod budgets;
 pub mod cleanup;
 pub mod daemon;
 pub mod driver;
@@ -20,6 +21,7 @@ pub mod restart;
 pub mod ring;
 pub mod rng;
 pub mod run;
+pub mod sampling;
 pub mod scale;
 pub mod scratch;
 pub mod settings;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
-use gemini_harness::{cleanup, hostile, ready, report, restart, run, scale, settings};
+use gemini_harness::{budgets, cleanup, hostile, ready, report, restart, run, scale, settings};
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
 #[derive(Debug, Parser)]
@@ -65,6 +65,11 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// What the daemon spends under a guest that asks for everything.
+    Budgets {
+        #[command(flatten)]
+        common: Common,
+    },
     /// How fast blocks are made huge before the guest uses them.
     Ready {
         #[command(flatten)]
@@ -92,6 +97,7 @@ fn main() -> ExitCode {
         Command::Run { common, mem, policy } => run_policies(&common, mem, &policy),
         Command::Hostile { common, inputs } => hostile(&common, inputs),
         Command::Scale { common } => scale(&common),
+        Command::Budgets { common } => budgets(&common),
         Command::Ready { common } => ready(&common),
         Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
     };
@@ -154,6 +160,12 @@ fn hostile(common: &Common, inputs: Option<u64>) -> anyhow::Result<bool> {
 fn scale(common: &Common) -> anyhow::Result<bool> {
     let plan = scale::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
     finish(&scale::measure(&plan)?, common.json.as_deref())
+}
+
+fn budgets(common: &Common) -> anyhow::Result<bool> {
+    let program = run::program(common.daemon.as_deref())?;
+    let plan = budgets::Plan::new(program, common.quick, common.seed);
+    finish(&budgets::measure(&plan)?, common.json.as_deref())
 }
 
 fn ready(common: &Common) -> anyhow::Result<bool> {

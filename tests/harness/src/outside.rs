@@ -87,7 +87,22 @@ impl ProcessFigures {
                 .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
                 .with_context(|| format!("no {name} in /proc/{pid}/status"))
         };
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        Ok(ProcessFigures {
+            rss_anon: field("RssAnon")? * 1024,
+            page_tables: field("VmPTE")? * 1024,
+            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
+            threads: field("Threads")?,
+            cpu_seconds: Self::cpu_seconds_of(pid)?,
+        })
+    }
+
+    /// Only [`ProcessFigures::cpu_seconds`], of the process `pid`.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn cpu_seconds_of(pid: u32) -> anyhow::Result<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
+            .with_context(|| format!("process {pid} is gone"))?;
         // The name in parentheses may contain anything; fields count behind it.
         let fields: Vec<&str> = stat
             .rsplit_once(") ")
@@ -99,14 +114,7 @@ impl ProcessFigures {
                 .and_then(|field| field.parse::<u64>().ok())
                 .with_context(|| format!("no CPU times in /proc/{pid}/stat"))
         };
-        let ticks = ticks(11)? + ticks(12)?;
-        Ok(ProcessFigures {
-            rss_anon: field("RssAnon")? * 1024,
-            page_tables: field("VmPTE")? * 1024,
-            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
-            threads: field("Threads")?,
-            cpu_seconds: ticks as f64 / sys::clock_ticks(),
-        })
+        Ok((ticks(11)? + ticks(12)?) as f64 / sys::clock_ticks())
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
@@ -194,6 +194,47 @@ impl Mapping {
         let address = self.at(offset, len);
         // SAFETY: the range is ours, and the advice changes only how it is backed.
         check(unsafe { libc::madvise(address.cast(), len, advice) }).map(|_| ())
+    }
+}
+
+/// A pipe, to hold pages.
+#[derive(Debug)]
+pub struct Pipe {
+    _reader: OwnedFd,
+    writer: OwnedFd,
+}
+
+impl Pipe {
+    /// An empty pipe.
+    ///
+    /// # Errors
+    /// Those of `pipe2`.
+    pub fn new() -> io::Result<Self> {
+        let mut ends = [-1; 2];
+        // SAFETY: room for two descriptors.
+        check(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) })?;
+        // SAFETY: both were just created and nobody else owns them.
+        let [reader, writer] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        Ok(Pipe { _reader: reader, writer })
+    }
+}
+
+impl Mapping {
+    /// Puts the pages of a range into `pipe`, without a copy: until the pipe is
+    /// dropped nobody can move them.
+    ///
+    /// # Errors
+    /// Those of `vmsplice`, or if not all of them fit.
+    pub fn pin_into(&self, pipe: &Pipe, offset: u64, len: u64) -> io::Result<()> {
+        let len = to_usize(len)?;
+        let pages = libc::iovec { iov_base: self.at(offset, len).cast(), iov_len: len };
+        // SAFETY: the range is ours; the pipe is read by nobody.
+        let taken = unsafe { libc::vmsplice(pipe.writer.as_raw_fd(), &pages, 1, 0) };
+        match usize::try_from(taken) {
+            Ok(taken) if taken == len => Ok(()),
+            Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+            Err(_) => Err(io::Error::last_os_error()),
+        }
     }
 }
 

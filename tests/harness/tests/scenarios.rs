@@ -8,7 +8,7 @@ use anyhow::ensure;
 use common::Result;
 use gemini_harness::daemon::default_program;
 use gemini_harness::memory::BLOCK_SIZE;
-use gemini_harness::{hostile, ready, restart, run, scale, settings};
+use gemini_harness::{budgets, hostile, ready, restart, run, scale, settings};
 
 #[test]
 fn the_workload_is_aligned_under_gemini_alone() -> Result {
@@ -53,6 +53,20 @@ fn a_large_guest_is_cheap() -> Result {
 fn blocks_become_ready_without_a_copy() -> Result {
     let plan = ready::Plan { program: default_program()?, blocks: 40, singles: 4 };
     let scenario = ready::measure(&plan)?;
+    ensure!(scenario.passed(), "{scenario}");
+    Ok(())
+}
+
+#[test]
+fn budgets_are_kept() -> Result {
+    let plan = budgets::Plan {
+        program: default_program()?,
+        rates: vec![100],
+        blocks: 48,
+        time: Duration::from_secs(5),
+        seed: 9,
+    };
+    let scenario = budgets::measure(&plan)?;
     ensure!(scenario.passed(), "{scenario}");
     Ok(())
 }
