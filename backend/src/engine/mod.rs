@@ -245,6 +245,24 @@ impl Engine {
         lock(&self.rates).cpu_share
     }
 
+    /// Sets another policy, from now on. What the former one made huge stays so.
+    pub fn set_policy(&self, policy: Policy) {
+        self.lock().state.set_policy(policy);
+        self.wake();
+    }
+
+    /// Stops (or lets go on) everything that makes huge pages, also what the guest asks for. An
+    /// action under way ends by itself. Looks, reports, hints and releases go on.
+    pub fn set_paused(&self, paused: bool) {
+        self.lock().state.set_paused(paused);
+        self.wake();
+    }
+
+    /// Whether an action is under way, which may be one that a pause did not stop.
+    pub fn is_acting(&self) -> bool {
+        self.lock().acting
+    }
+
     /// Reads the state, for status output.
     pub fn inspect<T>(&self, read: impl FnOnce(&State) -> T) -> T {
         read(&self.lock().state)
@@ -294,6 +312,10 @@ impl Engine {
         let id = inner.next_prepare;
         inner.next_prepare += 1;
         inner.state.repair.prepare(id, ranges.to_vec());
+        if inner.state.paused {
+            // Answered with what is there.
+            inner.state.repair.skip_prepare();
+        }
         fault::point("prepare.fetched");
         drop(inner);
         self.wake();
@@ -335,7 +357,7 @@ impl Engine {
                 return S_UNSUPPORTED;
             }
             if renew && state.policy.prepares() {
-                if !state.may_renew(ranges) {
+                if state.paused || !state.may_renew(ranges) {
                     return S_BUSY;
                 }
                 state.renewing = ranges.iter().map(|(_, count)| u64::from(*count)).sum();
@@ -365,7 +387,7 @@ impl Engine {
         state.apply_dropped(&runs);
         for &(first, count) in ranges {
             for index in indices(state, first, count) {
-                if renew && status == S_OK && state.policy.prepares() {
+                if renew && status == S_OK && state.serves_requests() {
                     state.repair.fill(index);
                 } else {
                     state.repair.forget_fill(index);
@@ -390,8 +412,8 @@ impl Engine {
 
     /// What the host would like of the driver.
     fn advice(state: &State) -> Advice {
-        // A policy that prepares nothing has nothing to give, however much there is.
-        let scarce = state.supply.is_scarce() || !state.policy.prepares();
+        // Who prepares nothing has nothing to give, however much there is.
+        let scarce = state.supply.is_scarce() || !state.serves_requests();
         let flags = if scarce { ADVICE_SCARCE } else { 0 };
         Advice { release_max: RELEASE_MAX, flags, ..Advice::default() }
     }
@@ -475,13 +497,17 @@ impl Engine {
             let mut copy = lock(&self.copy);
             let mut cpu = lock(&self.cpu);
             let left = state.huge_pages_left();
-            let allowance = Allowance {
-                requested: cpu.requested_ok(now),
-                background: cpu.background_ok(now),
-                copies: copy.blocks(block_size, now),
-                pages: left.wanted,
-                prepared: left.prepared,
-                renewed: left.renewed,
+            let allowance = if state.paused {
+                Allowance::default()
+            } else {
+                Allowance {
+                    requested: cpu.requested_ok(now),
+                    background: cpu.background_ok(now),
+                    copies: copy.blocks(block_size, now),
+                    pages: left.wanted,
+                    prepared: left.prepared,
+                    renewed: left.renewed,
+                }
             };
             let work = state.repair.next(&state.map, &allowance);
             if let Some(work) = work.or_else(|| state.next_demotion(&allowance, now)) {
@@ -491,7 +517,7 @@ impl Engine {
                 copy.advance(advance, now);
                 let job = Job::Act { memory, generation: state.generation, work, advance };
                 *acting = act.try_send(job).is_ok();
-            } else {
+            } else if !state.paused {
                 // If it is no budget that is missing, what could help wakes us.
                 let mut wait_for = |cpu_wait: Option<Duration>| {
                     let wait = cpu_wait.or_else(|| copy.wait(block_size, now));

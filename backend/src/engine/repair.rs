@@ -92,10 +92,12 @@ struct Prepare {
     ranges: Vec<(u64, u32)>,
     /// Range and offset of the next block.
     at: (usize, u32),
+    /// The blocks that are left are not tried.
+    skipped: bool,
 }
 
-/// What the next action may take.
-#[derive(Clone, Copy, Debug)]
+/// What the next action may take; by default nothing.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Allowance {
     /// Whether the CPU budget has something left for what the guest asked for.
     pub requested: bool,
@@ -160,7 +162,7 @@ impl Repair {
 
     /// Takes a PREPARE; the caller has checked that none is at work and that all is managed.
     pub fn prepare(&mut self, id: u64, ranges: Vec<(u64, u32)>) {
-        self.prepare = Some(Prepare { id, ranges, at: (0, 0) });
+        self.prepare = Some(Prepare { id, ranges, at: (0, 0), skipped: false });
     }
 
     /// Has the PREPARE at work come back to a block that was deferred.
@@ -171,6 +173,13 @@ impl Repair {
             (offset < count).then_some((range, offset))
         });
         prepare.at = at.map_or(prepare.at, |at| at.min(prepare.at));
+    }
+
+    /// Tries no more of the PREPARE at work: what is left of it is looking at the result.
+    pub fn skip_prepare(&mut self) {
+        if let Some(prepare) = &mut self.prepare {
+            prepare.skipped = true;
+        }
     }
 
     /// Ends the PREPARE `id`, answered or cancelled; whether it was the one at work.
@@ -274,7 +283,8 @@ impl Repair {
         let prepare = self.prepare.as_mut()?;
         loop {
             let (range, offset) = prepare.at;
-            let Some(&(first, count)) = prepare.ranges.get(range) else {
+            let left = prepare.ranges.get(range).filter(|_| !prepare.skipped);
+            let Some(&(first, count)) = left else {
                 let ranges = std::mem::take(&mut prepare.ranges);
                 return Some(Work::Settle { id: prepare.id, ranges });
             };
@@ -416,6 +426,18 @@ mod tests {
             now += rest;
             assert_eq!(repair.wake(now), vec![3]);
         }
+    }
+
+    #[test]
+    fn a_skipped_prepare_is_settled_without_any_allowance() {
+        let map = resident(8);
+        let mut repair = Repair::new(8);
+        repair.prepare(7, vec![(0, 3), (5, 1)]);
+        assert_eq!(repair.next(&map, &Allowance::default()), None);
+        repair.skip_prepare();
+        repair.again(1); // an action that was under way ended
+        let settle = Work::Settle { id: 7, ranges: vec![(0, 3), (5, 1)] };
+        assert_eq!(repair.next(&map, &Allowance::default()), Some(settle));
     }
 
     #[test]

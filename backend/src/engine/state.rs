@@ -76,6 +76,8 @@ pub fn random_generation() -> u64 {
 pub struct State {
     /// In force now.
     pub policy: Policy,
+    /// Whether the operator wants nothing made huge for now.
+    pub paused: bool,
     /// Names everything that was said since the last start or memory table.
     pub generation: u64,
     /// The memory table in force.
@@ -111,6 +113,7 @@ impl State {
     pub fn new(policy: Policy, huge_max: u64, now: Instant) -> Self {
         Self {
             policy,
+            paused: false,
             generation: random_generation(),
             memory: None,
             map: BlockMap::default(),
@@ -262,6 +265,37 @@ impl State {
                 }
                 self.hints.changed(index);
                 self.reconsider(index);
+            }
+        }
+    }
+
+    /// Whether blocks are made huge because the guest asks for it.
+    pub fn serves_requests(&self) -> bool {
+        self.policy.prepares() && !self.paused
+    }
+
+    /// Asks another policy about every block.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+        for index in 0..self.map.len() {
+            self.reconsider(index);
+        }
+        self.drop_requests_unless_served();
+    }
+
+    /// Stops making blocks huge, or goes on.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+        self.drop_requests_unless_served();
+    }
+
+    /// What was asked for and is not served any more: a PREPARE is answered with what was done
+    /// of it, and of renewed blocks the driver is told that they are as they are.
+    fn drop_requests_unless_served(&mut self) {
+        if !self.serves_requests() {
+            self.repair.skip_prepare();
+            for index in self.repair.forget_fills() {
+                self.hints.changed(index);
             }
         }
     }
@@ -450,6 +484,42 @@ mod tests {
         (0..9).for_each(|_| state.supply.failed(now));
         assert!(!state.may_renew(&[(6, 1)]), "the kernel has none");
         assert!(state.may_renew(&[(0, 2)]));
+    }
+
+    #[test]
+    fn a_pause_ends_what_the_guest_asked_for_and_keeps_what_the_policy_wants() {
+        let mut state = state_of(8);
+        state.apply_look(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(5, 1, GuestState::Huge)]);
+        state.repair.prepare(1, vec![(0, 2)]);
+        state.repair.fill(7);
+        state.set_paused(true);
+        assert!(!state.serves_requests());
+        assert_eq!(state.repair.fills(), 0);
+        let settle = Work::Settle { id: 1, ranges: vec![(0, 2)] };
+        assert_eq!(state.repair.next(&state.map, &Allowance::default()), Some(settle));
+        assert!(state.repair.end_prepare(1));
+        state.set_paused(false);
+        assert!(state.serves_requests() && state.repair.wants());
+        assert_eq!(state.repair.fills(), 0, "what was told to be off stays off");
+    }
+
+    #[test]
+    fn another_policy_is_asked_about_every_block() {
+        let mut state = state_of(8);
+        state.apply_look(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(0, 8, GuestState::Huge)]);
+        assert!(state.repair.wants());
+        state.repair.fill(7);
+        state.set_policy(Policy::None);
+        assert!(!state.repair.wants() && !state.serves_requests());
+        assert_eq!(state.repair.fills(), 0);
+        state.set_policy(Policy::Always);
+        assert!(state.repair.wants() && !state.serves_requests());
+        state.set_policy(Policy::Gemini);
+        assert!(state.repair.wants() && state.serves_requests());
     }
 
     #[test]
