@@ -64,6 +64,14 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// How many of the blocks that are huge somewhere are so at both layers, from 0 to 1; of
+    /// none, `None`.
+    #[allow(clippy::cast_precision_loss)] // far fewer than 2^53 blocks
+    pub fn aligned_rate(&self) -> Option<f64> {
+        let huge = self.aligned + self.guest_only + self.host_only;
+        (huge > 0).then(|| self.aligned as f64 / huge as f64)
+    }
+
     fn alignment_mut(&mut self, alignment: Alignment) -> Option<&mut u64> {
         match alignment {
             Alignment::Aligned => Some(&mut self.aligned),

@@ -12,8 +12,10 @@
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
 //! Beside them: [`block_map`] (both states of every block), [`bitmap`], [`budget`],
-//! [`protocol`] (the wire format), [`control`] (status as JSON), [`config`], [`logging`] and
-//! [`fault`] (places for tests to kill the daemon).
+//! [`protocol`] (the wire format), [`settings`] (each declared once), [`configuration`] (where
+//! they come from), [`control`] (the control socket and metrics), [`ctl`] (its client,
+//! `geminictl`), [`config`] (the command line), [`logging`] and [`fault`] (places for tests to
+//! kill the daemon).
 
 #![deny(unsafe_code)]
 
@@ -23,7 +25,9 @@ pub mod bitmap;
 pub mod block_map;
 pub mod budget;
 pub mod config;
+pub mod configuration;
 pub mod control;
+pub mod ctl;
 pub mod device;
 pub mod engine;
 pub mod fault;
@@ -31,3 +35,4 @@ pub mod logging;
 pub mod policy;
 pub mod protocol;
 pub mod server;
+pub mod settings;

@@ -68,10 +68,17 @@ impl Log for Limited {
     }
 }
 
+/// Sets the least important level that is logged, from now on.
+pub fn set_level(level: LevelFilter) {
+    log::set_max_level(level);
+}
+
 /// Starts logging to standard error.
 pub fn init(level: LevelFilter) {
-    let inner = env_logger::Builder::new().filter_level(level).format_target(false).build();
-    log::set_max_level(inner.filter());
+    // The level may change later: [`set_level`] decides, and the logger itself takes everything.
+    let everything = LevelFilter::Trace;
+    let inner = env_logger::Builder::new().filter_level(everything).format_target(false).build();
+    set_level(level);
     let limited = Limited { inner, errors: Limit::new(), others: Limit::new() };
     if log::set_boxed_logger(Box::new(limited)).is_err() {
         log::warn!("logging was started twice");

@@ -3,6 +3,7 @@
 use clap::Parser;
 use std::process::ExitCode;
 use vhost_device_gemini::config::Args;
+use vhost_device_gemini::settings::Settings;
 use vhost_device_gemini::{logging, server};
 
 /// The device is none of the types that vhost-user's conventions name.
@@ -14,7 +15,8 @@ fn main() -> ExitCode {
         println!("{CAPABILITIES}");
         return ExitCode::SUCCESS;
     }
-    logging::init(args.log_level);
+    // What the configuration file says of it comes later: its errors are logged, too.
+    logging::init(args.settings.apply(&Settings::default()).log_level);
     match server::run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

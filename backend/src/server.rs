@@ -2,18 +2,21 @@
 //! and ends on SIGTERM or SIGINT.
 
 use crate::config::Args;
+use crate::configuration::{self, Configuration};
 use crate::control;
 use crate::device::{say, Device, GuestMemory};
-use crate::engine::{Engine, Port, Settings, Threads};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use crate::engine::{Engine, Port, Threads};
+use crate::logging;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -37,6 +40,17 @@ pub enum Error {
         source: io::Error,
         /// What to do about it.
         remedy: &'static str,
+    },
+    /// The configuration file is refused.
+    #[error("{0}")]
+    Configuration(#[from] configuration::Error),
+    /// The address of the metrics cannot be listened on.
+    #[error("cannot listen on {address} for the metrics: {source}; take another port")]
+    Metrics {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
     },
     /// The inherited descriptor is none that can be listened on.
     #[error(
@@ -76,10 +90,14 @@ impl Drop for Created {
     }
 }
 
-/// Listens on `path`. A socket that a dead daemon left there is replaced; a live one is not.
-fn listen(path: &Path) -> Result<(UnixListener, Created), Error> {
+/// Listens on `path`, which `bind` creates. A socket that a dead daemon left there is replaced; a
+/// live one is not.
+fn listen(
+    path: &Path,
+    bind: impl Fn(&Path) -> io::Result<UnixListener>,
+) -> Result<(UnixListener, Created), Error> {
     let failed = |source, remedy| Error::Listen { path: path.to_owned(), source, remedy };
-    match UnixListener::bind(path) {
+    match bind(path) {
         Ok(listener) => return Ok((listener, Created(path.to_owned()))),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
         Err(error) => {
@@ -100,17 +118,21 @@ fn listen(path: &Path) -> Result<(UnixListener, Created), Error> {
         }
     }
     std::fs::remove_file(path)
-        .and_then(|()| UnixListener::bind(path))
+        .and_then(|()| bind(path))
         .map(|listener| (listener, Created(path.to_owned())))
         .map_err(|error| {
             failed(error, "a stale socket is there that cannot be replaced: remove it")
         })
 }
 
-/// Set by the first signal; tells the running connection, and whoever waits for the next one.
+/// What signals ask for. The end is set by the first such signal; tells the running connection, and whoever waits for the next one.
 struct Ending {
     asked: AtomicBool,
     connection: Mutex<Option<ShutdownHandle>>,
+    /// What SIGHUP reads again, once the daemon has begun.
+    configuration: OnceLock<Arc<Configuration>>,
+    /// Asked for it before that.
+    reload_early: AtomicBool,
 }
 
 impl Ending {
@@ -126,6 +148,32 @@ impl Ending {
         }
         *running = connection;
     }
+
+    fn ask(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+        if let Some(connection) = &*crate::engine::lock(&self.connection) {
+            connection.shutdown();
+        }
+    }
+
+    fn reload(&self) {
+        let Some(configuration) = self.configuration.get() else {
+            self.reload_early.store(true, Ordering::SeqCst);
+            return;
+        };
+        if let Err(error) = configuration.reload() {
+            log::error!("the settings stay as they are: {error}");
+        }
+    }
+
+    /// The daemon has begun with this.
+    fn begin(&self, configuration: Arc<Configuration>) {
+        // There is one beginning.
+        let _ = self.configuration.set(configuration);
+        if self.reload_early.load(Ordering::SeqCst) {
+            self.reload();
+        }
+    }
 }
 
 /// Handles signals on a thread of its own. The consumer becomes readable when the end is asked
@@ -134,17 +182,23 @@ fn handle_signals() -> Result<(Arc<Ending>, EventConsumer), Error> {
     let (consumer, notifier) =
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
             .map_err(system("make an event descriptor"))?;
-    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(system("handle signals"))?;
-    let ending = Arc::new(Ending { asked: AtomicBool::new(false), connection: Mutex::new(None) });
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(system("handle signals"))?;
+    let ending = Arc::new(Ending {
+        asked: AtomicBool::new(false),
+        connection: Mutex::new(None),
+        configuration: OnceLock::new(),
+        reload_early: AtomicBool::new(false),
+    });
     let theirs = Arc::clone(&ending);
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            for _ in signals.forever() {
-                theirs.asked.store(true, Ordering::SeqCst);
-                if let Some(connection) = &*crate::engine::lock(&theirs.connection) {
-                    connection.shutdown();
+            for signal in signals.forever() {
+                if signal == SIGHUP {
+                    theirs.reload();
+                    continue;
                 }
+                theirs.ask();
                 if let Err(error) = notifier.notify() {
                     log::debug!("asked to end more than once: {error}");
                 }
@@ -159,10 +213,16 @@ fn handle_signals() -> Result<(Arc<Ending>, EventConsumer), Error> {
 /// # Errors
 /// If it cannot start; once it serves, nothing that a VMM does ends it.
 pub fn run(args: &Args) -> Result<(), Error> {
+    let started = Instant::now();
     crate::backing::survive_truncated_memory().map_err(system("handle SIGBUS"))?;
     let (ending, end) = handle_signals()?;
+    let settings = configuration::at_start(args.config.as_deref(), &args.settings)?;
+    logging::set_level(settings.log_level);
     let (listener, _created) = match (&args.socket_path, args.fd) {
-        (Some(path), _) => listen(path).map(|(listener, created)| (listener, Some(created)))?,
+        (Some(path), _) => {
+            let (listener, created) = listen(path, |path| UnixListener::bind(path))?;
+            (listener, Some(created))
+        }
         (None, Some(fd)) => (
             crate::backing::inherit_listener(fd)
                 .map_err(|source| Error::Inherited { fd, source })?,
@@ -174,25 +234,40 @@ pub fn run(args: &Args) -> Result<(), Error> {
             return Err(Error::System { what: "listen", source });
         }
     };
-    let settings = Settings {
-        policy: args.policy,
-        copy_rate: args.copy_rate,
-        cpu_share: f64::from(args.cpu_share) / 100.0,
-        block_shift: BLOCK_SHIFT,
-        huge_max: args.huge_max,
-    };
-    let threads = Engine::start(settings).map_err(system("start a thread"))?;
-    let _control = args
-        .control_socket
-        .as_deref()
-        .map(|path| {
-            let (listener, created) = listen(path)?;
-            control::serve(listener, Arc::clone(threads.engine()))
-                .map_err(system("start a thread"))?;
-            Ok(created)
-        })
-        .transpose()?;
+    let control = args.control_socket.as_deref();
+    let control = control.map(|path| listen(path, crate::backing::bind_private)).transpose()?;
+    let metrics = args.metrics_address.map(listen_metrics).transpose()?;
+    let threads = Engine::start(settings.engine(BLOCK_SHIFT)).map_err(system("start a thread"))?;
+    let configuration = Arc::new(Configuration::new(
+        args.config.clone(),
+        args.settings.clone(),
+        settings,
+        Arc::clone(threads.engine()),
+    ));
+    ending.begin(Arc::clone(&configuration));
+    let subject = Arc::new(control::Subject {
+        name: args.name(),
+        started,
+        engine: Arc::clone(threads.engine()),
+        configuration,
+    });
+    let _control = control
+        .map(|(listener, created)| control::serve(listener, Arc::clone(&subject)).map(|()| created))
+        .transpose()
+        .map_err(system("start a thread"))?;
+    if let Some(listener) = metrics {
+        control::serve_metrics(listener, subject).map_err(system("start a thread"))?;
+    }
     serve(listener, &threads, &ending, &end)
+}
+
+fn listen_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
+    let failed = |source| Error::Metrics { address, source };
+    let listener = TcpListener::bind(address).map_err(failed)?;
+    // The port may have been left to the system.
+    let address = listener.local_addr().map_err(failed)?;
+    log::info!("metrics at http://{address}/metrics");
+    Ok(listener)
 }
 
 fn serve(

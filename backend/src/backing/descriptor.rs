@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Error, ErrorKind};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 /// Makes a descriptor non-blocking.
 ///
@@ -45,6 +46,21 @@ pub fn close_abandoned(fd: RawFd) {
     drop(unsafe { OwnedFd::from_raw_fd(fd) });
 }
 
+/// Listens on a unix socket that nobody but this process's user (and root) can connect to, from
+/// its first moment on. For the start of the daemon, when no other thread creates files: the mask
+/// is the whole process's.
+///
+/// # Errors
+/// As [`UnixListener::bind`].
+pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    // SAFETY: takes no pointers.
+    let former = unsafe { libc::umask(0o177) };
+    let listener = UnixListener::bind(path);
+    // SAFETY: takes no pointers.
+    unsafe { libc::umask(former) };
+    listener
+}
+
 /// Takes over a listening unix stream socket that this process was started with.
 ///
 /// # Errors
@@ -82,6 +98,15 @@ mod tests {
     use super::*;
     use std::os::fd::IntoRawFd;
     use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn private_socket_is_its_users_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = bind_private(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
 
     #[test]
     fn inherit_listener_takes_only_listening_unix_sockets() {

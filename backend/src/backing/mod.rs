@@ -20,7 +20,9 @@ mod truncation;
 mod vmm;
 mod window;
 
-pub use descriptor::{close_abandoned, inherit_listener, set_nonblocking, signal_event};
+pub use descriptor::{
+    bind_private, close_abandoned, inherit_listener, set_nonblocking, signal_event,
+};
 pub use findings::{Finding, Severity};
 pub use process::{kill_self, process_cpu_time, thread_cpu_time};
 pub use ranges::LayoutError;

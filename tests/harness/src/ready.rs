@@ -95,10 +95,10 @@ fn tell(scenario: &mut Scenario, name: &str, series: &Series, blocks: u64) {
 
 /// Lets the daemon's CPU budget fill up, so that each series has the same one.
 fn rest(daemon: &Daemon) -> anyhow::Result<()> {
-    let share = daemon.control(&serde_json::json!({"cmd": "status"}))?["cpu_share"]
+    let percent = daemon.control(&serde_json::json!({"cmd": "status"}))?["cpu_share"]
         .as_f64()
         .context("no cpu_share")?;
-    std::thread::sleep(Duration::from_secs_f64(1.0 / share));
+    std::thread::sleep(Duration::from_secs_f64(100.0 / percent));
     Ok(())
 }
 

@@ -85,7 +85,7 @@ fn settings_that_mean_nothing_are_refused() -> Result {
     for request in [
         serde_json::json!({"cmd": "set"}),
         serde_json::json!({"cmd": "set", "huge_max": -1}),
-        serde_json::json!({"cmd": "set", "huge_max": "5M"}),
+        serde_json::json!({"cmd": "set", "huge_max": "5X"}),
         serde_json::json!({"cmd": "set", "huge_max": 1, "other": 1}),
     ] {
         let answer = lab.daemon.control(&request)?;
