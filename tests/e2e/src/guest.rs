@@ -506,7 +506,7 @@ impl Guest {
     /// # Errors
     /// If the log cannot be read there.
     pub fn messages(&self, since: u64) -> anyhow::Result<Messages> {
-        self.call(Command::Messages { since }, TIMEOUT)
+        self.call(Command::Messages { since }, LONG_TIMEOUT)
     }
 
     /// Kernel messages from `since` on that a healthy guest does not have.

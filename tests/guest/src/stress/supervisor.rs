@@ -115,7 +115,7 @@ struct Slot {
 /// If the guest cannot be set up, or cannot be brought to rest again.
 pub fn run(duration: Duration, seed: u64, with_driver: bool) -> anyhow::Result<Report> {
     fs::create_dir_all(TALLIES).context("cannot make a directory for tallies")?;
-    protect_from_oom();
+    protect();
     swap_on()?;
     // Everything that grows once and stays (slabs, per-CPU lists, the disk's
     // structures) shall have grown before the first look.
@@ -154,14 +154,19 @@ pub fn run(duration: Duration, seed: u64, with_driver: bool) -> anyhow::Result<R
     Ok(report)
 }
 
-/// Neither this process nor the one that answers the host may be killed; the
-/// workers are.
-fn protect_from_oom() {
+/// Neither this process nor the one that answers the host may be killed, and
+/// both run before the workers, some of which take all that they can get.
+fn protect() {
     // SAFETY: takes nothing.
     let parent = unsafe { libc::getppid() };
-    for pid in [std::process::id().to_string(), parent.to_string()] {
+    for pid in [std::process::id(), parent.unsigned_abs()] {
         // Its own fault if it is gone.
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        for thread in threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
+            // SAFETY: takes no memory.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, -20) };
+        }
     }
 }
 
@@ -225,9 +230,9 @@ fn start(kind: usize, number: usize, seed: u64, memory: u64) -> anyhow::Result<C
     let (_, name, processes, _) = KINDS[kind];
     let bytes = memory / 100 * DEMAND / processes as u64;
     let seed = seed.wrapping_add((kind as u64) << 16);
-    // Not the supervisor's: this one may be killed.
+    // Not the supervisor's: this one may be killed, and made to wait.
     let command = format!(
-        "echo 0 > /proc/self/oom_score_adj; \
+        "echo 0 > /proc/self/oom_score_adj; renice 0 -p $$ > /dev/null; \
          exec /bin/gemini-guest stress-worker {name} {number} {seed} {bytes}"
     );
     Command::new("/bin/sh")
