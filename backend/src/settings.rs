@@ -302,6 +302,9 @@ impl Given {
         for (name, value) in members {
             let setting = Setting::find(name)
                 .ok_or_else(|| format!("no setting is named {name}; there are: {}", names()))?;
+            if given.0.contains_key(setting.name) {
+                return Err(format!("{name}: it is given twice; give it once"));
+            }
             given.give(setting, value.clone()).map_err(|error| format!("{name}: {error}"))?;
         }
         Ok(given)
@@ -448,6 +451,12 @@ mod tests {
     fn unknown_names_are_refused_with_the_known_ones() {
         let error = Given::from_json(json!({"copyrate": 1}).as_object().unwrap()).unwrap_err();
         assert!(error.contains("copyrate") && error.contains("copy-rate"), "{error}");
+    }
+
+    #[test]
+    fn no_setting_is_given_twice() {
+        let members = json!({"copy_rate": 4_000_000, "copy-rate": 5_000_000});
+        assert!(Given::from_json(members.as_object().unwrap()).unwrap_err().contains("twice"));
     }
 
     #[test]

@@ -202,8 +202,16 @@ fn a_change_is_taken_whole_or_not_at_all_and_seen_whole_by_many_clients_at_once(
     assert!(error["error"].as_str().unwrap().contains("cpu_share"), "{error}");
     assert_eq!(daemon.status()["copy_rate"], json!(256 << 20));
 
+    /// Ends the writers also where a reader failed.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         for percent in [40, 80] {
             let (daemon, stop) = (&daemon, &stop);
             scope.spawn(move || {
@@ -235,8 +243,10 @@ fn a_change_is_taken_whole_or_not_at_all_and_seen_whole_by_many_clients_at_once(
                 })
             })
             .collect();
+        for _ in 0..300 {
+            daemon.ask("{\"cmd\":\"metrics\"}");
+        }
         let seen: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
-        stop.store(true, Ordering::SeqCst);
         assert!(seen.iter().any(|seen| seen[0] > 0) && seen.iter().any(|seen| seen[1] > 0));
     });
 }

@@ -148,7 +148,6 @@ fn status(subject: &Subject) -> Value {
             "guest_only": counters.guest_only,
             "host_only": counters.host_only,
             "aligned_rate": counters.aligned_rate(),
-            "findings": state.memory.as_ref().map(|m| m.findings()).unwrap_or_default(),
             "totals": state.totals,
         })
     });
@@ -158,6 +157,7 @@ fn status(subject: &Subject) -> Value {
         "pid": std::process::id(),
         "uptime_seconds": started.elapsed().as_secs_f64(),
         "cpu_seconds": process_cpu_time().as_secs_f64(),
+        "findings": subject.findings(),
         "config": configuration.file(),
         "config_refused": configuration.refused(),
     });

@@ -6,10 +6,13 @@ use crate::engine::lock;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a newcomer waits for one who has to go.
+/// How long a newcomer waits for one who may be leaving anyway: the thread of a client that has
+/// closed its end has still to notice.
+const LEAVING: Duration = Duration::from_millis(100);
+/// How long it waits then for one who has to go.
 const HANDOVER: Duration = Duration::from_secs(1);
 
 /// A connection to a client.
@@ -125,16 +128,14 @@ pub fn serve<L: Accept>(
 impl<S: Stream> Clients<S> {
     /// Takes a newcomer in, if need be in place of another one; `None` if that one does not go.
     fn admit(self: &Arc<Self>, stream: S) -> io::Result<Option<Client<S>>> {
-        let mut places = lock(&self.places);
+        let mut places = self.wait_for_room(lock(&self.places), LEAVING);
         if places.taken.len() >= self.most {
             let oldest = places.taken.iter_mut().filter(|p| !p.going).min_by_key(|p| p.served);
             if let Some(oldest) = oldest {
                 oldest.going = true;
                 oldest.stream.hang_up();
             }
-            let full = |places: &mut Places<S>| places.taken.len() >= self.most;
-            let waited = self.left.wait_timeout_while(places, HANDOVER, full);
-            places = waited.unwrap_or_else(PoisonError::into_inner).0;
+            places = self.wait_for_room(places, HANDOVER);
             if places.taken.len() >= self.most {
                 return Ok(None);
             }
@@ -145,6 +146,16 @@ impl<S: Stream> Clients<S> {
         let another = stream.another()?;
         places.taken.push(Place { id, served, going: false, stream: another });
         Ok(Some(Client { stream, deadline: served, id, clients: Arc::clone(self) }))
+    }
+
+    fn wait_for_room<'a>(
+        &self,
+        places: MutexGuard<'a, Places<S>>,
+        patience: Duration,
+    ) -> MutexGuard<'a, Places<S>> {
+        let full = |places: &mut Places<S>| places.taken.len() >= self.most;
+        let waited = self.left.wait_timeout_while(places, patience, full);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -242,6 +253,17 @@ mod tests {
         drop(busy);
         let next = connect();
         assert!(is_served(&next) && is_served(&newcomer));
+    }
+
+    #[test]
+    fn who_comes_and_goes_drives_nobody_out() {
+        let (_directory, connect) = echo();
+        let quiet = connect();
+        assert!(is_served(&quiet));
+        for _ in 0..200 {
+            assert!(is_served(&connect()));
+        }
+        assert!(is_served(&quiet));
     }
 
     #[test]

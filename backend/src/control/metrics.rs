@@ -34,9 +34,12 @@ struct Sight {
 /// All metrics as they are now.
 pub fn render(subject: &Subject) -> String {
     let Subject { name, started, engine, configuration } = subject;
+    // Not under the engine's lock, which is taken under this one where settings change.
+    let (settings, refused) = (configuration.settings(), configuration.refused());
+    let findings = subject.findings();
     let sight = engine.inspect(|state| Sight {
-        settings: configuration.settings(),
-        config_refused: configuration.refused().is_some(),
+        settings,
+        config_refused: refused.is_some(),
         connected: state.connected,
         paused: state.paused,
         scarce: state.supply.is_scarce(),
@@ -46,7 +49,7 @@ pub fn render(subject: &Subject) -> String {
         blocks: state.map.len() as u64,
         counters: *state.map.counters(),
         totals: state.totals,
-        findings: state.memory.as_ref().map(|m| m.findings()).unwrap_or_default(),
+        findings,
         cpu: process_cpu_time(),
         uptime: started.elapsed(),
     });

@@ -9,6 +9,7 @@ mod metrics;
 
 pub use http::serve as serve_metrics;
 
+use crate::backing::Finding;
 use crate::configuration::Configuration;
 use crate::engine::Engine;
 use clients::{Client, Stream};
@@ -37,6 +38,14 @@ pub struct Subject {
     pub engine: Arc<Engine>,
     /// What is set.
     pub configuration: Arc<Configuration>,
+}
+
+impl Subject {
+    /// What is wrong with host or VMM. Looking asks the system, so not under the engine's lock.
+    fn findings(&self) -> Vec<Finding> {
+        let memory = self.engine.inspect(|state| state.memory.clone());
+        memory.map(|memory| memory.findings()).unwrap_or_default()
+    }
 }
 
 /// Serves the control socket on threads of its own.
