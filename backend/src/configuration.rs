@@ -220,6 +220,9 @@ impl Configuration {
         if now.huge_max != before.huge_max {
             self.engine.set_huge_max(now.huge_max);
         }
+        if now.give_back != before.give_back {
+            self.engine.set_give_back(now.give_back);
+        }
         if now.log_level != before.log_level {
             logging::set_level(now.log_level);
         }

@@ -12,7 +12,7 @@
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
 //! Beside them: [`block_map`] (both states of every block), [`bitmap`], [`budget`],
-//! [`protocol`] (the wire format), [`settings`] (each declared once), [`configuration`] (where
+//! [`pressure`] (how short of memory the host is), [`protocol`] (the wire format), [`settings`] (each declared once), [`configuration`] (where
 //! they come from), [`control`] (the control socket and metrics), [`ctl`] (its client,
 //! `geminictl`), [`config`] (the command line), [`logging`] and [`fault`] (places for tests to
 //! kill the daemon).
@@ -33,6 +33,7 @@ pub mod engine;
 pub mod fault;
 pub mod logging;
 pub mod policy;
+pub mod pressure;
 pub mod protocol;
 pub mod server;
 pub mod settings;

@@ -70,6 +70,8 @@ pub const S_BUSY: u32 = 5;
 
 /// The host has no huge pages to give (flag of [`Advice`]).
 pub const ADVICE_SCARCE: u32 = 1 << 0;
+/// The host would like to have what is unused.
+pub const ADVICE_RETURN: u32 = 1 << 1;
 
 /// State of a block in the guest, as reported by the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

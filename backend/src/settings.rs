@@ -5,7 +5,7 @@
 //! On the command line and in the file a name has dashes (`copy-rate`), on the control socket
 //! underscores (`copy_rate`).
 
-use crate::engine::Settings as EngineSettings;
+use crate::engine::{GiveBack, Settings as EngineSettings};
 use crate::policy::Policy;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Arg, ArgMatches, Command, ValueEnum};
@@ -32,6 +32,8 @@ pub struct Settings {
     pub cpu_share: u32,
     /// Most bytes of host huge pages that the guest may have; `None` for any amount.
     pub huge_max: Option<u64>,
+    /// When the guest is asked for memory that it does not use.
+    pub give_back: GiveBack,
     /// Least important messages that are logged.
     pub log_level: LevelFilter,
 }
@@ -43,6 +45,7 @@ impl Default for Settings {
             copy_rate: 256 << 20,
             cpu_share: 25,
             huge_max: None,
+            give_back: GiveBack::Pressure,
             log_level: LevelFilter::Info,
         }
     }
@@ -62,6 +65,7 @@ impl Settings {
             cpu_share: self.cpu_fraction(),
             block_shift,
             huge_max: self.huge_max,
+            give_back: self.give_back,
         }
     }
 
@@ -158,6 +162,20 @@ pub static SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        name: "give-back",
+        value_name: "WHEN",
+        about: "When the guest is asked to give memory back that it does not use: never; under \
+                pressure, which is when the host is short of memory; or always, once nobody came \
+                for it within the driver's booking timeout.",
+        range: Range::Choice(give_backs),
+        get: |s| give_back_name(s.give_back).into(),
+        show: |s| give_back_name(s.give_back),
+        set: |s, value| {
+            let when = value.as_str().and_then(|name| GiveBack::from_str(name, false).ok());
+            when.map(|when| s.give_back = when).ok_or_else(|| one_of(&give_backs()))
+        },
+    },
+    Setting {
         name: "log-level",
         value_name: "LEVEL",
         about: "Least important messages that are logged.",
@@ -174,6 +192,14 @@ pub static SETTINGS: &[Setting] = &[
 
 fn policy_name(policy: Policy) -> String {
     policy.to_possible_value().map_or(String::new(), |value| value.get_name().into())
+}
+
+fn give_back_name(when: GiveBack) -> String {
+    when.to_possible_value().map_or(String::new(), |value| value.get_name().into())
+}
+
+fn give_backs() -> Vec<PossibleValue> {
+    GiveBack::value_variants().iter().filter_map(GiveBack::to_possible_value).collect()
 }
 
 fn level_name(level: LevelFilter) -> &'static str {
@@ -433,6 +459,7 @@ mod tests {
             copy_rate: 3 << 20,
             cpu_share: 7,
             huge_max: Some(5 << 30),
+            give_back: GiveBack::Always,
             log_level: LevelFilter::Trace,
         };
         for settings in [settings, Settings::default()] {

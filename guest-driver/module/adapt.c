@@ -80,3 +80,33 @@ void gemini_adapt_next(struct gemini_adapt *adapt, unsigned long long misses,
 		return;
 	}
 }
+
+/**
+ * gemini_adapt_hold() - how much of a timeout is left under pressure
+ * @ms: the timeout in milliseconds
+ * @free: pages that are free in the guest, without those that are held
+ * @total: pages that the guest has, not 0
+ * @wanted: blocks that the host wants
+ * @held: blocks that are held
+ *
+ * Both shrink it in proportion: the guest from the point on where less than one
+ * part in %GEMINI_FREE_SHARE of its memory is free, the host with what it wants
+ * of what is held.
+ *
+ * Return: milliseconds, 0 if nothing is to be held for nothing.
+ */
+unsigned int gemini_adapt_hold(unsigned int ms, unsigned long long free,
+			       unsigned long long total,
+			       unsigned long long wanted,
+			       unsigned long long held)
+{
+	unsigned long long left = ms;
+
+	if (free < total / GEMINI_FREE_SHARE)
+		left = left * free / (total / GEMINI_FREE_SHARE);
+	if (wanted >= held && wanted)
+		left = 0;
+	else if (wanted)
+		left = left * (held - wanted) / held;
+	return left;
+}

@@ -13,6 +13,9 @@
 #define GEMINI_TIMEOUT_MAX	(10 * 60 * 1000U)
 #define GEMINI_TIMEOUT_DEFAULT	(60 * 1000U)
 
+/* A guest with less than this share of its memory free is under pressure. */
+#define GEMINI_FREE_SHARE	8
+
 /* What the period that runs now is for. */
 enum gemini_adapt_step {
 	GEMINI_ADAPT_MEASURE,	/* the desired timeout, before a longer one */
@@ -39,5 +42,10 @@ void gemini_adapt_init(struct gemini_adapt *adapt, unsigned int ms);
 unsigned int gemini_adapt_effective(const struct gemini_adapt *adapt);
 void gemini_adapt_next(struct gemini_adapt *adapt, unsigned long long misses,
 		       unsigned int fmfi);
+
+unsigned int gemini_adapt_hold(unsigned int ms, unsigned long long free,
+			       unsigned long long total,
+			       unsigned long long wanted,
+			       unsigned long long held);
 
 #endif /* _GEMINI_ADAPT_H */

@@ -594,6 +594,40 @@ bool gemini_map_unhold_old(struct gemini_map *map, int nid,
 }
 
 /**
+ * gemini_map_pick() - choose held blocks that nobody came for
+ * @map: the map
+ * @nid: their node
+ * @stock: their list
+ * @before: they have been there since before this time, in jiffies
+ * @blocks: where to, the oldest one first
+ * @max: room, in blocks
+ *
+ * They stay as they are, and may be taken by somebody else at once.  Where the
+ * host has no memory there is nothing to be had from a block.
+ *
+ * Return: number of blocks.
+ */
+unsigned int gemini_map_pick(struct gemini_map *map, int nid,
+			     enum gemini_stock stock, unsigned long before,
+			     u64 *blocks, unsigned int max)
+{
+	const struct gemini_block *entry;
+	unsigned int count = 0;
+	struct page *page;
+
+	spin_lock(&map->lock);
+	list_for_each_entry(page, &map->pools[nid].list[stock], lru) {
+		if (count == max || time_after(page_private(page), before))
+			break;
+		entry = gemini_map_find(map, block_of(map, page));
+		if (entry->host != VIRTIO_GEMINI_HOST_ABSENT)
+			blocks[count++] = block_of(map, page);
+	}
+	spin_unlock(&map->lock);
+	return count;
+}
+
+/**
  * gemini_map_take() - a ready block is about to become a huge page
  * @map: the map
  * @nid: its node

@@ -49,6 +49,8 @@
 
 /* What the stock does not need any more, and nobody took. */
 #define UNUSED			(2 * HZ)
+/* What is to be given back to the host goes there in this time, or not at all. */
+#define GIVING			(5 * HZ)
 
 /*
  * Free host-huge blocks that are held only if the stock needs them: those that
@@ -92,7 +94,7 @@ static bool can_prepare(struct gemini *gemini)
 /* May the host be asked for huge pages, in principle? */
 static bool host_gives(struct gemini *gemini)
 {
-	return !READ_ONCE(gemini->scarce) &&
+	return !READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted) &&
 	       (can_renew(gemini) || can_prepare(gemini));
 }
 
@@ -219,6 +221,24 @@ static u64 room(struct gemini *gemini, int nid)
 	return most > held ? min(most - held, free) : 0;
 }
 
+/**
+ * gemini_booking_room() - more blocks that may be held for their own sake
+ * @gemini: the device
+ *
+ * Return: number of blocks, on all nodes.
+ */
+u64 gemini_booking_room(struct gemini *gemini)
+{
+	u64 blocks = 0;
+	int nid;
+
+	if (!READ_ONCE(gemini->booking.enabled))
+		return 0;
+	for_each_node_state(nid, N_MEMORY)
+		blocks += room(gemini, nid);
+	return blocks;
+}
+
 /* The node's part of the stock. */
 static u64 target_of(struct gemini *gemini, int nid)
 {
@@ -227,6 +247,21 @@ static u64 target_of(struct gemini *gemini, int nid)
 
 	return DIV_ROUND_UP_ULL(READ_ONCE(gemini->booking.target) *
 				min(here, all), all);
+}
+
+/**
+ * gemini_booking_spare() - ready blocks that the stock does not need
+ * @gemini: the device
+ * @nid: their node
+ *
+ * Return: number of blocks; all of them while the host wants memory back.
+ */
+u64 gemini_booking_spare(struct gemini *gemini, int nid)
+{
+	u64 target = READ_ONCE(gemini->wanted) ? 0 : target_of(gemini, nid);
+	u64 ready = gemini_hold_ready(gemini, nid);
+
+	return ready > target ? ready - target : 0;
 }
 
 /* Is a free block that the allocator gave us worth keeping? */
@@ -295,7 +330,13 @@ static u64 book_plain(struct gemini *gemini, int nid, u64 tries, u64 need)
 	return kept;
 }
 
-static bool paused(struct gemini *gemini)
+/**
+ * gemini_booking_paused() - does somebody else need the memory?
+ * @gemini: the device
+ *
+ * Return: true if nothing is to be held for now.
+ */
+bool gemini_booking_paused(struct gemini *gemini)
 {
 	return time_before(jiffies, READ_ONCE(gemini->booking.paused_until));
 }
@@ -498,7 +539,7 @@ static u64 book_free(struct gemini *gemini, int nid,
 	most = min(most, room(gemini, nid));
 	if (most && plain)
 		got = book_plain(gemini, nid, 2 * most, 0);
-	for (i = 0; i < found->count && got < most && !paused(gemini); i++)
+	for (i = 0; i < found->count && got < most && !gemini_booking_paused(gemini); i++)
 		if (found->best[i].cost == COST_FREE)
 			got += book_exact(gemini, &found->best[i]);
 	return got;
@@ -514,7 +555,7 @@ static bool book_for_stock(struct gemini *gemini, int nid,
 	for (i = 0; i < found->count; i++) {
 		const struct candidate *one = &found->best[i];
 
-		if (paused(gemini) || !need_on(gemini, nid) ||
+		if (gemini_booking_paused(gemini) || !need_on(gemini, nid) ||
 		    !spare(gemini, nid))
 			break;
 		if (one->cost > cost)
@@ -573,17 +614,24 @@ static bool fill(struct gemini *gemini, int nid, struct candidates *found,
 /* Gives back what is not needed. */
 static void trim(struct gemini *gemini, int nid)
 {
-	unsigned long timeout = msecs_to_jiffies(gemini_timeout_ms(gemini));
+	unsigned long timeout =
+		msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
 	u64 target = target_of(gemini, nid);
 	unsigned long now = jiffies;
 	enum gemini_stock stock;
 	u64 expired = 0;
+	unsigned long unused = UNUSED;
 	u64 ready;
 
+	/* They go to the host, unless it has stopped to take them. */
+	if (gemini_giving_active(gemini)) {
+		timeout += GIVING;
+		unused += GIVING;
+	}
 	if (gemini_hold_ready(gemini, nid) >= target || !host_gives(gemini))
 		/* Nothing becomes of them. */
 		expired = gemini_hold_expire(gemini, nid, GEMINI_STOCK_IDLE,
-					     false, now - UNUSED, U64_MAX);
+					     false, now - unused, U64_MAX);
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++) {
 		ready = gemini_hold_ready(gemini, nid);
 		if (ready <= target)
@@ -593,7 +641,7 @@ static void trim(struct gemini *gemini, int nid)
 		ready = gemini_hold_ready(gemini, nid);
 		if (ready > target)
 			expired += gemini_hold_expire(gemini, nid, stock, true,
-						      now - UNUSED,
+						      now - unused,
 						      ready - target);
 	}
 	if (expired) {
@@ -626,7 +674,7 @@ static void set_target(struct gemini *gemini)
 		booking->demand = demand;
 		booking->demand_time = jiffies;
 	}
-	if (!READ_ONCE(gemini->scarce)) {
+	if (!READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted)) {
 		target = booking->demand_rate * LEAD_SECONDS / 256;
 		target = min(max(target, floor), cap);
 	}
@@ -673,7 +721,8 @@ static void booking_work(struct work_struct *work)
 	}
 	for_each_node_state(nid, N_MEMORY) {
 		trim(gemini, nid);
-		if (!paused(gemini))
+		if (!gemini_booking_paused(gemini) &&
+		    !READ_ONCE(gemini->wanted))
 			hungry |= fill(gemini, nid, found, open);
 		if (may_ask(gemini))
 			hungry |= ask_for_held(gemini, nid);

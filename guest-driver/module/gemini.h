@@ -314,6 +314,29 @@ struct gemini_booking {
 };
 
 /**
+ * struct gemini_giving - free memory goes back to the host
+ * @work: looks, holds, releases and takes answers; protects what follows, but
+ *	for @owed and @huge_first
+ * @asked: requests that the device has, by gemini_request.asked
+ * @owed: blocks left of the host's wish; set by whoever takes advice
+ * @next: the block where the next look at free blocks begins
+ * @looked: when the last look at all of them began, in jiffies
+ * @huge_seen: the look that is under way has seen a host-huge one
+ * @huge_first: there may be host-huge ones, others have to wait
+ * @released: blocks released
+ */
+struct gemini_giving {
+	struct delayed_work work;
+	struct list_head asked;
+	atomic64_t owed;
+	u64 next;
+	unsigned long looked;
+	bool huge_seen;
+	bool huge_first;
+	u64 released;
+};
+
+/**
  * struct gemini - one device
  * @vdev: the virtio device
  * @vq: its queues, valid between gemini_start() and gemini_stop()
@@ -324,7 +347,8 @@ struct gemini_booking {
  * @sync_lock: protects @generation, hints.synced and report.state
  * @generation: the device's, 0 until it told it
  * @release_max: most unanswered blocks on releaseq
- * @wanted: blocks that the host would like to have released
+ * @wanted: blocks that the host would like to have released, by its last advice
+ * @returning: it would like to have whatever is unused
  * @scarce: the host has no huge pages to give
  * @bucket_max: blocks that the host would have us hold at most; 0: our choice
  * @booking_timeout_ms: how long it would have us hold them; 0: our choice
@@ -344,6 +368,7 @@ struct gemini_booking {
  * @oom: gives all of them back when there is no memory left
  * @returned_pressure: blocks given back because memory was short
  * @booking: see struct gemini_booking
+ * @giving: see struct gemini_giving
  * @placement: see struct gemini_placement
  * @bucket: see struct gemini_bucket
  * @isolation: see struct gemini_isolation
@@ -364,6 +389,7 @@ struct gemini {
 	u64 generation;
 	unsigned int release_max;
 	u64 wanted;
+	bool returning;
 	bool scarce;
 	unsigned int bucket_max;
 	unsigned int booking_timeout_ms;
@@ -386,6 +412,7 @@ struct gemini {
 	struct notifier_block oom;
 	atomic64_t returned_pressure;
 	struct gemini_booking booking;
+	struct gemini_giving giving;
 	struct gemini_placement placement;
 	struct gemini_bucket bucket;
 	struct gemini_isolation isolation;
@@ -411,7 +438,7 @@ struct gemini_range {
  * @ref: one for whoever made it, one for the queue
  * @gemini: the device
  * @node: in gemini_requests.pending
- * @asked: in gemini_booking.asked, if it was made there
+ * @asked: in gemini_booking.asked or gemini_giving.asked, where it was made
  * @type: VIRTIO_GEMINI_REQ_*
  * @nr_ranges: number of ranges
  * @blocks: number of blocks in them
@@ -527,6 +554,18 @@ void gemini_booking_kick(struct gemini *gemini);
 void gemini_booking_taken(struct gemini *gemini);
 void gemini_booking_pause(struct gemini *gemini);
 bool gemini_booking_wants(struct gemini *gemini, u64 block);
+bool gemini_booking_paused(struct gemini *gemini);
+u64 gemini_booking_room(struct gemini *gemini);
+u64 gemini_booking_spare(struct gemini *gemini, int nid);
+
+/* giving.c */
+void gemini_giving_init(struct gemini *gemini);
+void gemini_giving_start(struct gemini *gemini);
+void gemini_giving_stop(struct gemini *gemini);
+void gemini_giving_kick(struct gemini *gemini);
+void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused);
+bool gemini_giving_active(struct gemini *gemini);
+u64 gemini_giving_owed(struct gemini *gemini);
 
 /* bucket.c */
 int gemini_bucket_init(struct gemini *gemini);
@@ -550,6 +589,7 @@ void gemini_isolation_idle(struct gemini *gemini, u64 first, u64 count);
 void gemini_timeout_start(struct gemini *gemini);
 void gemini_timeout_stop(struct gemini *gemini);
 unsigned int gemini_timeout_ms(struct gemini *gemini);
+unsigned int gemini_timeout_hold_ms(struct gemini *gemini);
 int gemini_timeout_fix(struct gemini *gemini, unsigned int ms);
 const char *gemini_timeout_source(struct gemini *gemini);
 

@@ -94,7 +94,6 @@ static void take_advice(struct gemini *gemini,
 {
 	u32 release_max = le32_to_cpu(advice->release_max);
 
-	WRITE_ONCE(gemini->wanted, le64_to_cpu(advice->wanted));
 	WRITE_ONCE(gemini->release_max, release_max ?
 		   min_t(u32, release_max, GEMINI_RELEASE_CAP) :
 		   GEMINI_RELEASE_DEFAULT);
@@ -103,6 +102,9 @@ static void take_advice(struct gemini *gemini,
 	WRITE_ONCE(gemini->bucket_max, le32_to_cpu(advice->bucket_max));
 	WRITE_ONCE(gemini->booking_timeout_ms,
 		   le32_to_cpu(advice->booking_timeout_ms));
+	gemini_giving_want(gemini, le64_to_cpu(advice->wanted),
+			   le32_to_cpu(advice->flags) &
+			   VIRTIO_GEMINI_ADVICE_RETURN);
 	wake_up_all(&gemini->waitq);
 	trace_gemini_advice(gemini, le64_to_cpu(advice->wanted), release_max,
 			    le32_to_cpu(advice->flags));

@@ -72,6 +72,7 @@ static void stop(struct gemini *gemini)
 		return;
 	gemini->stopped = true;
 	gemini_hold_close(gemini);
+	gemini_giving_stop(gemini);
 	gemini_booking_stop(gemini);
 	gemini_census_stop(gemini);
 	gemini_hints_stop(gemini);
@@ -115,6 +116,7 @@ static int start(struct gemini *gemini)
 	}
 	gemini_hold_open(gemini);
 	gemini_booking_start(gemini);
+	gemini_giving_start(gemini);
 	virtio_device_ready(vdev);
 	virtqueue_kick(gemini->vq[VIRTIO_GEMINI_VQ_HINT]);
 	return 0;
@@ -210,6 +212,7 @@ static int gemini_probe(struct virtio_device *vdev)
 	INIT_DELAYED_WORK(&gemini->reset_work, reset_work);
 	gemini_requests_init(gemini);
 	gemini_booking_init(gemini);
+	gemini_giving_init(gemini);
 
 	ret = gemini_map_init(&gemini->map);
 	ret = ret ?: read_config(gemini);

@@ -361,6 +361,8 @@ static void finish(struct gemini_request *request)
 	/* Blocks that were free are to be held before somebody breaks them. */
 	if (request->type == VIRTIO_GEMINI_REQ_PREPARE)
 		gemini_booking_kick(gemini);
+	else if (request->type == VIRTIO_GEMINI_REQ_RELEASE)
+		gemini_giving_kick(gemini);
 	gemini_request_put(request);
 }
 

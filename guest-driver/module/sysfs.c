@@ -67,6 +67,10 @@ NUMBER_ATTR(release_max, READ_ONCE(gemini->release_max));
 NUMBER_ATTR(broken, READ_ONCE(gemini->broken));
 NUMBER_ATTR(wanted, READ_ONCE(gemini->wanted));
 
+NUMBER_ATTR(owed, gemini_giving_owed(gemini));
+NUMBER_ATTR(returning, READ_ONCE(gemini->returning));
+NUMBER_ATTR(given_back, READ_ONCE(gemini->giving.released));
+
 NUMBER_ATTR(ready, gemini_hold_ready(gemini, NUMA_NO_NODE));
 NUMBER_ATTR(scarce, READ_ONCE(gemini->scarce));
 NUMBER_ATTR(stock_target, READ_ONCE(gemini->booking.target));
@@ -269,6 +273,7 @@ static ssize_t booking_timeout_ms_store(struct device *dev,
 static DEVICE_ATTR_RW(booking_timeout_ms);
 
 NUMBER_ATTR(timeout_ms, gemini_timeout_ms(gemini));
+NUMBER_ATTR(hold_ms, gemini_timeout_hold_ms(gemini));
 
 TEXT_ATTR(timeout_source, gemini_timeout_source(gemini));
 
@@ -308,6 +313,9 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_synced.attr,
 	&dev_attr_broken.attr,
 	&dev_attr_wanted.attr,
+	&dev_attr_owed.attr,
+	&dev_attr_returning.attr,
+	&dev_attr_given_back.attr,
 	&setting_census_period_ms.attr.attr,
 	&dev_attr_census_passes.attr,
 	&dev_attr_census_blocks.attr,
@@ -339,6 +347,7 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_returned_isolation.attr,
 	&dev_attr_booking_timeout_ms.attr,
 	&dev_attr_timeout_ms.attr,
+	&dev_attr_hold_ms.attr,
 	&dev_attr_timeout_source.attr,
 	&dev_attr_fmfi.attr,
 	NULL

@@ -194,6 +194,20 @@ unsigned int gemini_timeout_ms(struct gemini *gemini)
 	return ms;
 }
 
+/**
+ * gemini_timeout_hold_ms() - the same under pressure, of the guest or the host
+ * @gemini: the device
+ *
+ * Return: milliseconds, at most gemini_timeout_ms().
+ */
+unsigned int gemini_timeout_hold_ms(struct gemini *gemini)
+{
+	return gemini_adapt_hold(gemini_timeout_ms(gemini),
+				 global_zone_page_state(NR_FREE_PAGES),
+				 totalram_pages(), gemini_giving_owed(gemini),
+				 READ_ONCE(gemini->map.held));
+}
+
 /* A period has ended. */
 static void period_work(struct work_struct *work)
 {

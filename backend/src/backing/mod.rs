@@ -256,6 +256,7 @@ pub struct Memory {
     /// By index of the region in the table; `None` for regions without managed blocks.
     regions: Vec<Option<Box<dyn Backing>>>,
     findings: Vec<Finding>,
+    vmm: Option<i32>,
 }
 
 impl std::fmt::Debug for Memory {
@@ -296,7 +297,7 @@ impl Memory {
         regions.resize_with(table.len(), || None);
         let homes: Vec<usize> = layout.pieces(0, u64::MAX).map(|(region, _)| region).collect();
         if homes.is_empty() {
-            return Ok(Self { layout, regions, findings: said });
+            return Ok(Self { layout, regions, findings: said, vmm: None });
         }
         let mut vmm = find_vmm(&table, &homes, block_shift, &mut said)?;
         let own_pagemap = open_own_pagemap(&mut said).map(Arc::new);
@@ -348,7 +349,13 @@ impl Memory {
                 findings.push(finding);
             }
         }
-        Ok(Self { layout, regions, findings })
+        let vmm = vmm.map(|(vmm, _)| vmm.pid());
+        Ok(Self { layout, regions, findings, vmm })
+    }
+
+    /// The process that runs the guest, if it was found. It may have ended since.
+    pub fn vmm(&self) -> Option<i32> {
+        self.vmm
     }
 
     /// What the operator should know, worst first.

@@ -121,7 +121,7 @@ fn settings(in_force: &Settings) -> Value {
 fn status(subject: &Subject) -> Value {
     let Subject { name, started, engine, configuration } = subject;
     let mut status = configuration.settings().to_json();
-    let acting = engine.is_acting();
+    let (acting, pressure) = (engine.is_acting(), engine.pressure());
     let known = engine.inspect(|state| {
         let counters = state.map.counters();
         let guest: serde_json::Map<_, _> = GuestState::ALL
@@ -139,6 +139,8 @@ fn status(subject: &Subject) -> Value {
             "scarce": state.supply.is_scarce(),
             "paused": state.paused,
             "acting": acting,
+            "pressure": pressure,
+            "wanted": state.wish.blocks(),
             "blocks": state.map.len(),
             "guest_synced": state.guest_sync == GuestSync::Done,
             "host_synced": state.scan.complete() && state.hints.synced(),

@@ -144,7 +144,8 @@ fn expose(name: &str, sight: &Sight) -> String {
 
 fn settings(out: &mut Exposition, settings: &Settings) {
     // A setting that is added wants a decision here, too.
-    let Settings { policy: _, copy_rate, cpu_share: _, huge_max, log_level: _ } = settings;
+    let Settings { policy: _, copy_rate, cpu_share: _, huge_max, give_back: _, log_level: _ } =
+        settings;
     let values = settings.to_json();
     let policy = values.get("policy").and_then(|policy| policy.as_str()).unwrap_or_default();
     out.family("gauge", "policy_info", "Always 1; the policy in force.")

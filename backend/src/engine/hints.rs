@@ -65,6 +65,11 @@ impl Hints {
         }
     }
 
+    /// What the host wishes is to be told again, also if it is what it was.
+    pub fn repeat_advice(&mut self) {
+        self.advice = None;
+    }
+
     /// Whether there is something to tell.
     pub fn pending(&self, advice: &Advice) -> bool {
         !self.synced || self.dirty.ones() > 0 || self.advice.as_ref() != Some(advice)

@@ -17,9 +17,10 @@ use crate::backing::{process_cpu_time, HostState, Memory};
 use crate::budget::{CopyBudget, CpuBudget};
 use crate::fault;
 use crate::policy::Policy;
+use crate::pressure::{View, Watch};
 use crate::protocol::{
-    Advice, Batch, Record, Request, Stats, ADVICE_SCARCE, REQ_RENEW, S_BUSY, S_FAILED, S_INVALID,
-    S_OK, S_UNSUPPORTED, S_VOID,
+    Advice, Batch, GuestState, Record, Request, Stats, ADVICE_RETURN, ADVICE_SCARCE, REQ_RENEW,
+    S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
 };
 use repair::{Allowance, Outcome, Work};
 use scan::{Reason, ScanPlan};
@@ -48,6 +49,18 @@ pub trait Port: Send + Sync {
     fn answer_prepare(&self, id: u64, status: u32, records: &[Record]);
 }
 
+/// When a guest is asked to give memory back that it does not use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum GiveBack {
+    /// Never.
+    Never,
+    /// While the host is short of memory.
+    Pressure,
+    /// All the time, what nobody came for within the driver's booking timeout; at once while the
+    /// host is short of memory.
+    Always,
+}
+
 /// What the engine may spend, and by which policy.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -61,6 +74,8 @@ pub struct Settings {
     pub block_shift: u32,
     /// Most bytes of huge pages that the guest may have at first; `None` for any amount.
     pub huge_max: Option<u64>,
+    /// When the guest is asked for memory, at first.
+    pub give_back: GiveBack,
 }
 
 impl Settings {
@@ -105,6 +120,7 @@ pub struct Engine {
     rates: Mutex<Rates>,
     cpu: Mutex<CpuBudget>,
     copy: Mutex<CopyBudget>,
+    pressure: Mutex<Watch>,
 }
 
 /// The engine's threads; they end when this is dropped.
@@ -126,9 +142,11 @@ impl Engine {
     /// If a thread cannot be started.
     pub fn start(settings: Settings) -> std::io::Result<Threads> {
         let now = Instant::now();
+        let mut state = State::new(settings.policy, settings.blocks(settings.huge_max), now);
+        state.give_back = settings.give_back;
         let engine = Arc::new(Self {
             inner: Mutex::new(Inner {
-                state: State::new(settings.policy, settings.blocks(settings.huge_max), now),
+                state,
                 port: None,
                 looking: false,
                 acting: false,
@@ -142,6 +160,7 @@ impl Engine {
                 cpu_share: settings.cpu_share,
             }),
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
+            pressure: Mutex::new(Watch::new(now)),
             copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
             settings,
         });
@@ -414,8 +433,46 @@ impl Engine {
     fn advice(state: &State) -> Advice {
         // Who prepares nothing has nothing to give, however much there is.
         let scarce = state.supply.is_scarce() || !state.serves_requests();
-        let flags = if scarce { ADVICE_SCARCE } else { 0 };
-        Advice { release_max: RELEASE_MAX, flags, ..Advice::default() }
+        let mut flags = if scarce { ADVICE_SCARCE } else { 0 };
+        if state.give_back == GiveBack::Always {
+            flags |= ADVICE_RETURN;
+        }
+        let wanted = state.wish.blocks();
+        Advice { release_max: RELEASE_MAX, flags, wanted, ..Advice::default() }
+    }
+
+    /// Sets when the guest is asked for memory, from now on.
+    pub fn set_give_back(&self, give_back: GiveBack) {
+        self.lock().state.give_back = give_back;
+        self.wake();
+    }
+
+    /// Looks how short of memory the host is, and lets the wish follow.
+    fn watch_pressure(&self, now: Instant, sleep: &mut Duration) {
+        let mut watch = lock(&self.pressure);
+        if watch.due() <= now {
+            let (vmm, never) = {
+                let inner = self.lock();
+                let Some(memory) = &inner.state.memory else { return };
+                (memory.vmm(), inner.state.give_back == GiveBack::Never)
+            };
+            let missing = watch.look(&View::read(vmm), now);
+            let missing = if never { 0 } else { missing };
+            let mut inner = self.lock();
+            let before = inner.state.wish.blocks();
+            inner.state.want(missing.div_ceil(1 << self.settings.block_shift), now);
+            match (before, inner.state.wish.blocks()) {
+                (0, 1..) => log::info!("the host is short of memory: the guest is asked for some"),
+                (1.., 0) => log::info!("the guest is not asked for memory any more"),
+                _ => {}
+            }
+        }
+        *sleep = (*sleep).min(watch.due().saturating_duration_since(now));
+    }
+
+    /// How short of memory the host is, for status output.
+    pub fn pressure(&self) -> serde_json::Value {
+        lock(&self.pressure).status()
     }
 
     /// The deciding thread.
@@ -424,6 +481,7 @@ impl Engine {
             let now = Instant::now();
             lock(&self.cpu).update(process_cpu_time(), now);
             let mut sleep = SLEEP_MAX;
+            self.watch_pressure(now, &mut sleep);
             {
                 let mut inner = self.lock();
                 if inner.stopping {
@@ -688,6 +746,21 @@ impl State {
         }
         let block = self.demotion.next(&self.map, |index| self.repair.rests(index), now)?;
         Some(Work::Demote { block })
+    }
+
+    /// Asks the guest for as many blocks, or for what it has. What it reports as free is no leave
+    /// to take it, but tells what there is to be asked for.
+    fn want(&mut self, blocks: u64, now: Instant) {
+        let unused = |index: &usize| {
+            self.map.get(*index).is_some_and(|block| {
+                block.host != HostState::Absent
+                    && matches!(block.guest, GuestState::Free | GuestState::Booked)
+            })
+        };
+        let most = if blocks == 0 { 0 } else { (0..self.map.len()).filter(unused).count() as u64 };
+        if self.wish.set(blocks, most, now) {
+            self.hints.repeat_advice();
+        }
     }
 
     /// Notes whether huge pages are scarce.

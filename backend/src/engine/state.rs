@@ -5,10 +5,12 @@ use super::hints::Hints;
 use super::repair::Repair;
 use super::scan::ScanPlan;
 use super::supply::Supply;
+use super::GiveBack;
 use crate::backing::{HostRun, HostState, Memory};
 use crate::bitmap::Bitmap;
 use crate::block_map::BlockMap;
 use crate::policy::Policy;
+use crate::pressure::Wish;
 use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -96,6 +98,10 @@ pub struct State {
     pub demotion: Demotion,
     /// Huge pages that the host has to give.
     pub supply: Supply,
+    /// When the guest is asked for memory.
+    pub give_back: GiveBack,
+    /// Blocks that the guest is asked to release.
+    pub wish: Wish,
     /// Blocks of the RENEW that is being carried out: their huge pages are promised.
     pub renewing: u64,
     /// Blocks that an action under way may make huge.
@@ -123,6 +129,8 @@ impl State {
             repair: Repair::new(0),
             demotion: Demotion::new(0, now),
             supply: Supply::new(huge_max),
+            give_back: GiveBack::Pressure,
+            wish: Wish::new(now),
             renewing: 0,
             acting: 0..0,
             acted_on: Bitmap::new(0),

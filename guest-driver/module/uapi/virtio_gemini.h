@@ -107,11 +107,12 @@ struct virtio_gemini_advice {
 	__le32 release_max;
 	__le32 flags;			/* VIRTIO_GEMINI_ADVICE_* */
 	__le64 wanted;			/* blocks that the host would like to
-					 * have released; 0: none
+					 * have released from now on; 0: none
 					 */
 };
 
 #define VIRTIO_GEMINI_ADVICE_SCARCE	(1 << 0)	/* no huge pages to give */
+#define VIRTIO_GEMINI_ADVICE_RETURN	(1 << 1)	/* release what is unused */
 
 /* One request of ctrlq or releaseq: this header, then @count ranges. */
 struct virtio_gemini_req {

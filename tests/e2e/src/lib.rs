@@ -10,6 +10,7 @@
 pub mod accel;
 pub mod assets;
 pub mod bench;
+pub mod cgroup;
 pub mod compare;
 pub mod daemon;
 pub mod demo;
@@ -20,6 +21,7 @@ pub mod process;
 pub mod qmp;
 pub mod settings;
 pub mod shell;
+pub mod taker;
 pub mod vm;
 
 /// log2 of the size of a block on the machines that this crate knows (x86-64).

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use gemini_e2e::{bench, demo, shell};
+use gemini_e2e::{bench, demo, shell, taker};
 
 #[derive(Parser)]
 #[command(version, about = "Real guests under vhost-device-gemini")]
@@ -22,6 +22,9 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Make one document of the two halves of a scenario
     Join(bench::JoinArgs),
+    /// Take memory, as many bytes as each line of the input says
+    #[command(hide = true)]
+    TakeMemory,
 }
 
 fn main() -> ExitCode {
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
         Command::Vm(args) => shell::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args),
         Command::Join(args) => bench::join(&args).map(|()| true),
+        Command::TakeMemory => taker::run().map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -40,6 +40,11 @@ fn driver(program: &Path, start: u32, periods: &[Period]) -> Vec<u32> {
     for period in periods {
         input += &format!("next {} {}\n", period.misses, period.fmfi);
     }
+    ask(program, input)
+}
+
+/// What the program answers to each line.
+fn ask(program: &Path, input: String) -> Vec<u32> {
     let mut child = Command::new(program)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -149,4 +154,26 @@ fn more_fragmentation_or_no_fewer_misses_end_a_trial() {
         let timeouts = driver(&program, 10_000, &[as_ever, trial, as_ever, trial]);
         assert_eq!(timeouts, [10_000, 11_000, 10_000, 9_000, 10_000], "{misses} {fmfi}");
     }
+}
+
+#[test]
+fn pressure_of_either_side_shrinks_a_hold_in_proportion() {
+    let program = build("adapt-hold");
+    let holds = [
+        // Free pages, of 8000, then blocks wanted, of 10 held, and what is left.
+        (8000, 0, 1000),
+        (1000, 0, 1000),
+        (500, 0, 500),
+        (0, 0, 0),
+        (8000, 1, 900),
+        (8000, 9, 100),
+        (8000, 10, 0),
+        (8000, u64::MAX, 0),
+        (500, 5, 250),
+    ];
+    let lines = holds.map(|(free, wanted, _)| format!("hold 1000 {free} 8000 {wanted} 10\n"));
+    assert_eq!(ask(&program, lines.concat()), holds.map(|(_, _, left)| left));
+    // Nothing is held, and the guest is tiny.
+    let lines = "hold 1000 0 7 0 0\nhold 1000 0 7 1 0\n".to_owned();
+    assert_eq!(ask(&program, lines), [1000, 0]);
 }

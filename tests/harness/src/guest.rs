@@ -95,6 +95,12 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory)
+    }
+
     /// A guest on `memory`, which has one region from address 0 on, whose first
     /// `pinned` blocks are not its own. Nothing is in use.
     ///

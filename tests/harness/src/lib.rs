@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod driver;
 pub mod figures;
 pub mod frontend;
+pub mod give_back;
 pub mod guest;
 pub mod hostile;
 pub mod machine;

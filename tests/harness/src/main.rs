@@ -7,7 +7,9 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
-use gemini_harness::{budgets, cleanup, hostile, ready, report, restart, run, scale, settings};
+use gemini_harness::{
+    budgets, cleanup, give_back, hostile, ready, report, restart, run, scale, settings,
+};
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
 #[derive(Debug, Parser)]
@@ -75,6 +77,11 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// What it costs to give memory back, beside a balloon of 4 KiB pages.
+    GiveBack {
+        #[command(flatten)]
+        common: Common,
+    },
     /// The daemon is killed at each step of a request and started again.
     Restart {
         #[command(flatten)]
@@ -99,6 +106,7 @@ fn main() -> ExitCode {
         Command::Scale { common } => scale(&common),
         Command::Budgets { common } => budgets(&common),
         Command::Ready { common } => ready(&common),
+        Command::GiveBack { common } => give_back(&common),
         Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
     };
     match result {
@@ -171,6 +179,11 @@ fn budgets(common: &Common) -> anyhow::Result<bool> {
 fn ready(common: &Common) -> anyhow::Result<bool> {
     let plan = ready::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
     finish(&ready::measure(&plan)?, common.json.as_deref())
+}
+
+fn give_back(common: &Common) -> anyhow::Result<bool> {
+    let plan = give_back::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
+    finish(&give_back::measure(&plan)?, common.json.as_deref())
 }
 
 fn restart(common: &Common, fault_daemon: Option<&Path>) -> anyhow::Result<bool> {

@@ -52,6 +52,7 @@ pub struct Mapping {
     base: *mut u8,
     len: usize,
     reserved: (*mut u8, usize),
+    shared: bool,
 }
 
 // SAFETY: the mapping lives until it is dropped, whichever thread holds it, and
@@ -99,7 +100,7 @@ impl Mapping {
                 0,
             )
         };
-        let mapping = Mapping { base, len, reserved: (reserved, reserve) };
+        let mapping = Mapping { base, len, reserved: (reserved, reserve), shared };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -197,6 +198,24 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Takes pages of the file out of the mapping; the next touch brings back
+    /// what the file has there.
+    ///
+    /// # Errors
+    /// Those of `madvise`.
+    ///
+    /// # Panics
+    /// If the mapping is private: there the pages are all that there is.
+    pub fn forget(&self, offset: u64, len: u64) -> io::Result<()> {
+        assert!(self.shared, "a private mapping's contents are in no file");
+        let len = to_usize(len)?;
+        let address = self.at(offset, len);
+        // SAFETY: the range is ours and shared, so its contents are the file's.
+        check(unsafe { libc::madvise(address.cast(), len, libc::MADV_DONTNEED) }).map(|_| ())
+    }
+}
+
 /// A pipe, to hold pages.
 #[derive(Debug)]
 pub struct Pipe {
@@ -244,6 +263,17 @@ impl Drop for Mapping {
         // pointer into them outlives self.
         unsafe { libc::munmap(self.reserved.0.cast(), self.reserved.1) };
     }
+}
+
+/// CPU time of the calling thread, in seconds.
+///
+/// # Errors
+/// Those of `clock_gettime`.
+pub fn thread_cpu_seconds() -> io::Result<f64> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes a structure of ours.
+    check(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) })?;
+    Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
 }
 
 /// Takes the pages of a range out of a memory file; it then reads as zeros.

@@ -5,6 +5,8 @@ pub mod driver_cycle;
 pub mod faults;
 pub mod first_touch;
 pub mod fragmented;
+pub mod give_back;
+pub mod host_pressure;
 pub mod pressure;
 pub mod restart;
 pub mod reuse;
@@ -63,6 +65,10 @@ enum Name {
     ScarceHost,
     /// A program that needs all memory gets it from a driver that holds it
     GuestPressure,
+    /// A guest frees memory, and the host gets it back
+    GiveBack,
+    /// A program of the host takes what a guest can spare
+    HostPressure,
     /// Base pages become aligned through the promoter in the guest
     BasePages,
     /// What the driver's hooks cost page faults
@@ -92,6 +98,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
             let duration = Duration::from_secs(60 * minutes);
             stress::measure(&bench, args.seed, duration, args.control)?
         }
+        Name::GiveBack => give_back::measure(&bench, args.seed, args.quick)?,
+        Name::HostPressure => host_pressure::measure(&bench, args.seed, args.quick)?,
         Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
         Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
         Name::GuestPressure => pressure::measure(&bench, args.quick)?,
