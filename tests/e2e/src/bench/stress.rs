@@ -49,7 +49,7 @@ const WATCHDOGS: [&str; 4] = [
     "rcupdate.rcu_task_stall_timeout=300000",
     "workqueue.watchdog_thresh=240",
 ];
-const HUNG_TASK_SECONDS: &str = "300";
+const HUNG_TASK_SECONDS: &str = "600";
 
 /// What the driver lost if this much more memory is neither free nor accounted
 /// for afterwards: less than one block. The checks of a debug kernel keep a
