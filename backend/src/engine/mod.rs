@@ -646,8 +646,8 @@ impl Engine {
         let state = &mut inner.state;
         // Should the driver have restarted meanwhile: what was seen of the host is still true.
         if state.memory.as_ref().is_some_and(|memory| Arc::ptr_eq(memory, &job.memory)) {
-            state.apply_look(&job.runs);
-            state.scan.done(&job.look, job.took, now);
+            let news = state.apply_look(&job.runs);
+            state.scan.done(&job.look, job.took, news, now);
         }
         drop(inner);
         self.wake();

@@ -7,8 +7,12 @@ use std::time::{Duration, Instant};
 
 /// Most blocks in one look; a look at this many takes some milliseconds.
 const CHUNK: usize = 8192;
-/// The round-robin look rests this many times the CPU time that it took: 0.2 % of one CPU.
-const REST_FACTOR: u32 = 500;
+/// After a round-robin look that found something new the next one waits this many times the CPU
+/// time that it took: 0.2 % of one CPU.
+const REST_FACTOR_MIN: u32 = 500;
+/// Each look that found nothing doubles the wait, up to this: 0.03 %, so that many guests in which
+/// nothing happens cost little together.
+const REST_FACTOR_MAX: u32 = 4000;
 /// Shortest rest of the round-robin look.
 const REST_MIN: Duration = Duration::from_millis(500);
 /// Untouched blocks between two touched ones that are looked at along with them.
@@ -51,6 +55,8 @@ pub struct ScanPlan {
     overtaken: Bitmap,
     round_robin: usize,
     round_robin_at: Instant,
+    /// What the next round-robin look rests, in times of its CPU time.
+    rest_factor: u32,
 }
 
 impl ScanPlan {
@@ -65,6 +71,7 @@ impl ScanPlan {
             overtaken: Bitmap::new(len),
             round_robin: 0,
             round_robin_at: now,
+            rest_factor: REST_FACTOR_MAX,
         }
     }
 
@@ -151,8 +158,8 @@ impl ScanPlan {
         Some(Look { first, count: u32::try_from(count).ok()?, reason })
     }
 
-    /// A look came back that took so much CPU time.
-    pub fn done(&mut self, look: &Look, took: Duration, now: Instant) {
+    /// A look came back that took so much CPU time; whether it found `news`.
+    pub fn done(&mut self, look: &Look, took: Duration, news: bool, now: Instant) {
         self.out = false;
         self.overtaken.clear();
         match look.reason {
@@ -162,7 +169,9 @@ impl ScanPlan {
             }
             Reason::Touched => {}
             Reason::RoundRobin => {
-                self.round_robin_at = now + (took * REST_FACTOR).max(REST_MIN);
+                let doubled = (self.rest_factor * 2).min(REST_FACTOR_MAX);
+                self.rest_factor = if news { REST_FACTOR_MIN } else { doubled };
+                self.round_robin_at = now + (took * self.rest_factor).max(REST_MIN);
             }
         }
     }
@@ -183,7 +192,7 @@ mod tests {
             assert_eq!(look.reason, Reason::First);
             assert!(map.is_managed(look.first, look.count));
             seen += look.count as usize;
-            plan.done(&look, Duration::ZERO, now);
+            plan.done(&look, Duration::ZERO, false, now);
         }
         assert_eq!(seen, map.len());
         assert_eq!(plan.due(now), None);
@@ -195,7 +204,7 @@ mod tests {
         let map = BlockMap::new(&[0..1000]);
         let mut plan = ScanPlan::new(map.len(), now);
         let look = plan.next(&map, now).unwrap();
-        plan.done(&look, Duration::ZERO, now);
+        plan.done(&look, Duration::ZERO, false, now);
         plan.look_at(100);
         plan.look_at(110);
         plan.look_at(500);
@@ -214,26 +223,33 @@ mod tests {
         let look = plan.next(&map, now).unwrap();
         plan.seen(7);
         assert!(plan.is_overtaken(7) && !plan.is_overtaken(8));
-        plan.done(&look, Duration::ZERO, now);
+        plan.done(&look, Duration::ZERO, false, now);
         let again = plan.next(&map, now).unwrap();
         assert_eq!((again.first, again.count, again.reason), (7, 1, Reason::Touched));
-        plan.done(&again, Duration::ZERO, now);
+        plan.done(&again, Duration::ZERO, false, now);
         plan.seen(9);
         assert_eq!(plan.next(&map, now), None);
     }
 
     #[test]
-    fn round_robin_rests_in_proportion_to_its_cost() {
-        let now = Instant::now();
+    fn round_robin_rests_in_proportion_to_its_cost_and_longer_where_nothing_happens() {
+        let mut now = Instant::now();
         let map = BlockMap::new(&[0..100]);
         let mut plan = ScanPlan::new(map.len(), now);
         let look = plan.next(&map, now).unwrap();
-        plan.done(&look, Duration::ZERO, now);
-        let later = now + REST_MIN;
-        let look = plan.next(&map, later).unwrap();
-        assert_eq!(look.reason, Reason::RoundRobin);
-        plan.done(&look, Duration::from_millis(10), later);
-        assert_eq!(plan.due(later + Duration::from_millis(4_999)), None);
-        assert_eq!(plan.due(later + Duration::from_millis(5_000)), Some(Reason::RoundRobin));
+        plan.done(&look, Duration::ZERO, true, now);
+        now += REST_MIN;
+        let took = Duration::from_millis(10);
+        for (news, seconds) in
+            [(false, 40), (true, 5), (false, 10), (false, 20), (false, 40), (false, 40), (true, 5)]
+        {
+            let look = plan.next(&map, now).unwrap();
+            assert_eq!(look.reason, Reason::RoundRobin);
+            plan.done(&look, took, news, now);
+            let due = now + Duration::from_secs(seconds);
+            assert_eq!(plan.due(due - Duration::from_millis(1)), None, "{news} {seconds}");
+            assert_eq!(plan.due(due), Some(Reason::RoundRobin));
+            now = due;
+        }
     }
 }

@@ -227,9 +227,9 @@ impl State {
     }
 
     /// Takes what a look at the host found; what is older than what is known already is passed
-    /// over.
-    pub fn apply_look(&mut self, runs: &[HostRun]) {
-        self.apply(runs, |state, index| !state.scan.is_overtaken(index));
+    /// over. Whether anything was news.
+    pub fn apply_look(&mut self, runs: &[HostRun]) -> bool {
+        self.apply(runs, |state, index| !state.scan.is_overtaken(index))
     }
 
     /// An action ended: takes what was seen of its blocks afterwards.
@@ -260,21 +260,29 @@ impl State {
         });
     }
 
-    fn apply(&mut self, runs: &[HostRun], mut is_news: impl FnMut(&mut Self, usize) -> bool) {
+    /// Takes host states where `counts` says so; whether any of them was not known.
+    fn apply(
+        &mut self,
+        runs: &[HostRun],
+        mut counts: impl FnMut(&mut Self, usize) -> bool,
+    ) -> bool {
+        let mut news = false;
         for run in runs {
             let ranges: Vec<_> = self.map.index_ranges(run.first, run.count).collect();
             for index in ranges.into_iter().flatten() {
-                if !is_news(self, index) || self.map.set_host(index, run.state).is_none() {
+                if !counts(self, index) || self.map.set_host(index, run.state).is_none() {
                     continue;
                 }
                 if run.state.is_huge() {
                     self.map.set_failures(index, 0);
                     self.repair.forget_fill(index);
                 }
+                news = true;
                 self.hints.changed(index);
                 self.reconsider(index);
             }
         }
+        news
     }
 
     /// Whether blocks are made huge because the guest asks for it.
@@ -538,7 +546,7 @@ mod tests {
         let look = state.scan.next(&state.map, now).unwrap();
         state.apply_acted(&run(HostState::Huge));
         state.apply_look(&run(HostState::Base));
-        state.scan.done(&look, std::time::Duration::ZERO, now);
+        state.scan.done(&look, std::time::Duration::ZERO, false, now);
         assert_eq!(state.map.counters().host[HostState::Huge as usize], 8);
         let again = state.scan.next(&state.map, now).unwrap();
         assert_eq!((again.first, again.count), (0, 8), "it is looked at once more");
@@ -553,7 +561,7 @@ mod tests {
         for ended in [false, true] {
             let mut state = state_of(8);
             let look = state.scan.next(&state.map, now).unwrap();
-            state.scan.done(&look, std::time::Duration::ZERO, now);
+            state.scan.done(&look, std::time::Duration::ZERO, false, now);
             state.acting = 2..3;
             state.begin_drop();
             // The drop looks, then the action makes it huge, then the drop tells what it saw.
@@ -615,7 +623,7 @@ mod tests {
                         }
                         Some((look, runs)) => {
                             state.apply_look(&runs);
-                            state.scan.done(&look, std::time::Duration::ZERO, now);
+                            state.scan.done(&look, std::time::Duration::ZERO, false, now);
                         }
                     },
                     // A RENEW is taken, has dropped its blocks, or has told so.

@@ -466,6 +466,12 @@ impl Driver {
         Ok(())
     }
 
+    /// Batches on reportq that the device has not taken yet.
+    #[must_use]
+    pub fn reports_pending(&self) -> usize {
+        self.report_slots.len()
+    }
+
     /// Reports changes. Before a generation is known nothing is sent: the full
     /// state that follows tells everything.
     ///

@@ -16,6 +16,7 @@ pub mod hostile;
 pub mod machine;
 pub mod memory;
 pub mod outside;
+pub mod policy_scale;
 pub mod ready;
 pub mod report;
 pub mod restart;

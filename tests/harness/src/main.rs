@@ -8,7 +8,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
 use gemini_harness::{
-    budgets, cleanup, give_back, hostile, ready, report, restart, run, scale, settings,
+    budgets, cleanup, give_back, hostile, policy_scale, ready, report, restart, run, scale,
+    settings,
 };
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
@@ -67,6 +68,11 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// What deciding costs: a guest of 1 TiB that changes, and 16 idle daemons.
+    PolicyScale {
+        #[command(flatten)]
+        common: Common,
+    },
     /// What the daemon spends under a guest that asks for everything.
     Budgets {
         #[command(flatten)]
@@ -104,6 +110,7 @@ fn main() -> ExitCode {
         Command::Run { common, mem, policy } => run_policies(&common, mem, &policy),
         Command::Hostile { common, inputs } => hostile(&common, inputs),
         Command::Scale { common } => scale(&common),
+        Command::PolicyScale { common } => policy_scale(&common),
         Command::Budgets { common } => budgets(&common),
         Command::Ready { common } => ready(&common),
         Command::GiveBack { common } => give_back(&common),
@@ -168,6 +175,11 @@ fn hostile(common: &Common, inputs: Option<u64>) -> anyhow::Result<bool> {
 fn scale(common: &Common) -> anyhow::Result<bool> {
     let plan = scale::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
     finish(&scale::measure(&plan)?, common.json.as_deref())
+}
+
+fn policy_scale(common: &Common) -> anyhow::Result<bool> {
+    let plan = policy_scale::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
+    finish(&policy_scale::measure(&plan)?, common.json.as_deref())
 }
 
 fn budgets(common: &Common) -> anyhow::Result<bool> {

@@ -135,6 +135,25 @@ pub fn threads_cpu_seconds(pid: u32) -> anyhow::Result<f64> {
     Ok(nanoseconds as f64 / 1e9)
 }
 
+/// Memory of a process that no other one has a part in, with its page tables, in
+/// bytes.
+///
+/// # Errors
+/// If the process is gone.
+pub fn private_memory(pid: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let kib = |name: &str| {
+        text.lines()
+            .find_map(|line| {
+                line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok()
+            })
+            .with_context(|| format!("no {name} in {path}"))
+    };
+    let pages = kib("Private_Clean:")? + kib("Private_Dirty:")?;
+    Ok(pages * 1024 + ProcessFigures::of(pid)?.page_tables)
+}
+
 /// Memory that can be used without swapping, in bytes.
 ///
 /// # Errors

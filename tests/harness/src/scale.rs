@@ -64,7 +64,8 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     Ok(scenario)
 }
 
-fn ensure_memory(needed: u64) -> anyhow::Result<()> {
+/// Fails where `needed` bytes are more than the machine has left.
+pub(crate) fn ensure_memory(needed: u64) -> anyhow::Result<()> {
     let available = outside::available_memory()?;
     ensure!(
         available >= needed,
@@ -75,15 +76,41 @@ fn ensure_memory(needed: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A guest of `size` bytes with one page in every second block.
+pub(crate) fn sparse_guest(size: u64) -> anyhow::Result<GuestMemory> {
+    let memory = GuestMemory::new(size, Placement::Aligned)?;
+    for block in (0..size >> BLOCK_SHIFT).step_by(2) {
+        memory.write(block << BLOCK_SHIFT, &[1]);
+    }
+    Ok(memory)
+}
+
+/// Its full state. Neighbours differ everywhere, so that no run of blocks merges.
+pub(crate) fn sparse_census(blocks: u64) -> Vec<Record> {
+    (0..blocks)
+        .map(|first| Record {
+            first,
+            count: 1,
+            used: u32::from(first % 2 == 0),
+            state: match first {
+                0..AREA_BLOCKS => guest_state::PINNED,
+                _ if first % 2 == 0 => guest_state::BASE,
+                _ => guest_state::FREE,
+            },
+            flags: 0,
+        })
+        .collect()
+}
+
 /// A driver on `memory` that is connected to `daemon`; the census is given.
-struct Connected {
+pub(crate) struct Connected {
     memory: Arc<GuestMemory>,
-    session: Session,
-    driver: Driver,
+    pub(crate) session: Session,
+    pub(crate) driver: Driver,
 }
 
 impl Connected {
-    fn new(daemon: &Daemon, memory: &Arc<GuestMemory>) -> anyhow::Result<Self> {
+    pub(crate) fn new(daemon: &Daemon, memory: &Arc<GuestMemory>) -> anyhow::Result<Self> {
         Ok(Connected {
             memory: Arc::clone(memory),
             session: Session::connect(&daemon.socket(), PATIENCE)?,
@@ -93,7 +120,7 @@ impl Connected {
 
     /// Exchanges the full states of both layers; both sides have them when this
     /// returns. The queues were just started.
-    fn resync(&mut self, daemon: &mut Daemon, census: &[Record]) -> anyhow::Result<()> {
+    pub(crate) fn resync(&mut self, daemon: &mut Daemon, census: &[Record]) -> anyhow::Result<()> {
         let deadline = Instant::now() + 3 * PATIENCE;
         loop {
             self.driver.wait_until("full host state", 3 * PATIENCE, |driver| {
@@ -124,24 +151,8 @@ fn sparse(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
     // Each second block has a page, and a page of page tables in the monitor;
     // the file's own index and the daemon come on top.
     ensure_memory(blocks / 2 * PAGE_SIZE * 2 + (1 << 30))?;
-    let memory = Arc::new(GuestMemory::new(plan.sparse, Placement::Aligned)?);
-    for block in (0..blocks).step_by(2) {
-        memory.write(block << BLOCK_SHIFT, &[1]);
-    }
-    // Neighbours differ everywhere, so that no run of blocks merges.
-    let census: Vec<Record> = (0..blocks)
-        .map(|first| Record {
-            first,
-            count: 1,
-            used: u32::from(first % 2 == 0),
-            state: match first {
-                0..AREA_BLOCKS => guest_state::PINNED,
-                _ if first % 2 == 0 => guest_state::BASE,
-                _ => guest_state::FREE,
-            },
-            flags: 0,
-        })
-        .collect();
+    let memory = Arc::new(sparse_guest(plan.sparse)?);
+    let census = sparse_census(blocks);
 
     let scratch = Scratch::new()?;
     let options = Options::new(&plan.program, "gemini");
