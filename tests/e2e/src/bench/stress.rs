@@ -131,6 +131,7 @@ pub fn measure(
     let line = output.output.lines().last().unwrap_or_default();
     let report: Report = serde_json::from_str(line)
         .with_context(|| format!("the guest's report has another form: {}", output.output))?;
+    log.found.finish();
     log.show();
     let mut scenario = figures(&report, &outside, &log, debug);
     scenario.arg("control", control);
@@ -207,7 +208,8 @@ fn figures(report: &Report, outside: &Outside, log: &Log, debug: bool) -> Scenar
     let sum = |of: fn(&gemini_guest::stress::Figures) -> u64| {
         report.kinds.values().map(of).sum::<u64>() as f64
     };
-    scenario.figure("splats", log.splats.len() as f64, Bar::AtMost(0.0));
+    scenario.figure("splats", log.found.splats.len() as f64, Bar::AtMost(0.0));
+    scenario.figure("lock_reports_without_the_driver", log.found.foreign as f64, Bar::None);
     scenario.figure("wrong_pages", sum(|kind| kind.wrong), Bar::AtMost(0.0));
     scenario.figure("failed_workers", sum(|kind| kind.failed), Bar::AtMost(0.0));
     let (before, after) = (report.before, report.after);
@@ -236,7 +238,7 @@ fn figures(report: &Report, outside: &Outside, log: &Log, debug: bool) -> Scenar
     for (name, value) in &report.driver {
         scenario.figure(&format!("driver_{name}"), *value as f64, Bar::None);
     }
-    scenario.figure("driver_warnings", log.warnings.len() as f64, Bar::None);
+    scenario.figure("driver_warnings", log.found.warnings.len() as f64, Bar::None);
     scenario
 }
 
@@ -261,8 +263,36 @@ struct Log {
     begun: bool,
     ended: bool,
     last: Vec<String>,
+    found: Findings,
+}
+
+/// What the messages say.
+#[derive(Default)]
+struct Findings {
     splats: Vec<String>,
     warnings: Vec<String>,
+    /// A report on the order of locks that has not ended.
+    report: Option<LockReport>,
+    /// Such reports in which the driver does not occur.
+    foreign: u64,
+}
+
+/// What lockdep says of locks that are taken in both orders, with the call
+/// chains that took each of them.
+///
+/// Linux 6.12 has one of its own: a write to a memory block's `state` takes the
+/// locks of memory hotplug under the file, virtio-mem removes that file under
+/// them. A third lock keeps both apart, which lockdep does not know. After its
+/// first report it is silent.
+struct LockReport {
+    title: String,
+    ours: bool,
+}
+
+impl LockReport {
+    const BEGINS: &str = "possible circular locking dependency";
+    const ENDS: &str = "</TASK>";
+    const OURS: &str = "[virtio_gemini]";
 }
 
 impl Log {
@@ -277,8 +307,7 @@ impl Log {
             begun: false,
             ended: false,
             last: Vec::new(),
-            splats: Vec::new(),
-            warnings: Vec::new(),
+            found: Findings::default(),
         })
     }
 
@@ -290,12 +319,7 @@ impl Log {
             writeln!(self.file, "{}", message.text)?;
             self.begun |= message.text.ends_with(BEGINS);
             self.ended |= message.text.ends_with(ENDS);
-            if is_splat(&message) {
-                eprintln!("guest: {}", message.text);
-                self.splats.push(message.text.clone());
-            } else if is_warning(&message) {
-                self.warnings.push(message.text.clone());
-            }
+            self.found.judge(&message);
             self.last.push(message.text);
         }
         let surplus = self.last.len().saturating_sub(400);
@@ -310,11 +334,51 @@ impl Log {
 
     /// What the driver warned of, each once.
     fn show(&self) {
-        let mut warnings: Vec<&String> = self.warnings.iter().collect();
+        let mut warnings: Vec<&String> = self.found.warnings.iter().collect();
         warnings.sort();
         warnings.dedup();
         for warning in warnings {
             eprintln!("guest: {warning}");
+        }
+    }
+}
+
+impl Findings {
+    fn judge(&mut self, message: &Message) {
+        let text = &message.text;
+        if let Some(report) = &mut self.report {
+            report.ours |= text.contains(LockReport::OURS);
+            if is_splat(message) {
+                self.splat(text.clone());
+            } else if text.contains(LockReport::ENDS) {
+                self.end_report();
+            }
+        } else if is_splat(message) && text.contains(LockReport::BEGINS) {
+            self.report = Some(LockReport { title: text.clone(), ours: false });
+        } else if is_splat(message) {
+            self.splat(text.clone());
+        } else if is_warning(message) {
+            self.warnings.push(text.clone());
+        }
+    }
+
+    fn end_report(&mut self) {
+        match self.report.take() {
+            Some(report) if report.ours => self.splat(report.title),
+            Some(_) => self.foreign += 1,
+            None => {}
+        }
+    }
+
+    fn splat(&mut self, text: String) {
+        eprintln!("guest: {text}");
+        self.splats.push(text);
+    }
+
+    /// Nothing more comes: a report that did not end counts.
+    fn finish(&mut self) {
+        if let Some(report) = self.report.take() {
+            self.splat(report.title);
         }
     }
 }
@@ -390,6 +454,23 @@ mod tests {
 
     fn message(level: u8, text: &str) -> Message {
         Message { level, text: text.into() }
+    }
+
+    #[test]
+    fn lock_reports_count_unless_the_driver_is_not_in_them() {
+        let warning = message(4, "WARNING: possible circular locking dependency detected");
+        let chain = |function: &str| message(4, &format!("       {function}+0x1/0x2"));
+        let mut log = Findings::default();
+        for line in [&warning, &chain("virtio_mem_run_wq"), &message(4, " </TASK>")] {
+            log.judge(line);
+        }
+        assert_eq!((log.splats.len(), log.foreign), (0, 1));
+        let ours = message(4, "       gemini_remove+0x1/0x2 [virtio_gemini]");
+        for line in [&warning, &ours, &message(4, " </TASK>"), &warning, &chain("vfs_write")] {
+            log.judge(line);
+        }
+        log.finish();
+        assert_eq!((log.splats.len(), log.foreign), (2, 1));
     }
 
     #[test]
