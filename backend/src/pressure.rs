@@ -54,7 +54,7 @@ impl View {
             text(Path::new("/proc/meminfo")).as_deref().and_then(machine).into_iter().collect();
         if let (Some(pid), Some(mounts)) = (vmm, text(Path::new("/proc/self/mountinfo"))) {
             let groups = text(Path::new(&format!("/proc/{pid}/cgroup"))).unwrap_or_default();
-            if let Some((dir, top, version)) = memory_cgroup(&groups, &mounts) {
+            if let Some((dir, top, version)) = cgroup_of("memory", &groups, &mounts) {
                 let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
                 rooms.extend(chain.filter_map(|dir| cgroup(dir, version)));
             }
@@ -87,16 +87,16 @@ enum Version {
     Two,
 }
 
-/// The directory of a process's memory cgroup, and that of the topmost one that can be seen, from
-/// /proc/PID/cgroup and /proc/self/mountinfo.
-fn memory_cgroup(groups: &str, mounts: &str) -> Option<(PathBuf, PathBuf, Version)> {
+/// The directory of a process's cgroup of a controller, and that of the topmost one that can be
+/// seen, from /proc/PID/cgroup and /proc/self/mountinfo.
+fn cgroup_of(controller: &str, groups: &str, mounts: &str) -> Option<(PathBuf, PathBuf, Version)> {
     // "ID:CONTROLLERS:PATH"; version 2 has ID 0 and no controllers.
     let path_of = |version| {
         groups.lines().find_map(|line| {
             let mut parts = line.splitn(3, ':');
             let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
             let found = match version {
-                Version::One => controllers.split(',').any(|name| name == "memory"),
+                Version::One => controllers.split(',').any(|name| name == controller),
                 Version::Two => controllers.is_empty(),
             };
             found.then_some(path)
@@ -111,7 +111,7 @@ fn memory_cgroup(groups: &str, mounts: &str) -> Option<(PathBuf, PathBuf, Versio
             let is_kind = match version {
                 Version::One => {
                     kind.next() == Some("cgroup")
-                        && kind.nth(1).is_some_and(|o| o.split(',').any(|name| name == "memory"))
+                        && kind.nth(1).is_some_and(|o| o.split(',').any(|name| name == controller))
                 }
                 Version::Two => kind.next() == Some("cgroup2"),
             };
@@ -124,6 +124,37 @@ fn memory_cgroup(groups: &str, mounts: &str) -> Option<(PathBuf, PathBuf, Versio
         }
     }
     None
+}
+
+/// Bytes of hugetlb pages of a size that this process may still allocate in its cgroups; `None`
+/// without a limit.
+pub fn hugetlb_room(page_size: u64) -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let (dir, top, version) = cgroup_of("hugetlb", &groups, &mounts)?;
+    let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
+    chain.filter_map(|dir| hugetlb_room_of(dir, version, page_size)).min()
+}
+
+fn hugetlb_room_of(dir: &Path, version: Version, page_size: u64) -> Option<u64> {
+    let (limit, used) = match version {
+        Version::One => ("limit_in_bytes", "usage_in_bytes"),
+        Version::Two => ("max", "current"),
+    };
+    let file = |what: &str| dir.join(format!("hugetlb.{}.{what}", size_name(page_size)));
+    // Without a limit it is "max", or a number beyond all memory.
+    let number = |what| fs::read_to_string(file(what)).ok()?.trim().parse::<u64>().ok();
+    let limit = number(limit).filter(|limit| *limit < 1 << 60)?;
+    Some(limit.saturating_sub(number(used)?))
+}
+
+/// A size of pages as hugetlb's files have it.
+fn size_name(bytes: u64) -> String {
+    match bytes {
+        b if b >= 1 << 30 => format!("{}GB", b >> 30),
+        b if b >= 1 << 20 => format!("{}MB", b >> 20),
+        b => format!("{}KB", b >> 10),
+    }
 }
 
 /// The room of one cgroup, if it has a limit.
@@ -293,13 +324,31 @@ mod tests {
         let one = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n\
                    41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw";
         let groups = "4:memory:/vm/a\n0::/elsewhere";
-        let (dir, top, version) = memory_cgroup(groups, one).unwrap();
+        let (dir, top, version) = cgroup_of("memory", groups, one).unwrap();
         assert_eq!(dir, Path::new("/sys/fs/cgroup/memory/vm/a"));
         assert_eq!((top.as_path(), version), (Path::new("/sys/fs/cgroup/memory"), Version::One));
         let two = "41 31 0:38 /outer /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw";
-        let (dir, _, version) = memory_cgroup("0::/outer/vm", two).unwrap();
+        let (dir, _, version) = cgroup_of("memory", "0::/outer/vm", two).unwrap();
         assert_eq!((dir.as_path(), version), (Path::new("/sys/fs/cgroup/vm"), Version::Two));
-        assert_eq!(memory_cgroup("0::/other", two), None, "it cannot be seen from here");
+        assert_eq!(cgroup_of("memory", "0::/other", two), None, "it cannot be seen from here");
+    }
+
+    #[test]
+    fn hugetlb_limits_are_read_in_both_versions() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let room = |version| hugetlb_room_of(dir.path(), version, 2 << 20);
+        assert_eq!(room(Version::Two), None);
+        write("hugetlb.2MB.current", "4194304\n");
+        write("hugetlb.2MB.max", "max\n");
+        assert_eq!(room(Version::Two), None);
+        write("hugetlb.2MB.max", "10485760\n");
+        assert_eq!(room(Version::Two), Some(6 << 20));
+        write("hugetlb.2MB.usage_in_bytes", "0\n");
+        write("hugetlb.2MB.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(room(Version::One), None);
+        let names = [64 << 10, 32 << 20, 1 << 30].map(size_name);
+        assert_eq!(names, ["64KB", "32MB", "1GB"]);
     }
 
     #[test]

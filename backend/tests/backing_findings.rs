@@ -6,6 +6,7 @@ mod common;
 
 use common::host::{Lock, Setting, Tmpfs};
 use common::*;
+use std::fs::File;
 use vhost_device_gemini::backing::{Collapsed, HostState, Kind, Memory, Refusal, RegionDesc};
 
 #[test]
@@ -195,4 +196,67 @@ fn hugetlb_is_recognised_and_never_dropped() {
     }
     assert_eq!(scan(&memory, 0, 4), [run(0, 4, HostState::Hugetlb, 0)]);
     assert!(vmm.is_zero(0, 0, 512));
+}
+
+/// Memory that a VMM maps, some way, with a pool of as many pages as it has blocks.
+fn on_hugetlb(test: &str, mode: &str) -> Option<(Lock, Setting, File, Child)> {
+    if !host::is_root(test) {
+        return None;
+    }
+    let lock = Lock::take();
+    let Some(pool) = Setting::more_hugepages(&lock, 4) else {
+        host::skipped(test, "no four free huge pages");
+        return None;
+    };
+    let file = memfd(4 * BLOCK, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB);
+    let mut vmm = Child::spawn(&file);
+    vmm.ask(&format!("map 0 {} 0 {mode}", 4 * BLOCK));
+    Some((lock, pool, file, vmm))
+}
+
+#[test]
+fn what_is_set_aside_is_prepared_whatever_becomes_of_the_pool() {
+    let test = "what_is_set_aside_is_prepared_whatever_becomes_of_the_pool";
+    let Some((_lock, pool, file, mut vmm)) = on_hugetlb(test, "shared") else { return };
+    let memory = memory(&file);
+    pool.resize_hugepages(0);
+    let [state] = memory.pools()[..] else { panic!("{:?}", memory.pools()) };
+    assert_eq!((state.missing, state.unreserved, state.short), (4, 0, false));
+    vmm.fill(2, 0, 512);
+    for block in [0, 1, 3] {
+        assert_eq!(populate(&memory, block), Ok(Collapsed::Populated));
+    }
+    assert_eq!(scan(&memory, 0, 4), [run(0, 4, HostState::Hugetlb, 0)]);
+    assert_eq!(codes(&memory), ["hugetlb"]);
+    assert!(vmm.is_filled(2, 0, 512) && vmm.is_zero(3, 0, 512));
+}
+
+#[test]
+fn a_block_nobody_uses_never_takes_the_page_that_a_touch_would_miss() {
+    let test = "a_block_nobody_uses_never_takes_the_page_that_a_touch_would_miss";
+    let Some((_lock, pool, file, mut vmm)) = on_hugetlb(test, "unreserved") else { return };
+    let memory = memory(&file);
+    assert_eq!(populate(&memory, 0), Ok(Collapsed::Populated));
+    // Two pages for three holes: whichever two the guest touches, they are for it.
+    pool.resize_hugepages(3);
+    let [state] = memory.pools()[..] else { panic!("{:?}", memory.pools()) };
+    assert_eq!((state.missing, state.unreserved), (3, 3));
+    assert_eq!(state.short, state.unclaimed() < 3, "others may have pages of the pool, too");
+    if !state.short {
+        host::skipped(test, "the pool has pages of others");
+        return;
+    }
+    assert_eq!(populate(&memory, 1), Err(Refusal::Space));
+    assert_eq!(codes(&memory), ["hugetlb-pool-short", "hugetlb"]);
+    assert_eq!(scan(&memory, 1, 3), [run(1, 3, HostState::Absent, 0)]);
+    for block in [3, 1] {
+        vmm.fill(block, 0, 512);
+    }
+    // What is there already takes nothing.
+    assert_eq!(populate(&memory, 0), Ok(Collapsed::AlreadyHuge));
+    pool.resize_hugepages(4);
+    assert_eq!(populate(&memory, 2), Ok(Collapsed::Populated));
+    assert_eq!(codes(&memory), ["hugetlb"]);
+    assert!(vmm.is_zero(0, 0, 512) && vmm.is_zero(2, 0, 512));
+    assert!(vmm.is_filled(1, 0, 512) && vmm.is_filled(3, 0, 512));
 }

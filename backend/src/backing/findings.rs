@@ -1,6 +1,7 @@
 //! What would make aligning pointless, or less than it could be, each in one line with its
 //! remedy.
 
+use super::pool::PoolState;
 use serde::Serialize;
 
 /// How bad a finding is.
@@ -251,8 +252,24 @@ pub(super) fn hugetlb(page_size: u64) -> Finding {
         "hugetlb",
         format!(
             "the guest's memory is hugetlb with pages of {page_size} bytes: it is huge as soon as \
-             it is there, and none of it is taken back"
+             it is there, blocks are prepared from the pool of such pages, and none of it is taken \
+             back"
         ),
+    )
+}
+
+pub(super) fn pool_short(state: &PoolState) -> Finding {
+    finding(Severity::Warning, "hugetlb-pool-short", state.shortage())
+}
+
+pub(super) fn policy_hidden() -> Finding {
+    finding(
+        Severity::Warning,
+        "memory-policy-hidden",
+        "on which memory nodes the VMM wants its hugetlb memory cannot be told, so none is \
+         allocated for it and blocks are not prepared; run the daemon as the VMM's user (or with \
+         CAP_SYS_PTRACE) in its PID namespace, so that it can read the VMM's numa_maps"
+            .into(),
     )
 }
 
@@ -305,6 +322,8 @@ mod tests {
             ambiguous(1, &[2, 3]),
             too_small(1, 2),
             hugetlb(1),
+            pool_short(&PoolState::default()),
+            policy_hidden(),
             not_shmem(1),
             not_a_file(1),
         ];

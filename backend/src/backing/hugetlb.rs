@@ -1,31 +1,74 @@
 //! Memory that is a hugetlb file: huge as soon as it is there.
 //!
 //! hugetlbfs tells nothing about holes (no SEEK_DATA, no cachestat). What is known: a file with
-//! as many bytes as it is long has none, and what the VMM maps is there. A page that was
-//! allocated and never touched by the VMM shows as absent until it is touched.
+//! as many bytes as it is long has none; what the VMM maps is there; and what was allocated here is
+//! there, though the VMM may not have touched it yet. A page that somebody else allocated and the
+//! VMM never touched shows as absent until it is touched, or prepared, which then takes nothing.
 
-use super::findings::Finding;
+use super::findings::{self, Finding};
 use super::home::Home;
+use super::mempolicy::{self, Policy};
+use super::pool::{missing_pages, Pool, PoolState};
 use super::ranges::{push_run, Mapped};
 use super::sys;
 use super::{Backing, Collapsed, HostRun, HostState, Kind, Outcome, Refusal};
+use crate::bitmap::Bitmap;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Blocks that are looked at in one go.
 const LOOK_BLOCKS: u64 = 512;
+/// For how long the VMM's memory policy is taken to be as it was. Reading it has the kernel walk
+/// the page tables of the whole VMM, and it changes about never.
+const POLICY_AGE: Duration = Duration::from_secs(10);
 
 /// One region of a hugetlb file.
 pub struct Hugetlb {
     home: Home,
     page_size: u64,
+    pool: Arc<Pool>,
+    /// Pages (or blocks, where those are larger) that were allocated here, by their number in the
+    /// file.
+    allocated: Mutex<Bitmap>,
+    policy: Mutex<Option<(Instant, Result<Policy, ()>)>>,
+    short: Mutex<Option<PoolState>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Hugetlb {
-    /// Takes charge of a region in pages of `page_size` bytes.
-    pub fn new(home: Home, page_size: u64) -> Self {
-        Self { home, page_size }
+    /// Takes charge of a region in pages of `page_size` bytes, which come from `pool`.
+    pub fn new(home: Home, page_size: u64, pool: Arc<Pool>) -> io::Result<Self> {
+        // Where it cannot be told, the guest is taken to have no page set aside.
+        let reserved = home.vmm.as_ref().is_some_and(|(vmm, addr)| vmm.reserves_at(*addr));
+        pool.claim(&home.file, reserved)?;
+        let unit = page_size.max(home.block_size()).max(1);
+        let units = usize::try_from(home.file.metadata()?.len().div_ceil(unit));
+        let this = Self {
+            page_size,
+            pool,
+            allocated: Mutex::new(Bitmap::new(units.map_err(io::Error::other)?)),
+            policy: Mutex::default(),
+            short: Mutex::default(),
+            home,
+        };
+        // Asked now for the sake of the finding.
+        let _ = this.policy();
+        Ok(this)
+    }
+
+    /// What can be allocated at once: a page, or a block of several.
+    fn unit(&self) -> u64 {
+        self.page_size.max(self.home.block_size()).max(1)
+    }
+
+    fn unit_of(&self, block: u64) -> usize {
+        usize::try_from(self.home.offset(block) / self.unit()).unwrap_or(usize::MAX)
     }
 
     fn is_complete(&self) -> io::Result<bool> {
@@ -39,21 +82,62 @@ impl Hugetlb {
         Ok(runs.iter().all(|run| run.state == HostState::Hugetlb))
     }
 
+    /// The policy under which pages are allocated for the VMM; `None` where it makes no
+    /// difference.
+    fn policy(&self) -> Result<Option<Policy>, Refusal> {
+        if mempolicy::with_memory().len() < 2 {
+            return Ok(None);
+        }
+        let mut known = lock(&self.policy);
+        let policy = match *known {
+            Some((at, policy)) if at.elapsed() < POLICY_AGE => policy,
+            _ => {
+                let policy = match &self.home.vmm {
+                    Some((vmm, addr)) => mempolicy::of(vmm, *addr).map_err(|error| {
+                        log::debug!("cannot tell the memory policy of the VMM: {error}");
+                    }),
+                    None => Err(()),
+                };
+                known.insert((Instant::now(), policy)).1
+            }
+        };
+        policy.map(Some).map_err(|()| Refusal::NotPermitted)
+    }
+
+    /// Looks whether the pool can do without the page for a block that nobody may come to use.
+    fn look_at_pool(&self, policy: Option<&Policy>) -> io::Result<PoolState> {
+        let mut state = self.pool.look()?;
+        if let Some(nodes) = policy.and_then(Policy::binding) {
+            // What is set aside for a mapping is so on no node in particular: one that is bound
+            // must find all of its pages on its own ones.
+            let missing = missing_pages(&self.home.file, self.page_size)?;
+            state.short |= missing > self.pool.free_on(nodes)?;
+        }
+        *lock(&self.short) = state.short.then_some(state);
+        Ok(state)
+    }
+
     fn populate_one(&self, block: u64) -> Outcome {
         let refuse = |error: io::Error| Refusal::from(&error);
         if self.is_present(block).map_err(refuse)? {
             return Ok(Collapsed::AlreadyHuge);
         }
-        let size = self.page_size.max(1);
-        let offset = self.home.offset(block);
-        let from = offset / size * size;
-        let until = (offset + self.home.block_size()).next_multiple_of(size);
-        match sys::allocate(&self.home.file, from, until - from) {
-            Ok(()) => Ok(Collapsed::Populated),
-            // The pool is empty.
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Err(Refusal::NoMemory),
-            Err(error) => Err(refuse(error)),
+        let policy = self.policy()?;
+        if self.look_at_pool(policy.as_ref()).map_err(refuse)?.short {
+            return Err(Refusal::Space);
         }
+        let from = self.home.offset(block) / self.unit() * self.unit();
+        let allocate = || sys::allocate(&self.home.file, from, self.unit());
+        let allocated = match &policy {
+            None => allocate(),
+            Some(policy) => mempolicy::under(policy, allocate).map_err(|error| {
+                log::debug!("cannot take on the memory policy of the VMM: {error}");
+                Refusal::NotPermitted
+            })?,
+        };
+        allocated.map_err(refuse)?;
+        lock(&self.allocated).assign(self.unit_of(block), true);
+        Ok(Collapsed::Populated)
     }
 }
 
@@ -63,7 +147,18 @@ impl Backing for Hugetlb {
     }
 
     fn findings(&self) -> Vec<Finding> {
-        Vec::new()
+        let hidden = matches!(*lock(&self.policy), Some((_, Err(()))));
+        let mut findings: Vec<Finding> = hidden.then(findings::policy_hidden).into_iter().collect();
+        findings.extend(lock(&self.short).as_ref().map(findings::pool_short));
+        findings
+    }
+
+    fn pool(&self) -> Option<PoolState> {
+        // Where the policy cannot be told, nothing is allocated; the pool may be full.
+        let policy = self.policy().ok().flatten();
+        self.look_at_pool(policy.as_ref())
+            .inspect_err(|error| log::debug!("cannot look at the pool of huge pages: {error}"))
+            .ok()
     }
 
     /// A hole punched in a reserved mapping loses its reservation, and the VMM's next touch of it
@@ -86,12 +181,11 @@ impl Backing for Hugetlb {
                     let _unseen = vmm.mapped(range.start, self.home.block_shift, &mut mapped);
                 }
             }
+            let allocated = lock(&self.allocated);
             for (first, mapped) in part.zip(mapped) {
-                let state = if complete || mapped != Mapped::Nothing {
-                    HostState::Hugetlb
-                } else {
-                    HostState::Absent
-                };
+                let there =
+                    complete || mapped != Mapped::Nothing || allocated.get(self.unit_of(first));
+                let state = if there { HostState::Hugetlb } else { HostState::Absent };
                 push_run(out, HostRun { first, count: 1, state, resident: 0 });
             }
         }

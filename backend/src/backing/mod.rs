@@ -9,6 +9,8 @@ mod descriptor;
 mod findings;
 mod home;
 mod hugetlb;
+mod mempolicy;
+mod pool;
 #[allow(unsafe_code)]
 mod process;
 mod ranges;
@@ -24,15 +26,18 @@ pub use descriptor::{
     bind_private, close_abandoned, inherit_listener, set_nonblocking, signal_event,
 };
 pub use findings::{Finding, Severity};
+pub use pool::PoolState;
 pub use process::{kill_self, process_cpu_time, thread_cpu_time};
 pub use ranges::LayoutError;
 pub use truncation::{memory_was_truncated, survive_truncated_memory};
 
 use home::Home;
 use hugetlb::Hugetlb;
+use pool::Pool;
 use ranges::{Extent, Layout};
 use serde::{Deserialize, Serialize};
 use shmem::Shmem;
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -242,6 +247,10 @@ trait Backing: Send + Sync {
     fn kind(&self) -> Kind;
     /// What turned out since the region was taken charge of.
     fn findings(&self) -> Vec<Finding>;
+    /// The pool that its pages come from, as it is now; `None` where there is none.
+    fn pool(&self) -> Option<PoolState> {
+        None
+    }
     fn may_discard(&self) -> bool;
     fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
     fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
@@ -302,6 +311,7 @@ impl Memory {
         let mut vmm = find_vmm(&table, &homes, block_shift, &mut said)?;
         let own_pagemap = open_own_pagemap(&mut said).map(Arc::new);
         let mut collapsible = None;
+        let mut pools = BTreeMap::new();
         for (index, region) in table.into_iter().enumerate() {
             if !homes.contains(&index) {
                 continue;
@@ -324,7 +334,9 @@ impl Memory {
             regions[index] = Some(match kind {
                 Kind::Hugetlb { page_size } => {
                     said.push(findings::hugetlb(page_size));
-                    Box::new(Hugetlb::new(home, page_size))
+                    let pool =
+                        pools.entry(page_size).or_insert_with(|| Arc::new(Pool::new(page_size)));
+                    Box::new(Hugetlb::new(home, page_size, Arc::clone(pool)).map_err(fail)?)
                 }
                 Kind::Unshared | Kind::File | Kind::Shmem => {
                     match kind {
@@ -368,6 +380,16 @@ impl Memory {
         }
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity as u8));
         findings
+    }
+
+    /// Looks at the pools that hugetlb memory comes from: one state for each size of pages.
+    pub fn pools(&self) -> Vec<PoolState> {
+        let mut pools: BTreeMap<u64, PoolState> = BTreeMap::new();
+        for state in self.regions.iter().flatten().filter_map(|region| region.pool()) {
+            let known = pools.entry(state.page_size).or_insert(state);
+            known.short |= state.short;
+        }
+        pools.into_values().collect()
     }
 
     /// What the memory of each region with managed blocks is.

@@ -182,6 +182,37 @@ fn fallocate(file: &File, mode: libc::c_int, from: u64, len: u64) -> io::Result<
     }
 }
 
+/// The memory policy of the calling thread: its mode, and the nodes in `nodes`, a mask.
+pub fn get_mempolicy(nodes: &mut [u64]) -> io::Result<i32> {
+    let mut mode: libc::c_int = 0;
+    let bits = nodes.len() * 64;
+    // SAFETY: `mode` is a valid place for the mode and `nodes` one for a mask of `bits` bits; with
+    // neither flag the address is not used.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_get_mempolicy,
+            &raw mut mode,
+            nodes.as_mut_ptr(),
+            bits,
+            ptr::null_mut::<libc::c_void>(),
+            0,
+        )
+    })?;
+    Ok(mode)
+}
+
+/// Sets the memory policy of the calling thread.
+pub fn set_mempolicy(mode: i32, nodes: &[u64]) -> io::Result<()> {
+    // The kernel takes one bit off what it is told, and nothing else for no nodes at all.
+    let (mask, bits) = match nodes.iter().any(|word| *word != 0) {
+        true => (nodes.as_ptr(), nodes.len() * 64 + 1),
+        false => (ptr::null(), 0),
+    };
+    // SAFETY: `mask` is null or has the bits that the kernel reads; how the thread's future pages
+    // are placed changes nothing about memory that is there.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits) }).map(|_| ())
+}
+
 /// What kind of filesystem a file is on, and its room.
 #[derive(Clone, Copy, Debug)]
 pub struct FileSystem {

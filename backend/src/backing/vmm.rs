@@ -198,18 +198,29 @@ impl Vmm {
         })
     }
 
-    /// Whether it declined huge pages (MADV_NOHUGEPAGE) for the mapping around `addr`. Expensive
-    /// (it makes the kernel count pages), so only asked where the kernel does not tell us by
-    /// refusing. `None` if that cannot be seen.
+    /// Whether it declined huge pages (MADV_NOHUGEPAGE) for the mapping around `addr`. Expensive,
+    /// so only asked where the kernel does not tell us by refusing. `None` if that cannot be seen.
     pub fn declines_huge_pages_at(&self, addr: u64) -> Option<bool> {
+        self.has_flag_at(addr, "nh")
+    }
+
+    /// Whether the pages of its hugetlb mapping around `addr` are set aside in the pool; false if
+    /// that cannot be seen.
+    pub fn reserves_at(&self, addr: u64) -> bool {
+        self.has_flag_at(addr, "nr") == Some(false)
+    }
+
+    /// Whether the mapping around `addr` has a flag of those that smaps tells. Expensive: it makes
+    /// the kernel count pages.
+    fn has_flag_at(&self, addr: u64, flag: &str) -> Option<bool> {
         let smaps = File::open(format!("/proc/{}/smaps", self.pid)).ok()?;
         let mut inside = false;
         for line in BufReader::new(smaps).lines() {
             let line = line.ok()?;
             if let Some(flags) = line.strip_prefix("VmFlags:") {
                 if inside {
-                    let declined = flags.split_ascii_whitespace().any(|flag| flag == "nh");
-                    return self.is_alive().then_some(declined);
+                    let found = flags.split_ascii_whitespace().any(|word| word == flag);
+                    return self.is_alive().then_some(found);
                 }
             } else if let Some(entry) = MapEntry::parse(&line) {
                 inside = (entry.start..entry.end).contains(&addr);

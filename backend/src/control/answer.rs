@@ -121,7 +121,7 @@ fn settings(in_force: &Settings) -> Value {
 fn status(subject: &Subject) -> Value {
     let Subject { name, started, engine, configuration } = subject;
     let mut status = configuration.settings().to_json();
-    let (acting, pressure) = (engine.is_acting(), engine.pressure());
+    let (acting, pressure, pools) = (engine.is_acting(), engine.pressure(), engine.pools());
     let known = engine.inspect(|state| {
         let counters = state.map.counters();
         let guest: serde_json::Map<_, _> = GuestState::ALL
@@ -140,6 +140,7 @@ fn status(subject: &Subject) -> Value {
             "paused": state.paused,
             "acting": acting,
             "pressure": pressure,
+            "hugetlb": pools,
             "wanted": state.wish.blocks(),
             "blocks": state.map.len(),
             "guest_synced": state.guest_sync == GuestSync::Done,

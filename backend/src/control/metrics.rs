@@ -2,7 +2,7 @@
 //! durations in seconds, and on every sample the label `vm`.
 
 use super::Subject;
-use crate::backing::{process_cpu_time, Finding, HostState, Severity};
+use crate::backing::{process_cpu_time, Finding, HostState, PoolState, Severity};
 use crate::block_map::Counters;
 use crate::engine::{GuestSync, Totals};
 use crate::protocol::GuestState;
@@ -27,6 +27,7 @@ struct Sight {
     counters: Counters,
     totals: Totals,
     findings: Vec<Finding>,
+    pools: Vec<PoolState>,
     cpu: Duration,
     uptime: Duration,
 }
@@ -36,7 +37,7 @@ pub fn render(subject: &Subject) -> String {
     let Subject { name, started, engine, configuration } = subject;
     // Not under the engine's lock, which is taken under this one where settings change.
     let (settings, refused) = (configuration.settings(), configuration.refused());
-    let findings = subject.findings();
+    let (findings, pools) = (subject.findings(), engine.pools());
     let sight = engine.inspect(|state| Sight {
         settings,
         config_refused: refused.is_some(),
@@ -50,6 +51,7 @@ pub fn render(subject: &Subject) -> String {
         counters: *state.map.counters(),
         totals: state.totals,
         findings,
+        pools,
         cpu: process_cpu_time(),
         uptime: started.elapsed(),
     });
@@ -129,6 +131,7 @@ fn expose(name: &str, sight: &Sight) -> String {
     }
     settings(&mut out, &sight.settings);
     memory(&mut out, sight, of);
+    pools(&mut out, &sight.pools);
     totals(&mut out, &sight.totals, of);
 
     let mut findings =
@@ -206,6 +209,47 @@ fn memory(out: &mut Exposition, sight: &Sight, of: impl Fn(u64) -> u64) {
     }
 }
 
+fn pools(out: &mut Exposition, pools: &[PoolState]) {
+    let mut host = out.family(
+        "gauge",
+        "hugetlb_pool_bytes",
+        "The host's pool of hugetlb pages that the guest's memory comes from.",
+    );
+    for pool in pools {
+        let size = pool.page_size.to_string();
+        for (state, pages) in [
+            ("total", pool.total),
+            ("free", pool.free),
+            ("reserved", pool.reserved),
+            ("surplus", pool.surplus),
+        ] {
+            let labels = [("page_size", size.as_str()), ("state", state)];
+            host.sample(&labels, pages.saturating_mul(pool.page_size));
+        }
+    }
+    let mut missing = out.family(
+        "gauge",
+        "hugetlb_missing_bytes",
+        "Hugetlb memory that the guest does not have yet, set aside for it or not.",
+    );
+    for pool in pools {
+        for (reserved, pages) in
+            [("true", pool.missing.saturating_sub(pool.unreserved)), ("false", pool.unreserved)]
+        {
+            let labels = [("page_size", &*pool.page_size.to_string()), ("reserved", reserved)];
+            missing.sample(&labels, pages.saturating_mul(pool.page_size));
+        }
+    }
+    let mut short = out.family(
+        "gauge",
+        "hugetlb_short",
+        "Whether the pool is too short to prepare blocks for the guest.",
+    );
+    for pool in pools {
+        short.sample(&[("page_size", &pool.page_size.to_string())], u8::from(pool.short));
+    }
+}
+
 fn totals(out: &mut Exposition, totals: &Totals, of: impl Fn(u64) -> u64) {
     // A total that is added wants a metric here, too.
     let Totals {
@@ -259,6 +303,7 @@ pub mod tests {
             counters,
             totals: Totals { collapse_bytes: 7, released: 2, ..Totals::default() },
             findings: Vec::new(),
+            pools: vec![PoolState { page_size: 2 << 20, free: 3, ..PoolState::default() }],
             cpu: Duration::from_millis(1_500),
             uptime: Duration::from_secs(60),
         }
@@ -288,6 +333,7 @@ pub mod tests {
             ("gemini_collapse_bytes_total", 7.0),
             ("gemini_released_bytes_total", 4.0 * 1_048_576.0),
             ("gemini_cpu_seconds_total", 1.5),
+            ("gemini_hugetlb_short", 0.0),
             ("gemini_huge_max_bytes", f64::INFINITY),
             ("gemini_copy_rate_bytes_per_second", 256.0 * 1_048_576.0),
             ("gemini_cpu_share_ratio", 0.25),

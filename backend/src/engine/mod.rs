@@ -4,6 +4,7 @@
 
 mod demotion;
 mod hints;
+mod pools;
 mod repair;
 mod scan;
 mod state;
@@ -13,7 +14,7 @@ mod worker;
 pub use hints::{HintBatch, HintBody};
 pub use state::{GuestSync, State, Totals};
 
-use crate::backing::{process_cpu_time, HostState, Memory};
+use crate::backing::{process_cpu_time, HostState, Kind, Memory, PoolState};
 use crate::budget::{CopyBudget, CpuBudget};
 use crate::fault;
 use crate::policy::Policy;
@@ -22,6 +23,7 @@ use crate::protocol::{
     Advice, Batch, GuestState, Record, Request, Stats, ADVICE_RETURN, ADVICE_SCARCE, REQ_RENEW,
     S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
 };
+use pools::{Pools, Word};
 use repair::{Allowance, Outcome, Work};
 use scan::{Reason, ScanPlan};
 use std::ops::Range;
@@ -121,6 +123,7 @@ pub struct Engine {
     cpu: Mutex<CpuBudget>,
     copy: Mutex<CopyBudget>,
     pressure: Mutex<Watch>,
+    pools: Mutex<Pools>,
 }
 
 /// The engine's threads; they end when this is dropped.
@@ -161,6 +164,7 @@ impl Engine {
             }),
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
             pressure: Mutex::new(Watch::new(now)),
+            pools: Mutex::new(Pools::new(now)),
             copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
             settings,
         });
@@ -207,12 +211,15 @@ impl Engine {
         inner.port = port;
         inner.state.set_memory(None, Instant::now());
         drop(inner);
+        lock(&self.pools).changed(Instant::now());
         self.wake();
     }
 
     /// Takes a new memory table. The caller has made sure that no request is in flight.
     pub fn set_memory(&self, memory: Arc<Memory>) {
-        self.lock().state.set_memory(Some(memory), Instant::now());
+        let now = Instant::now();
+        self.lock().state.set_memory(Some(memory), now);
+        lock(&self.pools).changed(now);
         self.wake();
     }
 
@@ -470,6 +477,40 @@ impl Engine {
         *sleep = (*sleep).min(watch.due().saturating_duration_since(now));
     }
 
+    /// Looks at the pools that the guest's hugetlb memory comes from, and lets the promises follow.
+    fn watch_pools(&self, now: Instant, sleep: &mut Duration) {
+        let mut pools = lock(&self.pools);
+        if pools.due() <= now {
+            let memory = self.lock().state.memory.clone();
+            self.look_at_pools(&mut pools, memory.as_deref(), now);
+        }
+        *sleep = (*sleep).min(pools.due().saturating_duration_since(now));
+    }
+
+    fn look_at_pools(&self, pools: &mut Pools, memory: Option<&Memory>, now: Instant) {
+        match pools.look(memory.map_or_else(Vec::new, Memory::pools), now) {
+            Some(Word::Short(message)) => log::warn!("{message}"),
+            Some(Word::Over) => log::info!("the pool of huge pages suffices again"),
+            None => {}
+        }
+        self.lock().state.supply.set_pool_short(pools.short());
+    }
+
+    /// There was no page for a block of `memory`: whether that is because its pool is short.
+    fn is_pool_short(&self, memory: &Arc<Memory>, now: Instant) -> bool {
+        let mut pools = lock(&self.pools);
+        let current = self.lock().state.memory.as_ref().is_some_and(|m| Arc::ptr_eq(m, memory));
+        if current && memory.kinds().iter().any(|kind| matches!(kind, Kind::Hugetlb { .. })) {
+            self.look_at_pools(&mut pools, Some(memory), now);
+        }
+        pools.short()
+    }
+
+    /// The pools of hugetlb pages as they were last seen, for status output.
+    pub fn pools(&self) -> Vec<PoolState> {
+        lock(&self.pools).seen().to_vec()
+    }
+
     /// How short of memory the host is, for status output.
     pub fn pressure(&self) -> serde_json::Value {
         lock(&self.pressure).status()
@@ -482,6 +523,7 @@ impl Engine {
             lock(&self.cpu).update(process_cpu_time(), now);
             let mut sleep = SLEEP_MAX;
             self.watch_pressure(now, &mut sleep);
+            self.watch_pools(now, &mut sleep);
             {
                 let mut inner = self.lock();
                 if inner.stopping {
@@ -659,6 +701,8 @@ impl Engine {
         let now = Instant::now();
         let block_size = 1 << self.settings.block_shift;
         lock(&self.copy).settle(advance, deed.attempts * block_size, now);
+        let lacking = deed.outcomes.iter().any(|(_, outcome)| *outcome == Outcome::Lacking);
+        let pool_short = lacking && self.is_pool_short(&memory, now);
         let mut inner = self.lock();
         inner.acting = false;
         let port = inner.port.clone();
@@ -673,6 +717,8 @@ impl Engine {
         for (_, outcome) in &deed.outcomes {
             match outcome {
                 Outcome::Done => state.supply.gave(),
+                // Of a short pool all is known: there is nothing to be learnt by trying.
+                Outcome::Lacking if pool_short => {}
                 Outcome::Lacking => state.supply.failed(now),
                 Outcome::Idle | Outcome::Failed | Outcome::Deferred => {}
             }

@@ -328,7 +328,8 @@ impl State {
 
     /// Blocks that are host-huge.
     fn huge(&self) -> u64 {
-        self.map.counters().host[HostState::Huge as usize]
+        let host = &self.map.counters().host;
+        host[HostState::Huge as usize] + host[HostState::Hugetlb as usize]
     }
 
     /// Blocks that are host-huge, and those of which the guest was told that they will be.

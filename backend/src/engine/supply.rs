@@ -1,8 +1,8 @@
 //! How many huge pages the host has to give to this guest, and when the driver is told that it
 //! has none.
 //!
-//! Two things end a supply: the limit that the operator set, and a kernel that finds no huge page.
-//! Of the first all is known. Of the second only what attempts tell: after a few failures in a row
+//! Three things end a supply: the limit that the operator set, a pool of hugetlb pages that is short,
+//! and a kernel that finds no huge page. Of the first two all is known. Of the third only what attempts tell: after a few failures in a row
 //! nothing is tried for the guest for a while, and each time that it was in vain the while doubles.
 
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ pub struct Supply {
     given: u32,
     rest_shift: u32,
     dry_until: Option<Instant>,
+    /// The pool that pages come from has none for the guest.
+    pool_short: bool,
     /// Since when the driver is advised that huge pages are scarce.
     scarce_since: Option<Instant>,
 }
@@ -45,6 +47,7 @@ impl Supply {
             given: RECOVERED,
             rest_shift: 0,
             dry_until: None,
+            pool_short: false,
             scarce_since: None,
         }
     }
@@ -59,14 +62,19 @@ impl Supply {
         self.limit = limit;
     }
 
+    /// Notes whether the pool that pages come from has none for the guest.
+    pub fn set_pool_short(&mut self, short: bool) {
+        self.pool_short = short;
+    }
+
     /// Blocks that may still become huge where `huge` are, or are promised to be.
     pub fn left(&self, huge: u64) -> u64 {
         self.limit.saturating_sub(huge)
     }
 
-    /// The same for requests of the guest: none while the kernel has none.
+    /// The same for requests of the guest: none while the kernel or the pool has none.
     pub fn left_for_guest(&self, huge: u64) -> u64 {
-        if self.dry_until.is_some() {
+        if self.dry_until.is_some() || self.pool_short {
             0
         } else {
             self.left(huge)
@@ -139,6 +147,17 @@ mod tests {
         assert!(supply.update(61, later).0, "three pages are not worth a word");
         assert!(!supply.update(60, later).0);
         assert_eq!(Supply::new(u64::MAX).left(1 << 40), u64::MAX - (1 << 40));
+    }
+
+    #[test]
+    fn a_short_pool_is_scarcity_until_it_is_filled() {
+        let now = Instant::now();
+        let mut supply = Supply::new(u64::MAX);
+        supply.set_pool_short(true);
+        assert!(supply.update(0, now).0);
+        assert_eq!((supply.left_for_guest(0), supply.left(0)), (0, u64::MAX));
+        supply.set_pool_short(false);
+        assert!(!supply.update(0, now + QUIET).0);
     }
 
     #[test]

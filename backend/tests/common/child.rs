@@ -68,6 +68,7 @@ impl Helper {
             ["map", offset, len, shift, mode] => {
                 let mode = match *mode {
                     "shared" => libc::MAP_SHARED,
+                    "unreserved" => libc::MAP_SHARED | libc::MAP_NORESERVE,
                     _ => libc::MAP_PRIVATE,
                 };
                 self.map(number(offset)?, number(len)?, number(shift)?, mode).map(done)

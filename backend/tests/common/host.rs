@@ -72,6 +72,13 @@ impl Setting {
         let got = std::fs::read_to_string(NR_HUGEPAGES).unwrap();
         (got.trim() == wanted.to_string()).then_some(setting)
     }
+
+    /// Changes the pool's size once more: to what it was at first, and `more` pages.
+    pub fn resize_hugepages(&self, more: u64) {
+        assert_eq!(self.path, Path::new(NR_HUGEPAGES));
+        let pages = self.before.parse::<u64>().unwrap() + more;
+        std::fs::write(&self.path, pages.to_string()).unwrap();
+    }
 }
 
 impl Drop for Setting {

@@ -13,6 +13,7 @@ pub mod frontend;
 pub mod give_back;
 pub mod guest;
 pub mod hostile;
+pub mod hugetlb_short;
 pub mod machine;
 pub mod memory;
 pub mod outside;

@@ -8,8 +8,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
 use gemini_harness::{
-    budgets, cleanup, give_back, hostile, policy_scale, ready, report, restart, run, scale,
-    settings,
+    budgets, cleanup, give_back, hostile, hugetlb_short, policy_scale, ready, report, restart, run,
+    scale, settings,
 };
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
@@ -88,6 +88,11 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// Guests on hugetlb memory while the host's pool runs short at any moment.
+    HugetlbShort {
+        #[command(flatten)]
+        common: Common,
+    },
     /// The daemon is killed at each step of a request and started again.
     Restart {
         #[command(flatten)]
@@ -114,6 +119,7 @@ fn main() -> ExitCode {
         Command::Budgets { common } => budgets(&common),
         Command::Ready { common } => ready(&common),
         Command::GiveBack { common } => give_back(&common),
+        Command::HugetlbShort { common } => hugetlb_short(&common),
         Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
     };
     match result {
@@ -196,6 +202,12 @@ fn ready(common: &Common) -> anyhow::Result<bool> {
 fn give_back(common: &Common) -> anyhow::Result<bool> {
     let plan = give_back::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
     finish(&give_back::measure(&plan)?, common.json.as_deref())
+}
+
+fn hugetlb_short(common: &Common) -> anyhow::Result<bool> {
+    let program = run::program(common.daemon.as_deref())?;
+    let plan = hugetlb_short::Plan::new(program, common.quick, common.seed);
+    finish(&hugetlb_short::measure(&plan)?, common.json.as_deref())
 }
 
 fn restart(common: &Common, fault_daemon: Option<&Path>) -> anyhow::Result<bool> {

@@ -35,8 +35,12 @@ pub enum Placement {
     /// Aligned, yet private: what is written never reaches the file, as with a
     /// monitor whose memory is not shared.
     Private,
-    /// Aligned, in huge pages that the host reserved (hugetlb).
+    /// Aligned, in huge pages from the host's pool (hugetlb), all of which are
+    /// set aside for it.
     Reserved,
+    /// The same, and nothing is set aside (QEMU's `reserve=off`): who touches
+    /// memory while the pool is empty dies of SIGBUS.
+    Unreserved,
 }
 
 /// The memory of the model guest.
@@ -62,13 +66,17 @@ impl GuestMemory {
     /// # Errors
     /// Those of creating and mapping the memory file.
     pub fn with_regions(size: u64, placement: Placement, regions: Vec<Region>) -> io::Result<Self> {
-        let file = sys::memfd(size, placement == Placement::Reserved)?;
+        let file =
+            sys::memfd(size, matches!(placement, Placement::Reserved | Placement::Unreserved))?;
         let skew = match placement {
             Placement::Skewed => BLOCK_SIZE - sys::PAGE_SIZE,
             _ => 0,
         };
         let shared = placement != Placement::Private;
-        let mapping = Mapping::new(&file, size, BLOCK_SIZE, skew, shared)?;
+        let mapping = match placement {
+            Placement::Reserved => Mapping::reserving(&file, size, BLOCK_SIZE)?,
+            _ => Mapping::new(&file, size, BLOCK_SIZE, skew, shared)?,
+        };
         Ok(GuestMemory { file, mapping, regions })
     }
 

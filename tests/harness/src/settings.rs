@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{bail, ensure, Context};
 
@@ -71,6 +73,19 @@ impl Held {
         Ok(held)
     }
 
+    /// The pool of huge pages, for one who changes its size all the time and may
+    /// be killed meanwhile: what it was is put back whatever happens.
+    ///
+    /// # Errors
+    /// If this process may not change it.
+    pub fn pool() -> anyhow::Result<Pool> {
+        let lock = lock(Lock::Exclusive)?;
+        let old = std::fs::read_to_string(NR_HUGEPAGES)
+            .with_context(|| format!("cannot read {NR_HUGEPAGES}"))?;
+        let held = Self::set(lock, NR_HUGEPAGES, old.trim().to_owned(), old.trim())?;
+        Ok(Pool { _keeper: Keeper::start(NR_HUGEPAGES, old.trim())?, held })
+    }
+
     fn set(
         lock: Option<File>,
         path: &'static str,
@@ -89,6 +104,71 @@ impl Held {
         match &self.old {
             Some((old, _)) => format!("{} (was {old}, put back at the end)", self.value),
             None => self.value.clone(),
+        }
+    }
+}
+
+/// The pool of huge pages, held.
+#[derive(Debug)]
+pub struct Pool {
+    // Dropped first, while the lock is still held.
+    _keeper: Keeper,
+    held: Held,
+}
+
+impl Pool {
+    /// Asks the kernel for a pool of `pages`. Pages in use, and those that are
+    /// set aside, it keeps; and it may find fewer than asked for.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn resize(&self, pages: u64) -> anyhow::Result<()> {
+        std::fs::write(NR_HUGEPAGES, pages.to_string())
+            .with_context(|| format!("cannot write {NR_HUGEPAGES}"))
+    }
+
+    /// Pages that are free and not set aside.
+    ///
+    /// # Errors
+    /// If that cannot be read.
+    pub fn unclaimed(&self) -> anyhow::Result<u64> {
+        let read = |name: &str| -> anyhow::Result<u64> {
+            let path = std::path::Path::new(NR_HUGEPAGES).with_file_name(name);
+            let text = std::fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            Ok(text.trim().parse()?)
+        };
+        Ok(read("free_hugepages")?.saturating_sub(read("resv_hugepages")?))
+    }
+
+    /// What holds, for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        self.held.describe()
+    }
+}
+
+/// A process that writes a setting back when this one ends, however it ends.
+#[derive(Debug)]
+struct Keeper(Child);
+
+impl Keeper {
+    fn start(path: &str, old: &str) -> anyhow::Result<Self> {
+        let mut command = Command::new("sh");
+        // It reads until the other end of its input is closed: by us, or by our death.
+        command
+            .args(["-c", "cat >/dev/null; echo \"$1\" >\"$0\"", path, old])
+            .stdin(Stdio::piped())
+            .process_group(0);
+        Ok(Keeper(command.spawn().context("cannot start sh")?))
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        if let Err(error) = self.0.wait() {
+            eprintln!("cannot wait for what puts a setting back: {error}");
         }
     }
 }

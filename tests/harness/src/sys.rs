@@ -69,6 +69,25 @@ impl Mapping {
     /// # Errors
     /// Those of `mmap`.
     pub fn new(file: &File, len: u64, align: u64, skew: u64, shared: bool) -> io::Result<Self> {
+        Self::with_flags(file, len, (align, skew), shared, libc::MAP_NORESERVE)
+    }
+
+    /// As [`Mapping::new`], aligned and shared, with all of its huge pages set
+    /// aside in the host's pool.
+    ///
+    /// # Errors
+    /// Those of `mmap`: ENOMEM if the pool has not so many.
+    pub fn reserving(file: &File, len: u64, align: u64) -> io::Result<Self> {
+        Self::with_flags(file, len, (align, 0), true, 0)
+    }
+
+    fn with_flags(
+        file: &File,
+        len: u64,
+        (align, skew): (u64, u64),
+        shared: bool,
+        flags: libc::c_int,
+    ) -> io::Result<Self> {
         let (len, align, skew) = (to_usize(len)?, to_usize(align)?, to_usize(skew)?);
         let reserve = len.checked_add(2 * align).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -95,7 +114,7 @@ impl Mapping {
                 base.cast(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                sharing | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                sharing | flags | libc::MAP_FIXED,
                 file.as_raw_fd(),
                 0,
             )
@@ -123,6 +142,20 @@ impl Mapping {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Faults a range in for writing, as a touch of each page would. Where the
+    /// touch would be SIGBUS, this is the error EFAULT.
+    ///
+    /// # Errors
+    /// Those of `madvise`.
+    pub fn fault_in(&self, offset: u64, len: u64) -> io::Result<()> {
+        let length = to_usize(len)?;
+        // SAFETY: the range is ours (checked), and the advice stores nothing.
+        check(unsafe {
+            libc::madvise(self.at(offset, length).cast(), length, libc::MADV_POPULATE_WRITE)
+        })
+        .map(|_| ())
     }
 
     fn at(&self, offset: u64, len: usize) -> *mut u8 {

@@ -8,7 +8,9 @@ use anyhow::ensure;
 use common::Result;
 use gemini_harness::daemon::default_program;
 use gemini_harness::memory::BLOCK_SIZE;
-use gemini_harness::{budgets, hostile, policy_scale, ready, restart, run, scale, settings};
+use gemini_harness::{
+    budgets, hostile, hugetlb_short, policy_scale, ready, restart, run, scale, settings, sys,
+};
 
 #[test]
 fn the_workload_is_aligned_under_gemini_alone() -> Result {
@@ -82,6 +84,18 @@ fn budgets_are_kept() -> Result {
         seed: 9,
     };
     let scenario = budgets::measure(&plan)?;
+    ensure!(scenario.passed(), "{scenario}");
+    Ok(())
+}
+
+#[test]
+fn a_pool_that_runs_short_kills_nobody() -> Result {
+    if !sys::is_root() {
+        eprintln!("not tested: only the superuser can change the pool of huge pages");
+        return Ok(());
+    }
+    let plan = hugetlb_short::Plan { program: default_program()?, rounds: 4, steps: 80, seed: 7 };
+    let scenario = hugetlb_short::measure(&plan)?;
     ensure!(scenario.passed(), "{scenario}");
     Ok(())
 }
