@@ -97,6 +97,26 @@ pub struct Status {
     /// What the daemon thinks is wrong with this machine or VMM.
     #[serde(default)]
     pub findings: Vec<Finding>,
+    /// The pools that hugetlb memory comes from.
+    #[serde(default)]
+    pub hugetlb: Vec<HugetlbPool>,
+}
+
+/// A pool of hugetlb pages, in the daemon's eyes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct HugetlbPool {
+    /// Pages of the pool.
+    pub total: u64,
+    /// Those that nobody uses.
+    pub free: u64,
+    /// Of these, those that are set aside.
+    pub reserved: u64,
+    /// Pages that the guest's memory does not have yet.
+    pub missing: u64,
+    /// Of these, those that nothing is set aside for.
+    pub unreserved: u64,
+    /// Whether it is too short to prepare anything.
+    pub short: bool,
 }
 
 /// Something that the daemon complains about.

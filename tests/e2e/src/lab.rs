@@ -28,7 +28,7 @@ pub struct Bench {
     /// What [`SHMEM_ENABLED`] was, and will be again.
     pub shmem_before: String,
     /// Shared, so that the settings are put back with the last user.
-    _settings: Option<Arc<Settings>>,
+    settings: Option<Arc<Settings>>,
 }
 
 impl Bench {
@@ -52,7 +52,16 @@ impl Bench {
         let settings = Settings::hold()?;
         let shmem_before = settings.set(SHMEM_ENABLED, "never")?;
         let accel = accel.resolve(&assets)?;
-        Ok(Bench { assets, accel, shmem_before, _settings: Some(Arc::new(settings)) })
+        Ok(Bench { assets, accel, shmem_before, settings: Some(Arc::new(settings)) })
+    }
+
+    /// Sets a further setting of this machine, to be put back with the others,
+    /// and returns what it was.
+    ///
+    /// # Errors
+    /// If it cannot be read or written, or this bench does not hold settings.
+    pub fn set(&self, path: &str, value: &str) -> anyhow::Result<String> {
+        self.settings.as_ref().context("this bench leaves settings alone")?.set(path, value)
     }
 
     /// The same for what does not depend on this machine's settings: they stay
@@ -65,7 +74,7 @@ impl Bench {
         let shmem_before = std::fs::read_to_string(SHMEM_ENABLED)
             .with_context(|| format!("cannot read {SHMEM_ENABLED}"))?;
         let accel = accel.resolve(&assets)?;
-        Ok(Bench { assets, accel, shmem_before, _settings: None })
+        Ok(Bench { assets, accel, shmem_before, settings: None })
     }
 }
 

@@ -30,6 +30,8 @@ pub struct VmConfig {
     /// NUMA nodes that memory and CPUs are divided among evenly; not more than
     /// CPUs.
     pub nodes: u32,
+    /// Further options of the memory backends.
+    pub memory_options: Vec<String>,
     /// Virtual CPUs.
     pub cpus: u32,
     /// Socket of the daemon; none for a guest without the device.
@@ -55,6 +57,7 @@ impl VmConfig {
             accel,
             memory: 1 << 30,
             nodes: 1,
+            memory_options: Vec::new(),
             cpus: 2,
             device: None,
             driver: false,
@@ -84,7 +87,10 @@ impl VmConfig {
         add(&["-smp", &format!("{},sockets={}", self.cpus, self.nodes)]);
         add(&["-m", &format!("{}M", self.memory >> 20)]);
         let backend = |id: &str, bytes: u64| {
-            format!("memory-backend-memfd,id={id},size={}M,share=on", bytes >> 20)
+            let size = format!("size={}M", bytes >> 20);
+            let own = ["memory-backend-memfd", &format!("id={id}"), &size, "share=on"];
+            let all = own.into_iter().chain(self.memory_options.iter().map(String::as_str));
+            all.collect::<Vec<_>>().join(",")
         };
         if self.nodes > 1 {
             add(&["-machine", "q35"]);
