@@ -20,7 +20,7 @@ use crate::daemon::{Daemon, Options};
 use crate::driver::AREA_BLOCKS;
 use crate::figures::{Bar, Scenario};
 use crate::machine::{each, singles, Machine, PATIENCE};
-use crate::memory::{GuestMemory, Placement, BLOCK_SHIFT, BLOCK_SIZE};
+use crate::memory::{GuestMemory, Placement, BLOCK_SHIFT, BLOCK_SIZE, GIGANTIC_SIZE};
 use crate::rng::Rng;
 use crate::scratch::Scratch;
 use crate::settings::{Held, Pool};
@@ -391,6 +391,8 @@ fn round(plan: &Plan, pool: &Arc<Pool>, seed: u64, totals: &mut Totals) -> anyho
         count(Step::Connect, before, totals);
     }
     for _ in 0..plan.steps {
+        // What a step draws depends on what the pool did; the next one must not.
+        let mut rng = Rng::new(rng.below(u64::MAX));
         let pair = &mut pairs[rng.index(2)];
         let step = Step::any(&mut rng);
         let before = squeezer.changes();
@@ -464,6 +466,74 @@ fn told(plan: &Plan, pool: &Pool) -> anyhow::Result<Told> {
     Ok(told)
 }
 
+/// Pages of 1 GiB: two, of which the guest has one.
+#[derive(Debug, Default)]
+struct Gigantic {
+    refused: u64,
+    prepare_seconds: f64,
+    neighbours: u64,
+    sigbus: u64,
+    damaged: u64,
+}
+
+/// A pool of 1 GiB pages that is short, and then is not; `None` where the host
+/// has no two such pages in one piece.
+fn gigantic(plan: &Plan) -> anyhow::Result<Option<Gigantic>> {
+    let mut seen = Gigantic::default();
+    let Ok(pool) = Held::pool(true) else { return Ok(None) };
+    pool.resize(2)?;
+    if pool.unclaimed()? < 2 {
+        return Ok(None);
+    }
+    let memory = GuestMemory::new(2 * GIGANTIC_SIZE, Placement::Gigantic)?;
+    memory.mapping().fault_in(0, BLOCK_SIZE)?;
+    let options = Options::new(&plan.program, "gemini").arg("--cpu-share", "100");
+    let scratch = Scratch::new()?;
+    let daemon = Daemon::start(&options, scratch.path())?;
+    let mut machine = Machine::boot(&daemon.socket(), memory)?;
+    let first = GIGANTIC_SIZE >> BLOCK_SHIFT;
+    pool.resize(1)?;
+    for block in [first, first + 200] {
+        seen.refused += u64::from(prepare_one(&mut machine, block)? == wire::S_FAILED);
+    }
+    pool.resize(2)?;
+    if pool.unclaimed()? < 1 {
+        // Somebody has taken a piece of it meanwhile.
+        return Ok(None);
+    }
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let start = Instant::now();
+        if prepare_one(&mut machine, first + 200)? == wire::S_OK {
+            seen.prepare_seconds = start.elapsed().as_secs_f64();
+            break;
+        }
+        ensure!(Instant::now() < deadline, "nothing is prepared after {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // All of the page is there: its other blocks take nothing any more.
+    pool.resize(0)?;
+    for block in [first, 2 * first - 1] {
+        seen.neighbours += u64::from(prepare_one(&mut machine, block)? == wire::S_OK);
+    }
+    let used = [first, first + 200, 2 * first - 1];
+    for block in used {
+        let touched = machine.memory.mapping().fault_in(block << BLOCK_SHIFT, BLOCK_SIZE);
+        seen.sigbus += u64::from(touched.is_err());
+        if touched.is_ok() {
+            machine.guest.alloc_huge(block)?;
+        }
+    }
+    seen.damaged = machine.guest.verify_blocks(&used)?.len() as u64;
+    Ok(Some(seen))
+}
+
+/// Has one block prepared; the status of the answer.
+fn prepare_one(machine: &mut Machine, block: u64) -> anyhow::Result<u32> {
+    let answer = machine.driver.request(wire::REQ_PREPARE, &singles(&[block]), PATIENCE)?;
+    Ok(answer.response.status)
+}
+
 fn wait(machine: &mut Machine, what: &str, done: impl Fn(&Machine) -> bool) -> anyhow::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !done(machine) {
@@ -485,7 +555,8 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     scenario.arg("steps", plan.steps);
     scenario.arg("blocks_per_guest", BLOCKS);
     scenario.arg("pool_pages", ENOUGH);
-    let pool = Arc::new(Held::pool()?);
+    let gigantic = gigantic(plan)?;
+    let pool = Arc::new(Held::pool(false)?);
     scenario.arg("nr_hugepages", pool.describe());
     let told = told(plan, &pool)?;
     let mut totals = Totals::default();
@@ -522,6 +593,22 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         ("short_scarce_seconds", told.scarce_seconds, Bar::AtMost(2.0)),
         ("short_over_seconds", told.back_seconds, Bar::AtMost(4.0)),
         ("short_prepared_after", told.prepared_after as f64, Bar::AtLeast(8.0)),
+    ];
+    for (name, value, bar) in figures {
+        scenario.figure(name, value, bar);
+    }
+    let Some(seen) = gigantic else {
+        scenario.arg("pages_of_1_gib", "not run: the host has no two in one piece");
+        return Ok(scenario);
+    };
+    scenario.arg("pages_of_1_gib", 2);
+    #[rustfmt::skip]
+    let figures = [
+        ("gib_refused_while_short", seen.refused as f64, Bar::AtLeast(2.0)),
+        ("gib_prepare_seconds", seen.prepare_seconds, Bar::None),
+        ("gib_neighbours_there", seen.neighbours as f64, Bar::AtLeast(2.0)),
+        ("gib_sigbus", seen.sigbus as f64, Bar::AtMost(0.0)),
+        ("gib_damaged_pages", seen.damaged as f64, Bar::AtMost(0.0)),
     ];
     for (name, value, bar) in figures {
         scenario.figure(name, value, bar);

@@ -6,12 +6,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use crate::sys::{self, Mapping};
+use crate::sys::{self, Mapping, Pages};
 
 /// log2 of the block size that the harness works with.
 pub const BLOCK_SHIFT: u32 = 21;
 /// Size of a block in bytes.
 pub const BLOCK_SIZE: u64 = 1 << BLOCK_SHIFT;
+/// Size of a page of [`Placement::Gigantic`] in bytes.
+pub const GIGANTIC_SIZE: u64 = 1 << 30;
 
 /// A range of guest physical addresses and where in the file it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub enum Placement {
     /// The same, and nothing is set aside (QEMU's `reserve=off`): who touches
     /// memory while the pool is empty dies of SIGBUS.
     Unreserved,
+    /// As [`Placement::Unreserved`], in pages of 1 GiB.
+    Gigantic,
 }
 
 /// The memory of the model guest.
@@ -66,16 +70,20 @@ impl GuestMemory {
     /// # Errors
     /// Those of creating and mapping the memory file.
     pub fn with_regions(size: u64, placement: Placement, regions: Vec<Region>) -> io::Result<Self> {
-        let file =
-            sys::memfd(size, matches!(placement, Placement::Reserved | Placement::Unreserved))?;
+        let (pages, align) = match placement {
+            Placement::Reserved | Placement::Unreserved => (Pages::Huge, BLOCK_SIZE),
+            Placement::Gigantic => (Pages::Gigantic, GIGANTIC_SIZE),
+            _ => (Pages::Any, BLOCK_SIZE),
+        };
+        let file = sys::memfd(size, pages)?;
         let skew = match placement {
             Placement::Skewed => BLOCK_SIZE - sys::PAGE_SIZE,
             _ => 0,
         };
         let shared = placement != Placement::Private;
         let mapping = match placement {
-            Placement::Reserved => Mapping::reserving(&file, size, BLOCK_SIZE)?,
-            _ => Mapping::new(&file, size, BLOCK_SIZE, skew, shared)?,
+            Placement::Reserved => Mapping::reserving(&file, size, align)?,
+            _ => Mapping::new(&file, size, align, skew, shared)?,
         };
         Ok(GuestMemory { file, mapping, regions })
     }

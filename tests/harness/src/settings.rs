@@ -14,6 +14,7 @@ use crate::sys::{self, Lock};
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+const NR_GIGANTIC: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
 
 /// Held by whoever changes a host-wide setting (exclusively) or depends on one
 /// (shared), in all of the project's programs.
@@ -73,17 +74,18 @@ impl Held {
         Ok(held)
     }
 
-    /// The pool of huge pages, for one who changes its size all the time and may
-    /// be killed meanwhile: what it was is put back whatever happens.
+    /// The pool of huge pages, or of pages of 1 GiB, for one who changes its
+    /// size all the time and may be killed meanwhile: what it was is put back
+    /// whatever happens.
     ///
     /// # Errors
     /// If this process may not change it.
-    pub fn pool() -> anyhow::Result<Pool> {
+    pub fn pool(gigantic: bool) -> anyhow::Result<Pool> {
+        let path = if gigantic { NR_GIGANTIC } else { NR_HUGEPAGES };
         let lock = lock(Lock::Exclusive)?;
-        let old = std::fs::read_to_string(NR_HUGEPAGES)
-            .with_context(|| format!("cannot read {NR_HUGEPAGES}"))?;
-        let held = Self::set(lock, NR_HUGEPAGES, old.trim().to_owned(), old.trim())?;
-        Ok(Pool { _keeper: Keeper::start(NR_HUGEPAGES, old.trim())?, held })
+        let old = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+        let held = Self::set(lock, path, old.trim().to_owned(), old.trim())?;
+        Ok(Pool { _keeper: Keeper::start(path, old.trim())?, held, path })
     }
 
     fn set(
@@ -114,6 +116,7 @@ pub struct Pool {
     // Dropped first, while the lock is still held.
     _keeper: Keeper,
     held: Held,
+    path: &'static str,
 }
 
 impl Pool {
@@ -123,8 +126,8 @@ impl Pool {
     /// # Errors
     /// If it cannot be written.
     pub fn resize(&self, pages: u64) -> anyhow::Result<()> {
-        std::fs::write(NR_HUGEPAGES, pages.to_string())
-            .with_context(|| format!("cannot write {NR_HUGEPAGES}"))
+        std::fs::write(self.path, pages.to_string())
+            .with_context(|| format!("cannot write {}", self.path))
     }
 
     /// Pages that are free and not set aside.
@@ -133,7 +136,7 @@ impl Pool {
     /// If that cannot be read.
     pub fn unclaimed(&self) -> anyhow::Result<u64> {
         let read = |name: &str| -> anyhow::Result<u64> {
-            let path = std::path::Path::new(NR_HUGEPAGES).with_file_name(name);
+            let path = std::path::Path::new(self.path).with_file_name(name);
             let text = std::fs::read_to_string(&path)
                 .with_context(|| format!("cannot read {}", path.display()))?;
             Ok(text.trim().parse()?)

@@ -29,13 +29,27 @@ fn to_off(value: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// An anonymous shared memory file of `size` bytes, without any page in it; if
-/// `reserved`, of 2 MiB pages that the host set apart.
+/// What the pages of a memory file are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// Base pages, or what the kernel makes of them.
+    Any,
+    /// Pages of 2 MiB from the host's pool.
+    Huge,
+    /// Pages of 1 GiB from the host's pool.
+    Gigantic,
+}
+
+/// An anonymous shared memory file of `size` bytes, without any page in it.
 ///
 /// # Errors
 /// Those of `memfd_create` and `ftruncate`.
-pub fn memfd(size: u64, reserved: bool) -> io::Result<File> {
-    let huge = if reserved { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
+pub fn memfd(size: u64, pages: Pages) -> io::Result<File> {
+    let huge = match pages {
+        Pages::Any => 0,
+        Pages::Huge => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+        Pages::Gigantic => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
+    };
     let flags = libc::MFD_CLOEXEC | huge;
     // SAFETY: the name is a valid C string; the call touches no other memory.
     let fd = check(unsafe { libc::memfd_create(c"gemini-guest".as_ptr(), flags) })?;

@@ -13,7 +13,7 @@ use crate::frontend;
 use crate::machine::PATIENCE;
 use crate::memory::GuestMemory;
 use crate::ring::RingLayout;
-use crate::sys;
+use crate::sys::{self, Pages};
 use crate::wire;
 
 /// Numbers of the messages.
@@ -277,7 +277,7 @@ impl Zoo {
     /// # Errors
     /// If one cannot be opened.
     pub fn new(size: u64) -> anyhow::Result<Self> {
-        let memory = sys::memfd(size, false)?;
+        let memory = sys::memfd(size, Pages::Any)?;
         let mut others: Vec<OwnedFd> = Vec::new();
         let (one, other) = UnixStream::pair()?;
         others.extend([OwnedFd::from(one), OwnedFd::from(other)]);
@@ -287,9 +287,9 @@ impl Zoo {
         // Read only, and empty.
         let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
         others.push(std::fs::File::open(path)?.into());
-        others.push(sys::memfd(0, false)?.into());
+        others.push(sys::memfd(0, Pages::Any)?.into());
         // Smaller than any region.
-        others.push(sys::memfd(100, false)?.into());
+        others.push(sys::memfd(100, Pages::Any)?.into());
         Ok(Zoo { memory, others })
     }
 
