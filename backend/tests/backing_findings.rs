@@ -260,3 +260,57 @@ fn a_block_nobody_uses_never_takes_the_page_that_a_touch_would_miss() {
     assert!(vmm.is_zero(0, 0, 512) && vmm.is_zero(2, 0, 512));
     assert!(vmm.is_filled(1, 0, 512) && vmm.is_filled(3, 0, 512));
 }
+
+/// Pages of a process's hugetlb mapping on a node, by numa_maps.
+fn pages_on(pid: u32, node: u32) -> u64 {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
+    let words =
+        maps.lines().filter(|line| line.contains("gemini-test")).flat_map(str::split_whitespace);
+    let prefix = format!("N{node}=");
+    words.filter_map(|word| word.strip_prefix(&prefix)?.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn pages_come_from_the_node_that_the_vmm_chose() {
+    let test = "pages_come_from_the_node_that_the_vmm_chose";
+    let nodes = std::fs::read_to_string("/sys/devices/system/node/has_memory").unwrap_or_default();
+    if nodes.trim() != "0-1" {
+        host::skipped(test, "this host has not two memory nodes");
+        return;
+    }
+    // The kernel spreads the pool over the nodes.
+    for node in [0, 1] {
+        let Some((_lock, pool, file, mut vmm)) = on_hugetlb(test, "shared") else { return };
+        pool.resize_hugepages(8);
+        vmm.ask(&format!("bind 0 {} {node}", 4 * BLOCK));
+        let memory = memory(&file);
+        for block in [0, 1, 3] {
+            assert_eq!(populate(&memory, block), Ok(Collapsed::Populated), "node {node}");
+        }
+        assert!(vmm.is_zero(0, 0, 512) && vmm.is_zero(1, 0, 512) && vmm.is_zero(3, 0, 512));
+        assert_eq!((pages_on(vmm.pid(), node), pages_on(vmm.pid(), 1 - node)), (3, 0));
+        assert_eq!(codes(&memory), ["hugetlb"]);
+        assert_eq!(populate(&memory, 2), Ok(Collapsed::Populated));
+    }
+    // Set aside, but on the wrong node.
+    let Some((_lock, pool, file, mut vmm)) = on_hugetlb(test, "shared") else { return };
+    vmm.ask(&format!("bind 0 {} 1", 4 * BLOCK));
+    pool.resize_hugepages(0);
+    let memory = memory(&file);
+    assert_eq!(populate(&memory, 0), Err(Refusal::Space));
+    assert_eq!(codes(&memory), ["hugetlb-pool-short", "hugetlb"]);
+    drop((memory, vmm));
+    // Nothing was chosen: where the other pages are.
+    for node in [0, 1] {
+        let file = memfd(4 * BLOCK, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB);
+        pool.resize_hugepages(12);
+        let mut vmm = Child::vmm(&file);
+        vmm.ask(&format!("bind 0 {} {node}", 2 * BLOCK));
+        vmm.fill(0, 0, 512);
+        vmm.ask(&format!("unbind 0 {}", 2 * BLOCK));
+        let memory = self::memory(&file);
+        assert_eq!(populate(&memory, 2), Ok(Collapsed::Populated));
+        assert!(vmm.is_zero(2, 0, 512));
+        assert_eq!((pages_on(vmm.pid(), node), pages_on(vmm.pid(), 1 - node)), (2, 0));
+    }
+}

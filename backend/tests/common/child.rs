@@ -97,6 +97,11 @@ impl Helper {
                 let result = unsafe { libc::madvise(addr.cast(), number(len)?, advice) };
                 check(result.into()).map(done)
             }
+            ["bind", offset, len, node] => {
+                let nodes = 1u64 << number(node)?;
+                self.place(offset, len, libc::MPOL_BIND, nodes).map(done)
+            }
+            ["unbind", offset, len] => self.place(offset, len, libc::MPOL_DEFAULT, 0).map(done),
             ["huge"] => Ok(huge_bytes()?.to_string()),
             ["resident", offset, len] => Ok(self.resident(offset, len)?.to_string()),
             ["dumpable", value] => set_process(libc::PR_SET_DUMPABLE, number(value)?).map(done),
@@ -177,6 +182,15 @@ impl Helper {
         }
         self.mappings.insert(offset, Mapping { addr: addr.cast(), len });
         Ok(())
+    }
+
+    /// Sets on which memory nodes a range is to be.
+    fn place(&self, offset: &str, len: &str, mode: i32, nodes: u64) -> io::Result<()> {
+        let addr = self.at(number(offset)?)?;
+        // SAFETY: the range is mapped, and the mask has the bits that are told.
+        check(unsafe {
+            libc::syscall(libc::SYS_mbind, addr, number(len)?, mode, &raw const nodes, 65, 0)
+        })
     }
 
     fn at(&self, offset: usize) -> io::Result<*mut u8> {
