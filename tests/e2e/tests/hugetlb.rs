@@ -1,18 +1,21 @@
-//! A guest on hugetlb memory for which nothing is set aside, and a pool that
-//! somebody else needs, too.
+//! Guests on hugetlb memory, and a pool that somebody else needs, too.
 
 use std::time::Duration;
 
 use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::process;
+use gemini_guest::protocol::PageSize;
 
 const MIB: u64 = 1 << 20;
-const MEMORY: u64 = 384 * MIB;
+/// With less the guest's kernel makes no huge pages.
+const MEMORY: u64 = 640 * MIB;
 const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Pages that the host has beside what the guest may touch.
 const SPARE: u64 = 8;
+/// How long both layers may take to come to rest.
+const SETTLE: Duration = Duration::from_secs(30);
 /// How long the daemon may take to see that the pool has pages again.
 const FOLLOW: Duration = Duration::from_secs(10);
 
@@ -92,6 +95,38 @@ fn blocks_come_from_the_pool_as_long_as_it_can_spare_them() -> anyhow::Result<()
     }
     ensure!(lab.daemon.status()?.bad_records == 0);
     lab.vm.guest.driver_command("free all")?;
+    lab.vm.expect_alive()?;
+    lab.daemon.stop()
+}
+
+/// The driver as it comes: what a program gets is aligned at once, nothing is
+/// dropped and nothing asked for in vain again and again. Then the guest is reset
+/// while nothing but what is set aside for it is left in the pool.
+#[test]
+fn a_guest_whose_pages_are_set_aside_needs_no_more_than_these() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let before = pool_size()?;
+    let wanted = before + MEMORY / (2 * MIB);
+    bench.set(NR_HUGEPAGES, &wanted.to_string())?;
+    ensure!(pool_size()? == wanted, "the host has not so much memory in huge pages");
+    let mut lab = Lab::start(&bench, "hugetlb-reserved", "gemini", |config| {
+        config.memory = MEMORY;
+        config.memory_options = ["hugetlb=on", "hugetlbsize=2M"].map(str::to_owned).to_vec();
+    })?;
+    bench.set(NR_HUGEPAGES, &before.to_string())?;
+    lab.vm.guest.fill("a", 128 * MIB, 1, PageSize::System)?;
+    lab.wait_settled(SETTLE)?;
+    let status = lab.daemon.status()?;
+    ensure!(status.aligned >= 60 && status.guest_only == 0, "{status:?}");
+    ensure!(status.released == 0 && status.collapse_bytes == 0, "{status:?}");
+    ensure!(status.findings.iter().all(|finding| finding.severity == "info"), "{status:?}");
+    lab.vm.guest.verify("a")?;
+    lab.wait_stocked(SETTLE)?;
+
+    lab.vm.reset()?;
+    lab.daemon.wait_synced(SETTLE)?;
+    lab.vm.guest.fill("b", 192 * MIB, 2, PageSize::System)?;
+    lab.vm.guest.verify("b")?;
     lab.vm.expect_alive()?;
     lab.daemon.stop()
 }
