@@ -124,10 +124,31 @@ pub fn status(answer: &Value) -> String {
         let list: Vec<_> = list.map(|(name, count)| format!("{name} {count}")).collect();
         table.line(layer, if list.is_empty() { "-".into() } else { list.join(", ") });
     }
+    pools(&mut table, answer);
     table.gap();
     table.0.push_str(&budgets(answer));
     findings(&mut table, answer);
     table.0
+}
+
+/// The pools that hugetlb memory comes from.
+fn pools(table: &mut Table, answer: &Value) {
+    for pool in answer["hugetlb"].as_array().into_iter().flatten() {
+        table.line(
+            "hugetlb",
+            format_args!(
+                "{} of {} pages of {} are free, {} of these set aside; the guest may touch {} \
+                 more, {} of these not set aside{}",
+                word(&pool["free"]),
+                word(&pool["total"]),
+                bytes(&pool["page_size"]),
+                word(&pool["reserved"]),
+                word(&pool["missing"]),
+                word(&pool["unreserved"]),
+                if yes(&pool["short"]) { ": SHORT" } else { "" }
+            ),
+        );
+    }
 }
 
 fn findings(table: &mut Table, answer: &Value) {
@@ -165,7 +186,11 @@ pub fn budgets(answer: &Value) -> String {
         Value::Null => "unlimited".into(),
         limit => bytes(limit),
     };
-    let huge = answer["host"]["huge"].as_u64().zip(answer["block_shift"].as_u64());
+    let host = &answer["host"];
+    let huge = host["huge"]
+        .as_u64()
+        .map(|huge| huge.saturating_add(host["hugetlb"].as_u64().unwrap_or(0)));
+    let huge = huge.zip(answer["block_shift"].as_u64());
     let huge = huge.and_then(|(blocks, shift)| {
         Some(size(blocks.saturating_mul(1u64.checked_shl(u32::try_from(shift).ok()?)?)))
     });
@@ -243,6 +268,10 @@ mod tests {
             "collapse_failures": 0, "cpu_share": 25, "cpu_seconds": 0.5, "huge_max": null,
             "config": "/etc/gemini.toml", "config_refused": "/etc/gemini.toml:3: no",
             "findings": [{"severity": "warning", "code": "x", "message": "do y"}],
+            "hugetlb": [{
+                "page_size": 2_097_152, "total": 64, "free": 5, "reserved": 3, "surplus": 0,
+                "overcommit": 0, "missing": 4, "unreserved": 4, "short": true,
+            }],
         }));
         for line in [
             "vm             vm1",
@@ -253,6 +282,8 @@ mod tests {
             "guest          free 256, huge 256",
             "copy_rate      256 MiB a second; copied 2 MiB in 1 collapses, 0 attempts failed",
             "huge_max       unlimited; the guest has 514 MiB",
+            "hugetlb        5 of 64 pages of 2 MiB are free, 3 of these set aside; the guest may \
+             touch 4 more, 4 of these not set aside: SHORT",
             "warning        x: do y",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line:?} in\n{text}");
