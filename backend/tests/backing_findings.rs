@@ -7,6 +7,7 @@ mod common;
 use common::host::{Lock, Setting, Tmpfs};
 use common::*;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use vhost_device_gemini::backing::{Collapsed, HostState, Kind, Memory, Refusal, RegionDesc};
 
 #[test]
@@ -259,6 +260,31 @@ fn a_block_nobody_uses_never_takes_the_page_that_a_touch_would_miss() {
     assert_eq!(codes(&memory), ["hugetlb"]);
     assert!(vmm.is_zero(0, 0, 512) && vmm.is_zero(2, 0, 512));
     assert!(vmm.is_filled(1, 0, 512) && vmm.is_filled(3, 0, 512));
+}
+
+#[test]
+fn what_the_vmm_took_away_is_not_said_to_be_there() {
+    let test = "what_the_vmm_took_away_is_not_said_to_be_there";
+    let Some((_lock, pool, file, mut vmm)) = on_hugetlb(test, "shared") else { return };
+    let memory = memory(&file);
+    let resident = || file.metadata().unwrap().blocks() * 512 / BLOCK;
+    assert_eq!(populate(&memory, 1), Ok(Collapsed::Populated));
+    punch(&file, BLOCK, BLOCK);
+    assert_eq!(resident(), 0);
+    assert_eq!(populate(&memory, 1), Ok(Collapsed::AlreadyHuge));
+    assert_eq!(resident(), 1, "it is there again");
+    // What is punched is not set aside any more, and with the pool it is gone.
+    punch(&file, BLOCK, BLOCK);
+    pool.resize_hugepages(0);
+    let [state] = memory.pools()[..] else { panic!("{:?}", memory.pools()) };
+    if state.unclaimed() > 0 {
+        host::skipped(test, "the pool has pages of others");
+        return;
+    }
+    assert_eq!(populate(&memory, 1), Err(Refusal::Space));
+    assert_eq!(scan(&memory, 1, 1), [run(1, 1, HostState::Absent, 0)]);
+    assert_eq!(populate(&memory, 2), Ok(Collapsed::Populated), "it is set aside");
+    assert!(vmm.is_zero(2, 0, 512));
 }
 
 /// Pages of a process's hugetlb mapping on a node, by numa_maps.

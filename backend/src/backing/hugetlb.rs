@@ -117,13 +117,27 @@ impl Hugetlb {
         Ok(state)
     }
 
+    /// How the VMM maps blocks; where it cannot be looked into, nothing is known to be mapped.
+    fn mapped(&self, blocks: &Range<u64>) -> io::Result<Vec<Mapped>> {
+        let count = usize::try_from(blocks.end - blocks.start).map_err(io::Error::other)?;
+        let mut mapped = vec![Mapped::Nothing; count];
+        if let Some((vmm, range)) = self.home.at_vmm(blocks) {
+            let _unseen = vmm.mapped(range.start, self.home.block_shift, &mut mapped);
+        }
+        Ok(mapped)
+    }
+
     fn populate_one(&self, block: u64) -> Outcome {
         let refuse = |error: io::Error| Refusal::from(&error);
-        if self.is_present(block).map_err(refuse)? {
+        let mapped = self.mapped(&(block..block + 1)).map_err(refuse)?;
+        if mapped != [Mapped::Nothing] || self.is_complete().map_err(refuse)? {
             return Ok(Collapsed::AlreadyHuge);
         }
         let policy = self.policy()?;
-        if self.look_at_pool(policy.as_ref()).map_err(refuse)?.short {
+        // What was allocated here is there, unless the VMM took it away meanwhile (a balloon): to
+        // allocate it once more takes nothing where it is, so that no shortage matters.
+        let known = lock(&self.allocated).get(self.unit_of(block));
+        if !known && self.look_at_pool(policy.as_ref()).map_err(refuse)?.short {
             return Err(Refusal::Space);
         }
         let from = self.home.offset(block) / self.unit() * self.unit();
@@ -135,9 +149,9 @@ impl Hugetlb {
                 Refusal::NotPermitted
             })?,
         };
+        lock(&self.allocated).assign(self.unit_of(block), allocated.is_ok());
         allocated.map_err(refuse)?;
-        lock(&self.allocated).assign(self.unit_of(block), true);
-        Ok(Collapsed::Populated)
+        Ok(if known { Collapsed::AlreadyHuge } else { Collapsed::Populated })
     }
 }
 
@@ -173,18 +187,16 @@ impl Backing for Hugetlb {
         while at < blocks.end {
             let part = at..blocks.end.min(at + LOOK_BLOCKS);
             at = part.end;
-            let count = usize::try_from(part.end - part.start).map_err(io::Error::other)?;
-            let mut mapped = vec![Mapped::Nothing; count];
-            if !complete {
-                if let Some((vmm, range)) = self.home.at_vmm(&part) {
-                    // Where the VMM cannot be looked into, nothing is known to be there.
-                    let _unseen = vmm.mapped(range.start, self.home.block_shift, &mut mapped);
-                }
+            if complete {
+                let count = u32::try_from(part.end - part.start).map_err(io::Error::other)?;
+                let state = HostState::Hugetlb;
+                push_run(out, HostRun { first: part.start, count, state, resident: 0 });
+                continue;
             }
+            let mapped = self.mapped(&part)?;
             let allocated = lock(&self.allocated);
             for (first, mapped) in part.zip(mapped) {
-                let there =
-                    complete || mapped != Mapped::Nothing || allocated.get(self.unit_of(first));
+                let there = mapped != Mapped::Nothing || allocated.get(self.unit_of(first));
                 let state = if there { HostState::Hugetlb } else { HostState::Absent };
                 push_run(out, HostRun { first, count: 1, state, resident: 0 });
             }

@@ -38,6 +38,15 @@ pub fn memfd(len: u64, flags: libc::c_uint) -> File {
     file
 }
 
+/// Takes the memory of a range of a file away, as a VMM does for a balloon.
+pub fn punch(file: &File, from: u64, len: u64) {
+    let (from, len) = (i64::try_from(from).unwrap(), i64::try_from(len).unwrap());
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: takes no pointers.
+    let result = unsafe { libc::fallocate64(file.as_raw_fd(), mode, from, len) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// A region of the whole file at guest address 0.
 pub fn whole(file: &File) -> RegionDesc {
     let size = file.metadata().unwrap().len();
