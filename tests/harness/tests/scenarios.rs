@@ -94,7 +94,13 @@ fn a_pool_that_runs_short_kills_nobody() -> Result {
         eprintln!("not tested: only the superuser can change the pool of huge pages");
         return Ok(());
     }
-    let plan = hugetlb_short::Plan { program: default_program()?, rounds: 4, steps: 80, seed: 7 };
+    let plan = hugetlb_short::Plan {
+        program: default_program()?,
+        rounds: 4,
+        steps: 80,
+        seed: 7,
+        gigantic: false,
+    };
     let scenario = hugetlb_short::measure(&plan)?;
     ensure!(scenario.passed(), "{scenario}");
     Ok(())
