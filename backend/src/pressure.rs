@@ -126,14 +126,26 @@ fn cgroup_of(controller: &str, groups: &str, mounts: &str) -> Option<(PathBuf, P
     None
 }
 
-/// Bytes of hugetlb pages of a size that this process may still allocate in its cgroups; `None`
-/// without a limit.
-pub fn hugetlb_room(page_size: u64) -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let (dir, top, version) = cgroup_of("hugetlb", &groups, &mounts)?;
-    let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
-    chain.filter_map(|dir| hugetlb_room_of(dir, version, page_size)).min()
+/// The hugetlb cgroups that this process allocates in.
+#[derive(Debug, Default)]
+pub struct HugetlbCgroups(Vec<(PathBuf, Version)>);
+
+impl HugetlbCgroups {
+    /// Those that it is in now; none where there are no such cgroups.
+    pub fn find() -> Self {
+        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let found = cgroup_of("hugetlb", &groups, &mounts).map(|(dir, top, version)| {
+            let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
+            chain.map(|dir| (dir.to_owned(), version)).collect()
+        });
+        Self(found.unwrap_or_default())
+    }
+
+    /// Bytes of pages of a size that may still be allocated; `None` without a limit.
+    pub fn room(&self, page_size: u64) -> Option<u64> {
+        self.0.iter().filter_map(|(dir, version)| hugetlb_room_of(dir, *version, page_size)).min()
+    }
 }
 
 fn hugetlb_room_of(dir: &Path, version: Version, page_size: u64) -> Option<u64> {

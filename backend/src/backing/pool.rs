@@ -8,7 +8,7 @@
 
 use super::mempolicy::{self, Nodes};
 use super::vmm::FileId;
-use crate::pressure;
+use crate::pressure::HugetlbCgroups;
 use serde::Serialize;
 use std::fs::{read_to_string, File};
 use std::io;
@@ -96,6 +96,7 @@ struct Claim {
 pub struct Pool {
     page_size: u64,
     directory: PathBuf,
+    cgroups: HugetlbCgroups,
     claims: Mutex<Vec<Claim>>,
 }
 
@@ -103,7 +104,7 @@ impl Pool {
     /// The pool of pages of `page_size` bytes.
     pub fn new(page_size: u64) -> Self {
         let directory = Path::new(POOLS).join(format!("hugepages-{}kB", page_size >> 10));
-        Self { page_size, directory, claims: Mutex::default() }
+        Self { page_size, directory, cgroups: HugetlbCgroups::find(), claims: Mutex::default() }
     }
 
     /// Notes a file, and whether its pages are set aside.
@@ -134,7 +135,7 @@ impl Pool {
             overcommit: self.number("nr_overcommit_hugepages")?,
             missing,
             unreserved,
-            cgroup_room: pressure::hugetlb_room(self.page_size),
+            cgroup_room: self.cgroups.room(self.page_size),
             short: false,
         };
         let unpaid = state.cgroup_room.is_some_and(|room| room < self.page_size);
