@@ -11,8 +11,7 @@ use gemini_harness::report::{self, RunFigures, RunsDocument};
 use crate::accel::AccelChoice;
 use crate::lab::{Bench, Lab};
 use crate::settings::SHMEM_ENABLED;
-
-const MIB: u64 = 1 << 20;
+use crate::MIB;
 
 /// How long the daemon may take to bring the host to where the policy wants it.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);

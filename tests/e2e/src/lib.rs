@@ -29,3 +29,6 @@ pub const BLOCK_SHIFT: u32 = 21;
 
 /// Size of a block in bytes.
 pub const BLOCK: u64 = 1 << BLOCK_SHIFT;
+
+/// 2^20 bytes.
+pub const MIB: u64 = 1 << 20;

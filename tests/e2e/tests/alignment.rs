@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use gemini_e2e::lab::{Bench, Lab};
+use gemini_e2e::MIB;
 use gemini_guest::protocol::{Break, PageSize};
-
-const MIB: u64 = 1 << 20;
 
 /// How long the daemon may take to collapse what these tests fill.
 const SETTLE: Duration = Duration::from_secs(60);

@@ -8,10 +8,8 @@ use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::outside::HostState;
 use gemini_e2e::process;
+use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::{Break, PageSize};
-
-const MIB: u64 = 1 << 20;
-const BLOCK: u64 = 2 * MIB;
 
 /// How long the driver may take to fill a stock, or to let go of it.
 const STOCK: Duration = Duration::from_secs(60);

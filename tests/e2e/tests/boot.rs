@@ -4,9 +4,8 @@ use anyhow::ensure;
 use gemini_e2e::lab::Bench;
 use gemini_e2e::outside::{GuestMemory, HostState};
 use gemini_e2e::vm::{Vm, VmConfig};
+use gemini_e2e::MIB;
 use gemini_guest::protocol::{BlockState, Break, PageSize};
-
-const MIB: u64 = 1 << 20;
 
 /// A guest without the device: what the other tests rely on holds.
 #[test]

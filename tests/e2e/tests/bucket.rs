@@ -8,10 +8,9 @@ use anyhow::{ensure, Context};
 use gemini_e2e::guest::Guest;
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::process;
+use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::{Fragment, PageSize};
 
-const MIB: u64 = 1 << 20;
-const BLOCK: u64 = 2 * MIB;
 const SETTLE: Duration = Duration::from_secs(60);
 const FOLLOW: Duration = Duration::from_secs(30);
 const SYSFS: &str = "/sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini";

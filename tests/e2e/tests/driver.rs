@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
+use gemini_e2e::MIB;
 use gemini_guest::protocol::PageSize;
-
-const MIB: u64 = 1 << 20;
 
 #[test]
 fn driver_unloads_and_reloads_under_memory_load() -> anyhow::Result<()> {

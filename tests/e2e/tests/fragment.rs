@@ -5,10 +5,9 @@ use anyhow::ensure;
 use gemini_e2e::accel::AccelChoice;
 use gemini_e2e::assets::Assets;
 use gemini_e2e::vm::{Vm, VmConfig};
+use gemini_e2e::MIB;
 use gemini_guest::kernel::on_cpu_lists;
 use gemini_guest::protocol::{BlockState, Fragment, Program, Storm};
-
-const MIB: u64 = 1 << 20;
 
 /// Page frames below the boundary that 32-bit devices reach.
 const DMA32_BLOCKS: u64 = 2048;

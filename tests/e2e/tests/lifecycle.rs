@@ -8,9 +8,9 @@ use gemini_e2e::daemon::DaemonConfig;
 use gemini_e2e::lab::{Bench, Lab, Place, SYNC_TIMEOUT};
 use gemini_e2e::process;
 use gemini_e2e::vm::{Vm, VmConfig};
+use gemini_e2e::MIB;
 use gemini_guest::protocol::PageSize;
 
-const MIB: u64 = 1 << 20;
 const SETTLE: Duration = Duration::from_secs(60);
 const AGREE: Duration = Duration::from_secs(30);
 

@@ -10,9 +10,8 @@ use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
 use gemini_e2e::outside::HostState;
 use gemini_e2e::process;
+use gemini_e2e::MIB;
 use gemini_guest::protocol::{BlockState, Break, PageSize};
-
-const MIB: u64 = 1 << 20;
 
 /// Blocks that each of these tests makes ready.
 const BLOCKS: u32 = 8;

@@ -6,11 +6,9 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::process;
+use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::{BlockState, Break, PageSize};
 use serde_json::Value;
-
-const MIB: u64 = 1 << 20;
-const BLOCK: u64 = 2 * MIB;
 
 /// How long a hint may take.
 const FOLLOW: Duration = Duration::from_secs(20);

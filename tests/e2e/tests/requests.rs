@@ -7,9 +7,9 @@ use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::outside::HostState;
 use gemini_e2e::process;
+use gemini_e2e::MIB;
 use gemini_guest::protocol::PageSize;
 
-const MIB: u64 = 1 << 20;
 const SETTLE: Duration = Duration::from_secs(60);
 
 /// How long a hint, or work that follows an answer, may take.

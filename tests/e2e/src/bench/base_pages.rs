@@ -12,9 +12,7 @@ use serde_json::Value;
 use crate::lab::{Bench, Lab};
 use crate::outside::HostState;
 use crate::process;
-
-const MIB: u64 = 1 << 20;
-const BLOCK: u64 = 2 * MIB;
+use crate::{BLOCK, MIB};
 
 /// Guest memory, and how much of it the fragmenter leaves free.
 const MEMORY: u64 = 2048 * MIB;

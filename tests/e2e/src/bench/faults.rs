@@ -12,8 +12,7 @@ use super::spread::{median, quantile, spread};
 use crate::accel::Accel;
 use crate::lab::{Bench, Lab};
 use crate::process;
-
-const MIB: u64 = 1 << 20;
+use crate::MIB;
 
 /// Guest memory, and how much of it the fragmenter leaves free.
 const MEMORY: u64 = 2048 * MIB;

@@ -6,9 +6,7 @@ use gemini_harness::figures::{Bar, Scenario};
 
 use super::fragmented::{Ground, Placed, Plan};
 use crate::lab::Bench;
-use crate::BLOCK;
-
-const MIB: u64 = 1 << 20;
+use crate::{BLOCK, MIB};
 
 /// Share of the program's blocks that are to be aligned right after the touch.
 const ALIGNED_BAR: f64 = 0.95;

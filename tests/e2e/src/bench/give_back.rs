@@ -11,9 +11,7 @@ use crate::daemon::DaemonConfig;
 use crate::lab::{Bench, Lab, SYNC_TIMEOUT};
 use crate::outside::HostState;
 use crate::process;
-use crate::BLOCK;
-
-const MIB: u64 = 1 << 20;
+use crate::{BLOCK, MIB};
 
 /// Memory that stays in use meanwhile: half of each of its huge pages.
 const KEPT: u64 = 64 * MIB;

@@ -14,9 +14,7 @@ use crate::lab::{Bench, Lab};
 use crate::outside::HostState;
 use crate::process::Guarded;
 use crate::taker::Taker;
-use crate::BLOCK;
-
-const MIB: u64 = 1 << 20;
+use crate::{BLOCK, MIB};
 
 /// Room below the limit when the program begins.
 const HEADROOM: u64 = 192 * MIB;

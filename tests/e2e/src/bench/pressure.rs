@@ -8,9 +8,8 @@ use gemini_harness::figures::{Bar, Scenario};
 
 use crate::lab::{Bench, Lab};
 use crate::process;
+use crate::{BLOCK, MIB};
 
-const MIB: u64 = 1 << 20;
-const BLOCK: u64 = 2 * MIB;
 const PAGE: u64 = 4096;
 
 /// Guest memory.

@@ -7,9 +7,7 @@ use gemini_harness::figures::{Bar, Scenario};
 
 use super::fragmented::{Ground, Plan};
 use crate::lab::Bench;
-use crate::BLOCK;
-
-const MIB: u64 = 1 << 20;
+use crate::{BLOCK, MIB};
 
 /// Share of the first program's aligned blocks that are to be aligned again.
 const REUSED_BAR: f64 = 0.95;

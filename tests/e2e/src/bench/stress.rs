@@ -18,8 +18,7 @@ use crate::daemon::{Daemon, DaemonConfig};
 use crate::guest::Guest;
 use crate::lab::{Bench, Place};
 use crate::vm::{log_directory, Vm, VmConfig};
-
-const MIB: u64 = 1 << 20;
+use crate::MIB;
 
 /// Memory that is always there, on two nodes.
 const MEMORY: u64 = 1536 * MIB;
