@@ -519,6 +519,19 @@ impl Guest {
         Ok(messages)
     }
 
+    /// Prints each of [`Guest::complaints`], and returns how many there are: a
+    /// figure of every scenario, which nobody could look into without the text.
+    ///
+    /// # Errors
+    /// If the log cannot be read there.
+    pub fn tell_complaints(&self, since: u64) -> anyhow::Result<usize> {
+        let complaints = self.complaints(since)?;
+        for complaint in &complaints {
+            eprintln!("guest: {}", complaint.text);
+        }
+        Ok(complaints.len())
+    }
+
     /// `/proc/meminfo` in bytes.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //! Nothing here asks the daemon, and nothing uses its code: addresses come from
 //! QEMU's own memory map and monitor, states from the kernel.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
@@ -146,6 +147,15 @@ impl GuestMemory {
             }
         }
         Ok(states)
+    }
+
+    /// The blocks that are huge in the host.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::states`].
+    pub fn huge_blocks(&self) -> anyhow::Result<BTreeSet<u64>> {
+        let huge = |(block, state)| (state == HostState::Huge).then_some(block);
+        Ok(self.states()?.into_iter().filter_map(huge).collect())
     }
 
     /// Address ranges whose pages have all of `categories`, ascending.

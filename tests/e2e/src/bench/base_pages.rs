@@ -1,6 +1,5 @@
 //! A program's base pages become aligned huge pages through `gemini-guestd`.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
@@ -10,7 +9,6 @@ use gemini_harness::report::ratio;
 use serde_json::Value;
 
 use crate::lab::{Bench, Lab};
-use crate::outside::HostState;
 use crate::process;
 use crate::{BLOCK, MIB};
 
@@ -114,11 +112,7 @@ fn round(bench: &Bench, seed: u64, placement: bool, scenario: &mut Scenario) -> 
     tell(scenario, prefix, &grow(&lab, seed)?, bar);
     lab.vm.guest.verify_process("fragments")?;
     lab.vm.expect_alive()?;
-    let complaints = lab.vm.guest.complaints(log)?;
-    for complaint in &complaints {
-        eprintln!("guest: {}", complaint.text);
-    }
-    let complaints = complaints.len() as f64;
+    let complaints = lab.vm.guest.tell_complaints(log)? as f64;
     scenario.figure(&format!("{prefix}guest_complaints"), complaints, Bar::AtMost(0.0));
     Ok(())
 }
@@ -162,12 +156,7 @@ fn grow(lab: &Lab, seed: u64) -> anyhow::Result<Seen> {
     let dense = Instant::now();
     loop {
         let blocks = guest.program_blocks("program")?;
-        let host: BTreeSet<u64> = lab
-            .memory
-            .states()?
-            .into_iter()
-            .filter_map(|(block, state)| (state == HostState::Huge).then_some(block))
-            .collect();
+        let host = lab.memory.huge_blocks()?;
         let elapsed = dense.elapsed();
         // Only what was seen in time counts.
         if elapsed <= DENSE_TIME {

@@ -9,7 +9,7 @@ use gemini_guest::protocol::{Fragment, Fragmented, Program, Touched};
 
 use crate::daemon::Status;
 use crate::lab::{Bench, Lab};
-use crate::outside::{self, HostState};
+use crate::outside;
 use crate::process;
 use crate::BLOCK;
 
@@ -209,15 +209,10 @@ impl Ground {
     /// # Errors
     /// If the guest cannot, or a part cannot be read.
     pub fn touch(&self, name: &str, program: Program) -> anyhow::Result<Placed> {
-        let huge_now = || -> anyhow::Result<BTreeSet<u64>> {
-            let states = self.lab.memory.states()?;
-            let huge = states.into_iter().filter(|(_, state)| *state == HostState::Huge);
-            Ok(huge.map(|(block, _)| block).collect())
-        };
         let start = self.costs()?;
-        let before = huge_now()?;
+        let before = self.lab.memory.huge_blocks()?;
         let touched = self.lab.vm.guest.start_program(name, program)?;
-        let after = huge_now()?;
+        let after = self.lab.memory.huge_blocks()?;
         let costs = self.costs()?.since(start);
         let blocks = self.lab.vm.guest.program_blocks(name)?;
         let guest: BTreeSet<u64> = blocks.into_iter().flatten().collect();
@@ -262,13 +257,10 @@ impl Ground {
         if self.fragmented.is_some() {
             guest.verify_process(FRAGMENTS)?;
         }
-        let complaints = guest.complaints(self.log)?;
-        for complaint in &complaints {
-            eprintln!("guest: {}", complaint.text);
-        }
+        let complaints = guest.tell_complaints(self.log)?;
         self.lab.daemon.process.expect_running()?;
         self.lab.vm.expect_alive()?;
-        Ok(complaints.len())
+        Ok(complaints)
     }
 }
 

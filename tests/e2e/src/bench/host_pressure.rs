@@ -11,7 +11,6 @@ use gemini_harness::figures::{Bar, Scenario};
 use crate::cgroup::MemoryCgroup;
 use crate::daemon::Daemon;
 use crate::lab::{Bench, Lab};
-use crate::outside::HostState;
 use crate::process::Guarded;
 use crate::taker::Taker;
 use crate::{BLOCK, MIB};
@@ -123,10 +122,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     lab.vm.guest.verify_process("stays")?;
     let end_sight = Sight::take(&lab.daemon)?;
     let lost = aligned.saturating_sub(aligned_of(&lab, &stays)?).max(run.aligned_lost);
-    let complaints = lab.vm.guest.complaints(log)?;
-    for complaint in &complaints {
-        eprintln!("guest: {}", complaint.text);
-    }
+    let complaints = lab.vm.guest.tell_complaints(log)?;
     drop(cached);
 
     let mut figure = |name: &str, value: f64, bar| scenario.figure(name, value, bar);
@@ -147,7 +143,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     figure("aligned_of_program", aligned as f64, Bar::AtLeast(blocks(bytes) * 0.9));
     figure("aligned_lost", lost as f64, Bar::AtMost(0.0));
     figure("churn_rounds", churned.rounds as f64, Bar::AtLeast(1.0));
-    figure("guest_complaints", complaints.len() as f64, Bar::AtMost(0.0));
+    figure("guest_complaints", complaints as f64, Bar::AtMost(0.0));
     Ok(scenario)
 }
 
@@ -198,9 +194,7 @@ impl Run {
 
 /// How many of these blocks are huge in the host.
 fn aligned_of(lab: &Lab, blocks: &BTreeSet<u64>) -> anyhow::Result<u64> {
-    let states = lab.memory.states()?;
-    let huge = states.iter().filter(|(b, state)| blocks.contains(b) && *state == HostState::Huge);
-    Ok(huge.count() as u64)
+    Ok(lab.memory.huge_blocks()?.intersection(blocks).count() as u64)
 }
 
 /// Somebody in the group who reads a file over and over, which takes cache: he

@@ -109,10 +109,7 @@ pub fn measure(bench: &Bench, quick: bool) -> anyhow::Result<Scenario> {
         .context("the program that sends packets is killed")?;
     eprintln!("packets: {echoed:?}");
     lab.vm.expect_alive()?;
-    let complaints = lab.vm.guest.complaints(log)?;
-    for complaint in &complaints {
-        eprintln!("guest: {}", complaint.text);
-    }
+    let complaints = lab.vm.guest.tell_complaints(log)?;
 
     let least = |value: fn(&Seen) -> f64| seen.iter().map(value).fold(f64::INFINITY, f64::min);
     scenario.figure("held_share", least(|seen| seen.held_share), Bar::AtLeast(HELD));
@@ -124,7 +121,7 @@ pub fn measure(bench: &Bench, quick: bool) -> anyhow::Result<Scenario> {
     scenario.figure("atomic_packets_lost", f64::from(echoed.sent - echoed.answered), Bar::None);
     scenario.figure("atomic_longest_ms", echoed.longest_seconds * 1e3, Bar::Below(STALL_BAR * 1e3));
     scenario.figure("oom_kills", (oom_kills(&lab)? - before) as f64, Bar::AtMost(0.0));
-    scenario.figure("guest_complaints", complaints.len() as f64, Bar::AtMost(0.0));
+    scenario.figure("guest_complaints", complaints as f64, Bar::AtMost(0.0));
     Ok(scenario)
 }
 

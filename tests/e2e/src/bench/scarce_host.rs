@@ -105,11 +105,7 @@ fn start(bench: &Bench, memory: u64, seed: u64) -> anyhow::Result<(Lab, f64)> {
 /// since `log`.
 fn end(lab: &Lab, log: u64) -> anyhow::Result<usize> {
     lab.vm.guest.verify_process("fragmenter")?;
-    let complaints = lab.vm.guest.complaints(log)?;
-    for complaint in &complaints {
-        eprintln!("guest: {}", complaint.text);
-    }
-    Ok(complaints.len())
+    lab.vm.guest.tell_complaints(log)
 }
 
 fn tell(scenario: &mut Scenario, name: &str, seen: &Seen) {
