@@ -4,7 +4,7 @@
 use gemini_guest::protocol::Program;
 use gemini_harness::figures::{Bar, Scenario};
 
-use super::fragmented::{Ground, Placed, Plan};
+use super::fragmented::{Ground, Placed, Plan, EVACUATION_RATE};
 use crate::lab::Bench;
 use crate::{BLOCK, MIB};
 
@@ -16,9 +16,6 @@ const COPIED_BAR: f64 = 0.05;
 
 /// Fragmentation that the guest is to have before.
 const FMFI_BAR: f64 = 0.8;
-
-/// Blocks that the driver may empty in a second: more than it can.
-const EVACUATION_RATE: u64 = 1024;
 
 /// Share of the rate at which the stock filled that the second program touches
 /// blocks at.
@@ -145,7 +142,7 @@ fn run(
     let mut ground = Ground::prepare(bench, &plan)?;
     let fmfi = ground.fmfi()?;
     let warm_up = match stock {
-        Some(blocks) => Some(ground.fill_stock(blocks, EVACUATION_RATE)?.as_secs_f64()),
+        Some(blocks) => Some(ground.fill_stock(blocks)?.as_secs_f64()),
         None => None,
     };
     let program = Program { bytes: sizes.program, seed, blocks_per_second };

@@ -13,6 +13,10 @@ use crate::outside;
 use crate::process;
 use crate::BLOCK;
 
+/// Blocks that the driver may empty in a second while it fills its stock: more
+/// than it can.
+pub const EVACUATION_RATE: u64 = 1024;
+
 /// Percent of guest memory that fragmenting leaves free.
 const FREE_PERCENT: u64 = 60;
 
@@ -177,18 +181,18 @@ impl Ground {
         Ok(self.lab.vm.guest.fragmentation()?.fmfi)
     }
 
-    /// Lets the driver book, until it has `blocks` ready; returns the time that
-    /// it took.
+    /// Lets the driver book as fast as it can, until it has `blocks` ready;
+    /// returns the time that it took.
     ///
     /// # Errors
     /// If it does not place, or does not have them in time.
-    pub fn fill_stock(&self, blocks: u64, evacuation_rate: u64) -> anyhow::Result<Duration> {
+    pub fn fill_stock(&self, blocks: u64) -> anyhow::Result<Duration> {
         let guest = &self.lab.vm.guest;
         let state = guest.driver_text("placement_state")?;
         ensure!(state.trim() == "on", "the driver does not place huge pages: {state}");
         guest.set_driver("stock_cap", blocks)?;
         guest.set_driver("stock_floor", blocks)?;
-        guest.set_driver("evacuation_rate", evacuation_rate)?;
+        guest.set_driver("evacuation_rate", EVACUATION_RATE)?;
         let started = Instant::now();
         guest.set_driver("booking", 1)?;
         process::wait_for("the stock is full", STOCK_TIMEOUT, || {

@@ -16,9 +16,6 @@ const REUSED_BAR: f64 = 0.95;
 /// anything.
 const ALIGNED_BAR: f64 = 0.95;
 
-/// Blocks that the driver may empty in a second: more than it can.
-const EVACUATION_RATE: u64 = 1024;
-
 /// Percent of the free memory that the small allocations take.
 const STORM_PERCENT: u64 = 50;
 
@@ -101,7 +98,7 @@ fn run(bench: &Bench, plan: &Plan, bytes: u64, bucket: bool) -> anyhow::Result<R
     let mut ground = Ground::prepare(bench, plan)?;
     let fmfi = ground.fmfi()?;
     ground.lab.vm.guest.set_driver("bucket", u64::from(bucket))?;
-    ground.fill_stock(bytes / BLOCK, EVACUATION_RATE)?;
+    ground.fill_stock(bytes / BLOCK)?;
     let program = Program { bytes, seed: plan.seed, blocks_per_second: 0.0 };
     let first = ground.touch("first", program.clone())?;
     // No stock from here on: another ready block would hide a lost one.
