@@ -5,6 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use gemini_guest::workload::word;
+
 const MIN: u32 = 1000;
 const MAX: u32 = 600_000;
 
@@ -92,37 +94,24 @@ fn paper(start: u32, periods: &[Period]) -> Vec<u32> {
     timeouts
 }
 
-/// xorshift64*
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
-    state.wrapping_mul(0x2545_f491_4f6c_dd1d)
-}
-
-/// A number below `limit`.
-fn below(state: &mut u64, limit: u32) -> u32 {
-    u32::try_from(random(state) % u64::from(limit)).expect("below a u32")
-}
-
 #[test]
 fn driver_follows_algorithm_1() {
     let program = build("adapt-random");
     for seed in 1..=20_u64 {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut numbers = (0..).map(|index| word(seed, index));
+        let mut below = |limit: u32| {
+            let number = numbers.next().expect("there is always another one");
+            u32::try_from(number % u64::from(limit)).expect("below a u32")
+        };
         let start = match seed % 4 {
             0 => 0,
             1 => 1,
             2 => u32::MAX,
-            _ => below(&mut state, 700_000),
+            _ => below(700_000),
         };
         // Few different values, so that ties are common.
-        let periods: Vec<Period> = (0..2000)
-            .map(|_| Period {
-                misses: below(&mut state, 4).into(),
-                fmfi: below(&mut state, 3) * 500,
-            })
-            .collect();
+        let periods: Vec<Period> =
+            (0..2000).map(|_| Period { misses: below(4).into(), fmfi: below(3) * 500 }).collect();
         assert_eq!(driver(&program, start, &periods), paper(start, &periods), "seed {seed}");
     }
 }

@@ -12,6 +12,7 @@ use anyhow::{bail, Context};
 use gemini_guest::protocol::{Command, Message, Output};
 use gemini_guest::stress::{Report, BEGINS, ENDS};
 use gemini_harness::figures::{Bar, Scenario};
+use gemini_harness::rng::Rng;
 use serde_json::json;
 
 use crate::daemon::{Daemon, DaemonConfig};
@@ -105,7 +106,8 @@ pub fn measure(
     }
     let pending = vm.guest.start::<Output>(Command::Exec { command })?;
     let mut outside = Outside::default();
-    let mut random = Random(seed);
+    // What happens from outside, and when.
+    let mut random = Rng::new(seed);
     let deadline = Instant::now() + duration + AROUND;
     let output = loop {
         if let Some(output) = pending.poll(POLL)? {
@@ -175,7 +177,7 @@ fn disturb(
     place: &Place,
     daemon: &mut Daemon,
     config: &DaemonConfig,
-    random: &mut Random,
+    random: &mut Rng,
     outside: &mut Outside,
 ) -> anyhow::Result<()> {
     match random.below(4) {
@@ -432,19 +434,6 @@ fn is_warning(message: &Message) -> bool {
     message.level == 4
         && !EXPECTED.iter().any(|text| message.text.contains(text))
         && OURS.iter().any(|prefix| message.text.starts_with(prefix))
-}
-
-/// xorshift64: what happens from outside, and when.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 |= 1 << 63;
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound.max(1)
-    }
 }
 
 #[cfg(test)]
