@@ -8,7 +8,7 @@ use gemini_guest::probe::{Instructions, Latencies, Probe, Work};
 use gemini_guest::protocol::{Fragment, PageSize};
 use gemini_harness::figures::{Bar, Scenario};
 
-use super::spread::{median, quantile, spread};
+use super::spread::{median, percentile, spread};
 use crate::accel::Accel;
 use crate::lab::{Bench, Lab};
 use crate::process;
@@ -284,7 +284,7 @@ fn pairs(
     for (kind, [off, on]) in [("4k", &base), ("2m", &huge)] {
         for (state, runs) in [("off", off), ("on", on)] {
             figure(&format!("{kind}_{state}_p50_us"), median(&runs.p50), Bar::None);
-            figure(&format!("{kind}_{state}_p99_us"), quantile(&runs.all, 0.99), Bar::None);
+            figure(&format!("{kind}_{state}_p99_us"), percentile(&runs.all, 99), Bar::None);
             figure(&format!("{kind}_{state}_spread_us"), spread(&runs.p50), Bar::None);
         }
         // In spreads of the runs, so that 1 is as far as chance goes.

@@ -22,8 +22,8 @@ const PIECE: u64 = 8 * MIB;
 const PAUSE: Duration = Duration::from_millis(125);
 /// Size of a file of which somebody needs all again and again.
 const FILE: u64 = 64 * MIB;
-/// It takes so much of what the guest has to spare.
-const SHARE: f64 = 0.8;
+/// It takes so much of what the guest has to spare, in percent.
+const SHARE_PERCENT: u64 = 80;
 /// How long both layers may take to come to rest.
 const SETTLE: Duration = Duration::from_secs(180);
 /// Longest time until the program has what it wants.
@@ -109,8 +109,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let usage = group.usage()?;
     group.limit(usage + HEADROOM)?;
     let start_sight = Sight::take(&lab.daemon)?;
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let goal = HEADROOM + ((start_sight.spare() * BLOCK) as f64 * SHARE) as u64;
+    let goal = HEADROOM + start_sight.spare() * BLOCK * SHARE_PERCENT / 100;
     eprintln!("{start_sight:?}; the program is to take {} MiB", goal / MIB);
     lab.vm.guest.start_churn("churn", 32 * MIB, seed)?;
     let stalled = stalled_seconds()?;
