@@ -253,19 +253,11 @@ impl Lab {
             // A whole walk around memory that begins now, and its report.
             self.vm.guest.driver_command("census")?;
         }
-        let mut last = None;
-        let mut since = std::time::Instant::now();
-        process::wait_for("the daemon comes to rest", timeout, || {
-            // Seldom enough to cost the daemon nothing that is measured.
-            std::thread::sleep(Duration::from_millis(100));
+        process::wait_until_still("the daemon", rest, timeout, || {
             self.daemon.process.expect_running()?;
             let status = self.daemon.status()?;
-            let now = (status.collapse_bytes, status.aligned, status.guest_only, status.host_only);
-            if last != Some(now) {
-                last = Some(now);
-                since = std::time::Instant::now();
-            }
-            Ok((since.elapsed() >= rest).then_some(()))
+            Ok((status.collapse_bytes, status.aligned, status.guest_only, status.host_only))
         })
+        .map(drop)
     }
 }

@@ -12,6 +12,10 @@ use anyhow::{bail, Context};
 /// How often a wait looks again.
 const POLL: Duration = Duration::from_millis(10);
 
+/// How often it looks whether something changes: seldom enough to cost a daemon
+/// or a guest nothing that is measured.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// A child process with a log file, killed when this is dropped, and by the
 /// kernel if the thread that started it dies first.
 #[derive(Debug)]
@@ -225,6 +229,31 @@ pub fn wait_for<T>(
     }
 }
 
+/// Calls `look` until it has returned the same for `rest`, and returns that.
+///
+/// # Errors
+/// The error of `look`, or that `what` was not at rest in time.
+pub fn wait_until_still<T: PartialEq>(
+    what: &str,
+    rest: Duration,
+    timeout: Duration,
+    mut look: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let deadline = Instant::now() + timeout;
+    let (mut last, mut since) = (look()?, Instant::now());
+    while since.elapsed() < rest {
+        if Instant::now() > deadline {
+            bail!("{what}: no rest of {rest:?} within {timeout:?}");
+        }
+        std::thread::sleep(LOOK);
+        let now = look()?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+    }
+    Ok(last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,5 +281,26 @@ mod tests {
     fn wait_for_gives_up() {
         let result = wait_for("never", Duration::from_millis(20), || Ok(None::<()>));
         assert!(result.is_err());
+    }
+
+    #[test]
+    fn rest_begins_anew_with_every_change() {
+        let mut looks = 0;
+        let still = wait_until_still("a count", LOOK * 2, LOOK * 100, || {
+            looks += 1;
+            Ok(looks.min(4))
+        });
+        assert_eq!(still.expect("it ends at 4"), 4);
+        assert!(looks >= 5, "{looks} looks");
+    }
+
+    #[test]
+    fn what_never_rests_is_an_error() {
+        let mut looks = 0;
+        let still = wait_until_still("a count", LOOK * 2, LOOK * 3, || {
+            looks += 1;
+            Ok(looks)
+        });
+        assert!(still.is_err());
     }
 }

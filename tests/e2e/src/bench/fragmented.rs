@@ -233,17 +233,10 @@ impl Ground {
     /// whole run has cost since the guest was prepared.
     ///
     /// # Errors
-    /// If the daemon does not answer.
+    /// If the daemon does not answer, or does not come to an end in time.
     pub fn total_costs(&self) -> anyhow::Result<Costs> {
-        let started = Instant::now();
-        let (mut last, mut since) = (self.costs()?, Instant::now());
-        while since.elapsed() < REST && started.elapsed() < REST_TIMEOUT {
-            std::thread::sleep(Duration::from_millis(200));
-            let now = self.costs()?;
-            if now.collapses != last.collapses {
-                (last, since) = (now, Instant::now());
-            }
-        }
+        let collapses = || Ok(self.costs()?.collapses);
+        process::wait_until_still("the daemon's repairs", REST, REST_TIMEOUT, collapses)?;
         Ok(self.costs()?.since(self.start))
     }
 

@@ -1,6 +1,6 @@
 //! The driver holds nine tenths of the guest's memory, and a program wants it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{ensure, Context};
 use gemini_guest::probe::{Echoed, Probe, Take, Taken};
@@ -181,14 +181,8 @@ fn make_ready(lab: &Lab) -> anyhow::Result<()> {
         }
     }
     // The driver hears of it a little later, and the host may have too few.
-    let mut last = (0, Instant::now());
-    process::wait_for("the host has made ready what it can", HOLD_TIMEOUT, || {
-        let ready = lab.vm.guest.driver_number("ready")?;
-        if ready != last.0 {
-            last = (ready, Instant::now());
-        }
-        Ok((last.1.elapsed() > REST).then_some(()))
-    })
+    let ready = || lab.vm.guest.driver_number("ready");
+    process::wait_until_still("what is ready", REST, HOLD_TIMEOUT, ready).map(drop)
 }
 
 fn available(lab: &Lab) -> anyhow::Result<u64> {
