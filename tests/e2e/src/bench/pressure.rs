@@ -134,6 +134,7 @@ fn hold(lab: &Lab) -> anyhow::Result<Seen> {
     let free = available(lab)?;
     let total = lab.vm.guest.memory()?.get("MemTotal").copied().context("no MemTotal")?;
     let blocks = (total * HELD_PERCENT).div_ceil(100 * BLOCK);
+    let mut refusal = None;
     process::wait_for("the driver holds nine tenths of memory", HOLD_TIMEOUT, || {
         let held = lab.vm.guest.driver_number("held")?;
         if held >= blocks {
@@ -141,12 +142,14 @@ fn hold(lab: &Lab) -> anyhow::Result<Seen> {
         }
         // Plain allocations end at a block that is not the driver's to keep,
         // for that is offered again and again. The rest is had by address.
-        if lab.vm.guest.driver_command(&format!("book any {}", blocks - held)).is_err() {
+        refusal = lab.vm.guest.driver_command(&format!("book any {}", blocks - held)).err();
+        if refusal.is_some() {
             lab.vm.guest.driver_command("census")?;
-            book_free(lab, blocks)?;
+            refusal = book_free(lab, blocks)?;
         }
         Ok(None)
-    })?;
+    })
+    .with_context(|| format!("the driver refused last: {refusal:?}"))?;
     make_ready(lab)?;
     let held = lab.vm.guest.driver_number("held")?;
     let ready = lab.vm.guest.driver_number("ready")?;
@@ -160,17 +163,21 @@ fn hold(lab: &Lab) -> anyhow::Result<Seen> {
     })
 }
 
-/// Books free blocks at their addresses until `most` are held.
-fn book_free(lab: &Lab, most: u64) -> anyhow::Result<()> {
-    for run in lab.vm.guest.driver_blocks()? {
-        let held = lab.vm.guest.driver_number("held")?;
+/// Books free blocks at their addresses until `most` are held; returns what was
+/// refused last. A refusal is no failure: where some blocks are in use again,
+/// there are others. A guest that does not answer fails in the next command.
+fn book_free(lab: &Lab, most: u64) -> anyhow::Result<Option<anyhow::Error>> {
+    let guest = &lab.vm.guest;
+    let mut refusal = None;
+    for run in guest.driver_blocks()? {
+        let held = guest.driver_number("held")?;
         if run.guest == "free" && held < most {
             let count = run.count.min(most - held);
-            // Some of them may be in use again; there are others.
-            let _ = lab.vm.guest.driver_command(&format!("book {} {count}", run.first));
+            let booked = guest.driver_command(&format!("book {} {count}", run.first));
+            refusal = booked.err().or(refusal);
         }
     }
-    Ok(())
+    Ok(refusal)
 }
 
 /// Has the host put huge pages under what is held.
