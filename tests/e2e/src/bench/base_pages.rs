@@ -22,10 +22,14 @@ const PROGRAM: u64 = 128 * MIB;
 /// Base pages of each block that the program uses at first, of 512.
 const SPARSE_PAGES: u32 = 100;
 
-/// How long the program stays sparse, under the eyes of the promoter.
-const SPARSE_TIME: Duration = Duration::from_secs(5);
+/// How often the promoter passes by the program while it is sparse.
+const SPARSE_PASSES: usize = 2;
 
-/// From the moment on that the program is dense.
+/// How long that may take.
+const PASSES_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// From the moment on that the program is dense. A time, since the figure is
+/// what is aligned when it is over.
 const DENSE_TIME: Duration = Duration::from_secs(10);
 
 /// CPU share of the promoter, in percent: an emulated guest needs several
@@ -142,7 +146,14 @@ fn grow(lab: &Lab, seed: u64) -> anyhow::Result<Seen> {
          echo $! > /tmp/gemini-guestd.pid"
     ))?;
     guest.write_file(THP, "always")?;
-    std::thread::sleep(SPARSE_TIME);
+    process::wait_for("the promoter passes by", PASSES_TIMEOUT, || {
+        // Asking costs the guest time.
+        std::thread::sleep(Duration::from_millis(250));
+        let reports = reports(&guest.read_file(REPORTS)?)?;
+        // Before, it had to leave the program alone.
+        let passes = reports.iter().filter(|report| report["thp"] == "always").count();
+        Ok((passes >= SPARSE_PASSES).then_some(()))
+    })?;
     let before = guest.program_blocks("program")?;
     let mut seen = Seen {
         huge_when_sparse: before.iter().flatten().count() as u64,
@@ -150,7 +161,7 @@ fn grow(lab: &Lab, seed: u64) -> anyhow::Result<Seen> {
         ..Seen::default()
     };
     let copied = lab.daemon.status()?.collapse_bytes;
-    let reports = guest.read_file(REPORTS)?.lines().count();
+    let passes = reports(&guest.read_file(REPORTS)?)?.len();
 
     guest.grow("program")?;
     let dense = Instant::now();
@@ -175,10 +186,7 @@ fn grow(lab: &Lab, seed: u64) -> anyhow::Result<Seen> {
     }
     guest.shell("kill -TERM $(cat /tmp/gemini-guestd.pid)")?;
     seen.host_copied = lab.daemon.status()?.collapse_bytes - copied;
-    let text = guest.read_file(REPORTS)?;
-    for line in text.lines().skip(reports) {
-        let report: Value =
-            serde_json::from_str(line).with_context(|| format!("no report: {line}"))?;
+    for report in &reports(&guest.read_file(REPORTS)?)?[passes..] {
         seen.agent_cpu_seconds += report["cpu_seconds"].as_f64().unwrap_or(0.0);
         seen.agent_failed += report["failed"].as_u64().unwrap_or(0);
     }
@@ -186,4 +194,14 @@ fn grow(lab: &Lab, seed: u64) -> anyhow::Result<Seen> {
     guest.verify_process("program")?;
     guest.end("program")?;
     Ok(seen)
+}
+
+/// What the promoter has said of each of its passes. The last line may not be
+/// written to its end yet.
+fn reports(text: &str) -> anyhow::Result<Vec<Value>> {
+    let (whole, _) = text.rsplit_once('\n').unwrap_or_default();
+    whole
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("no report: {line}")))
+        .collect()
 }

@@ -34,6 +34,11 @@ const STOCK_TIMEOUT: Duration = Duration::from_secs(60);
 const PROMOTER: &str = "gemini-guestd --log-level warn";
 const PROMOTER_PID: &str = "/tmp/gemini-guestd.pid";
 
+/// How long it and the driver may do what they do once. A time: the promoter
+/// tells of its passes only if it prints them, which would be part of what it is
+/// seen to cost.
+const FIRST_LOOKS: Duration = Duration::from_secs(5);
+
 /// There while booking is to be busy.
 const BUSY: &str = "/tmp/busy";
 
@@ -203,7 +208,7 @@ fn cpu_shares(lab: &Lab, name: &str, seconds: u32, scenario: &mut Scenario) -> a
 fn start_promoter(lab: &Lab) -> anyhow::Result<()> {
     let command = format!("{PROMOTER} < /dev/null > /dev/null 2>&1 & echo $! > {PROMOTER_PID}");
     lab.vm.guest.shell(&command)?;
-    std::thread::sleep(Duration::from_secs(5));
+    std::thread::sleep(FIRST_LOOKS);
     Ok(())
 }
 

@@ -12,10 +12,15 @@ use crate::compare::Counts;
 use crate::daemon::DaemonConfig;
 use crate::guest::DriverRun;
 use crate::lab::{Bench, Lab};
+use crate::process;
 use crate::BLOCK;
 
-/// How long the driver may make its stock before a program comes.
-const WARM_UP: Duration = Duration::from_secs(5);
+/// The driver's stock is made when it is as large as the driver wants it, or the
+/// host has no huge page left for it, and is the same for so long.
+const STOCK_REST: Duration = Duration::from_secs(1);
+
+/// How long it may take to be made.
+const STOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Both layers are at rest when nothing changed for so long: longer than the
 /// driver keeps a block that nobody comes for, and the host a huge page that is
@@ -59,7 +64,6 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let mut scenario = Scenario::new("scarce-host");
     scenario.arg("guest_memory", memory);
     scenario.arg("huge_max", memory / 4);
-    scenario.arg("warm_up_seconds", WARM_UP.as_secs());
 
     let (mut lab, fmfi) = start(bench, memory, seed)?;
     let log = lab.vm.guest.log_position()?;
@@ -150,10 +154,10 @@ fn available(lab: &Lab) -> anyhow::Result<u64> {
     memory.get("MemAvailable").copied().context("the guest does not tell its available memory")
 }
 
-/// Has a program touch `bytes`, waits until both layers are at rest, looks, and
+/// Has a program touch `bytes` when the driver has its stock, waits until both layers are at rest, looks, and
 /// ends it.
 fn run(lab: &mut Lab, name: &str, bytes: u64, supply: u64, seed: u64) -> anyhow::Result<Seen> {
-    std::thread::sleep(WARM_UP);
+    wait_stock(lab)?;
     let before = lab.daemon.status()?;
     let placed = lab.vm.guest.driver_number("placed")?;
     let program = Program { bytes, seed, blocks_per_second: 0.0 };
@@ -169,6 +173,19 @@ fn run(lab: &mut Lab, name: &str, bytes: u64, supply: u64, seed: u64) -> anyhow:
     lab.vm.guest.verify_process(name)?;
     lab.vm.guest.end(name)?;
     Ok(seen)
+}
+
+/// Waits until the driver has made its stock, as far as the host lets it.
+fn wait_stock(lab: &Lab) -> anyhow::Result<()> {
+    let guest = &lab.vm.guest;
+    let ready = || guest.driver_number("ready");
+    process::wait_for("the stock is full, or the host has nothing for it", STOCK_TIMEOUT, || {
+        let target = guest.driver_number("stock_target")?;
+        let full = target > 0 && ready()? >= target;
+        Ok((full || guest.driver_number("scarce")? == 1).then_some(()))
+    })?;
+    // What the last program has freed may be on its way.
+    process::wait_until_still("the stock", STOCK_REST, STOCK_TIMEOUT, ready).map(drop)
 }
 
 fn look(lab: &Lab, name: &str) -> anyhow::Result<Seen> {
