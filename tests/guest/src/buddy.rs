@@ -1,4 +1,7 @@
 //! How fragmented free memory is, from `/proc/buddyinfo`.
+//!
+//! The promoter reads the same file with code of its own, and so does this: what
+//! tests judge by must not share the mistakes of what they judge.
 
 use anyhow::Context;
 
