@@ -121,7 +121,7 @@ impl View {
         let mut runs: Vec<MapRun> = Vec::new();
         for (&number, block) in &self.blocks {
             let guest = match block.guest {
-                BlockState::Free => "free",
+                BlockState::Free | BlockState::Bare => "free",
                 BlockState::Base => "base",
                 BlockState::Huge => "huge",
                 BlockState::Held => "booked",
@@ -232,7 +232,7 @@ fn agreement(view: &View, before: &BlockMap, after: &BlockMap) -> Agreement {
             BlockState::Huge => new.0 == "huge",
             // Pages that lie in a list of one CPU are free to the driver, and
             // not to /proc/kpageflags; what is booked, only the driver knows.
-            BlockState::Base | BlockState::Held => new.0 != "huge",
+            BlockState::Bare | BlockState::Base | BlockState::Held => new.0 != "huge",
             BlockState::Free => new.0 == "free" || new.0 == "booked",
         };
         let host_agrees = match block.host {

@@ -43,7 +43,7 @@ fn base_pages_are_scattered_over_all_blocks_until_the_fragmenter_ends() -> anyho
     let (mut free, mut low, mut high) = (0, 0, 0);
     for run in &blocks.runs {
         match run.state {
-            BlockState::Free => free += run.count,
+            BlockState::Free | BlockState::Bare => free += run.count,
             _ if run.first < DMA32_BLOCKS => low += run.count,
             _ => high += run.count,
         }

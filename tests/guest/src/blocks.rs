@@ -27,7 +27,7 @@ const ZERO_PAGE: u64 = 1 << 24;
 ///
 /// Freed blocks wait on lists of processors. There `/proc/kpageflags` tells
 /// nothing of their pages, as it does of pages that the kernel has taken for
-/// itself. They count as free if the kernel tells to have as many pages on those
+/// itself. They are told apart if the kernel says to have as many pages on those
 /// lists.
 ///
 /// # Errors
@@ -63,7 +63,7 @@ pub fn read() -> anyhow::Result<BlockStates> {
     let on_lists = kernel::pages_on_cpu_lists()? / PAGES as u64;
     let mut states = BlockStates::default();
     for (number, state, user, is_bare) in blocks {
-        let state = if is_bare && bare <= on_lists { BlockState::Free } else { state };
+        let state = if is_bare && bare <= on_lists { BlockState::Bare } else { state };
         push(&mut states.runs, number, state, user);
     }
     Ok(states)

@@ -489,6 +489,10 @@ pub struct BlockStates {
 pub enum BlockState {
     /// Every page is in the page allocator.
     Free,
+    /// No page has a flag: free, on a list of a processor, or the kernel's own.
+    /// Such blocks are said to be [`BlockState::Base`] if there are more of them
+    /// than lists of processors have pages for.
+    Bare,
     /// Pages of several owners, or base pages.
     Base,
     /// One huge page of user memory.

@@ -154,8 +154,8 @@ fn available(lab: &Lab) -> anyhow::Result<u64> {
     memory.get("MemAvailable").copied().context("the guest does not tell its available memory")
 }
 
-/// Has a program touch `bytes` when the driver has its stock, waits until both layers are at rest, looks, and
-/// ends it.
+/// Has a program touch `bytes` when the driver has its stock, waits until both
+/// layers are at rest, looks, and ends it.
 fn run(lab: &mut Lab, name: &str, bytes: u64, supply: u64, seed: u64) -> anyhow::Result<Seen> {
     wait_stock(lab)?;
     let before = lab.daemon.status()?;
