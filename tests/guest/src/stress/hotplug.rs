@@ -10,6 +10,7 @@ use anyhow::{bail, Context};
 
 use super::tally::Count;
 use super::Worker;
+use crate::kernel;
 
 const MEMORY: &str = "/sys/devices/system/memory";
 
@@ -21,6 +22,10 @@ const PLUGGED_FROM: u64 = 4 << 30;
 /// where a page moves only now and then, so the writer is a process that can be
 /// interrupted.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What is in a memory block has to go somewhere else: how long there may be no
+/// room for it before it is tried nevertheless.
+const ROOM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Sets a memory block offline, leaves it there for a moment, and online again;
 /// or a processor.
@@ -44,6 +49,7 @@ pub fn round(worker: &mut Worker) -> anyhow::Result<()> {
     // Rather the movable ones behind than those that hold the kernel.
     let from = if worker.random.one_in(4) { 0 } else { blocks.len() / 2 };
     let block = &blocks[from + worker.random.below(blocks.len() - from)];
+    wait_room()?;
     if set_offline(block)? {
         worker.tally.add(Count::Done);
         std::thread::sleep(Duration::from_millis(worker.random.between(0..1000)));
@@ -100,9 +106,7 @@ impl MemoryBlock {
 /// All memory blocks, by address.
 fn memory_blocks() -> anyhow::Result<Vec<MemoryBlock>> {
     let Ok(entries) = fs::read_dir(MEMORY) else { return Ok(Vec::new()) };
-    let size = fs::read_to_string(Path::new(MEMORY).join("block_size_bytes"))
-        .context("memory blocks have no size")?;
-    let size = u64::from_str_radix(size.trim(), 16).context("the size of a memory block")?;
+    let size = block_size()?;
     let mut blocks: Vec<(u64, PathBuf)> = entries
         .flatten()
         .filter_map(|entry| {
@@ -117,6 +121,26 @@ fn memory_blocks() -> anyhow::Result<Vec<MemoryBlock>> {
         .into_iter()
         .map(|(number, path)| MemoryBlock { path, plugged: plugged(number) })
         .collect())
+}
+
+/// Waits until what a memory block has in use fits elsewhere, and as much again
+/// for whoever allocates meanwhile.
+fn wait_room() -> anyhow::Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < ROOM_PATIENCE {
+        let free = kernel::memory()?.get("MemFree").copied().unwrap_or(0);
+        if free >= 2 * block_size()? {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+fn block_size() -> anyhow::Result<u64> {
+    let size = fs::read_to_string(Path::new(MEMORY).join("block_size_bytes"))
+        .context("memory blocks have no size")?;
+    u64::from_str_radix(size.trim(), 16).context("the size of a memory block")
 }
 
 /// Whether the kernel did it in time.
