@@ -598,6 +598,7 @@ bool gemini_map_unhold_old(struct gemini_map *map, int nid,
  * @map: the map
  * @nid: their node
  * @stock: their list
+ * @made: only those that the host made huge for the stock
  * @before: they have been there since before this time, in jiffies
  * @blocks: where to, the oldest one first
  * @max: room, in blocks
@@ -608,8 +609,9 @@ bool gemini_map_unhold_old(struct gemini_map *map, int nid,
  * Return: number of blocks.
  */
 unsigned int gemini_map_pick(struct gemini_map *map, int nid,
-			     enum gemini_stock stock, unsigned long before,
-			     u64 *blocks, unsigned int max)
+			     enum gemini_stock stock, bool made,
+			     unsigned long before, u64 *blocks,
+			     unsigned int max)
 {
 	const struct gemini_block *entry;
 	unsigned int count = 0;
@@ -620,7 +622,8 @@ unsigned int gemini_map_pick(struct gemini_map *map, int nid,
 		if (count == max || time_after(page_private(page), before))
 			break;
 		entry = gemini_map_find(map, block_of(map, page));
-		if (entry->host != VIRTIO_GEMINI_HOST_ABSENT)
+		if (entry->host != VIRTIO_GEMINI_HOST_ABSENT &&
+		    (!made || entry->flags & GEMINI_BLOCK_MADE))
 			blocks[count++] = block_of(map, page);
 	}
 	spin_unlock(&map->lock);

@@ -165,8 +165,9 @@ bool gemini_map_unhold_old(struct gemini_map *map, int nid,
 			   enum gemini_stock stock, bool made,
 			   unsigned long before, u64 *block);
 unsigned int gemini_map_pick(struct gemini_map *map, int nid,
-			     enum gemini_stock stock, unsigned long before,
-			     u64 *blocks, unsigned int max);
+			     enum gemini_stock stock, bool made,
+			     unsigned long before, u64 *blocks,
+			     unsigned int max);
 bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
 		     bool *clean);
 u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock);

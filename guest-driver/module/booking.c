@@ -621,12 +621,17 @@ static void trim(struct gemini *gemini, int nid)
 	enum gemini_stock stock;
 	u64 expired = 0;
 	unsigned long unused = UNUSED;
+	unsigned long made = UNUSED;
 	u64 ready;
 
 	/* They go to the host, unless it has stopped to take them. */
 	if (gemini_giving_active(gemini)) {
 		timeout += GIVING;
 		unused += GIVING;
+	}
+	if (gemini_giving_surplus(gemini, nid)) {
+		made += GIVING;
+		gemini_giving_kick(gemini);
 	}
 	if (gemini_hold_ready(gemini, nid) >= target || !host_gives(gemini))
 		/* Nothing becomes of them. */
@@ -641,7 +646,7 @@ static void trim(struct gemini *gemini, int nid)
 		ready = gemini_hold_ready(gemini, nid);
 		if (ready > target)
 			expired += gemini_hold_expire(gemini, nid, stock, true,
-						      now - unused,
+						      now - made,
 						      ready - target);
 	}
 	if (expired) {

@@ -565,6 +565,7 @@ void gemini_giving_stop(struct gemini *gemini);
 void gemini_giving_kick(struct gemini *gemini);
 void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused);
 bool gemini_giving_active(struct gemini *gemini);
+bool gemini_giving_surplus(struct gemini *gemini, int nid);
 u64 gemini_giving_owed(struct gemini *gemini);
 
 /* bucket.c */

@@ -15,6 +15,9 @@
  * blocks after nobody came for them within the booking timeout, but for the
  * stock.
  *
+ * Always: what the host made huge for a stock that does not need it any more.
+ * A burst of demand costs the host no memory for longer than it lasts.
+ *
  * What is on its way to the host is held, and bounded by release_max.  Nobody
  * in the reclaim path waits for it.
  */
@@ -122,7 +125,8 @@ static void forget_answers(struct gemini *gemini)
 
 /* Held blocks that nobody came for; they stay held. */
 static void pick_held(struct gemini *gemini, enum gemini_stock stock,
-		      unsigned long age, bool spare, struct batch *batch)
+		      bool made, unsigned long age, bool spare,
+		      struct batch *batch)
 {
 	unsigned int most;
 	int nid;
@@ -133,7 +137,7 @@ static void pick_held(struct gemini *gemini, enum gemini_stock stock,
 			most = min_t(u64, most,
 				     gemini_booking_spare(gemini, nid));
 		batch->count += gemini_map_pick(&gemini->map, nid, stock,
-						jiffies - age,
+						made, jiffies - age,
 						batch->block + batch->count,
 						most);
 	}
@@ -319,7 +323,61 @@ static void pick_ready(struct gemini *gemini, struct batch *batch)
 	enum gemini_stock stock;
 
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
-		pick_held(gemini, stock, age, true, batch);
+		pick_held(gemini, stock, false, age, true, batch);
+}
+
+/* Likewise, of those alone that the host made huge for the stock, and sooner. */
+static void pick_surplus(struct gemini *gemini, struct batch *batch)
+{
+	enum gemini_stock stock;
+
+	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
+		pick_held(gemini, stock, true, UNUSED, true, batch);
+}
+
+/**
+ * gemini_giving_surplus() - are there blocks that the host gets back?
+ * @gemini: the device
+ * @nid: their node
+ *
+ * Return: true if the host made ready blocks huge for a stock that does not
+ * need them any more, and takes them back.
+ */
+bool gemini_giving_surplus(struct gemini *gemini, int nid)
+{
+	unsigned long before = jiffies - UNUSED;
+	enum gemini_stock stock;
+	u64 block;
+
+	if (!possible(gemini) || !gemini_booking_spare(gemini, nid))
+		return false;
+	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
+		if (gemini_map_pick(&gemini->map, nid, stock, true, before,
+				    &block, 1))
+			return true;
+	return false;
+}
+
+/* The host waits for it. */
+static void pick_wanted(struct gemini *gemini, struct batch *batch)
+{
+	pick_held(gemini, GEMINI_STOCK_IDLE, false, 0, false, batch);
+	hold_free(gemini, true, batch);
+	/* Not while others are left, which a whole look has to tell. */
+	if (!batch->count && !gemini->giving.huge_first)
+		pick_ready(gemini, batch);
+}
+
+/* Nobody waits for it. What is held already costs nothing, so it comes first. */
+static void pick_unused(struct gemini *gemini, struct batch *batch)
+{
+	pick_surplus(gemini, batch);
+	if (batch->count || !READ_ONCE(gemini->returning))
+		return;
+	pick_held(gemini, GEMINI_STOCK_IDLE, false, UNUSED, false, batch);
+	pick_ready(gemini, batch);
+	if (!batch->count)
+		hold_free(gemini, false, batch);
 }
 
 /* One batch; returns the number of blocks in it. */
@@ -331,8 +389,6 @@ static unsigned int give(struct gemini *gemini)
 	struct batch batch = {};
 	unsigned int i;
 
-	if (!owed && !READ_ONCE(gemini->returning))
-		return 0;
 	/* One is made while the host answers another. */
 	batch.max = clamp(max / 2, 1U, BATCH);
 	if (unanswered + batch.max > max)
@@ -340,18 +396,10 @@ static unsigned int give(struct gemini *gemini)
 	if (owed)
 		batch.max = min_t(u64, batch.max, owed);
 
-	pick_held(gemini, GEMINI_STOCK_IDLE, owed ? 0 : UNUSED, false, &batch);
-	if (owed) {
-		hold_free(gemini, true, &batch);
-		/* Not while others are left, which a whole look has to tell. */
-		if (!batch.count && !gemini->giving.huge_first)
-			pick_ready(gemini, &batch);
-	} else {
-		/* They cost nothing: they are held already. */
-		pick_ready(gemini, &batch);
-		if (!batch.count)
-			hold_free(gemini, false, &batch);
-	}
+	if (owed)
+		pick_wanted(gemini, &batch);
+	else
+		pick_unused(gemini, &batch);
 	if (!batch.count)
 		return 0;
 	if (release(gemini, &batch)) {
