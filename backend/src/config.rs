@@ -36,6 +36,12 @@ pub struct Args {
     #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse_metrics_address)]
     pub metrics_address: Option<SocketAddr>,
 
+    /// Directory that is shared with the daemons of other VMs on this host: what host-huge-max and
+    /// host-copy-rate allow is divided among them by weight. Whoever may write there may lay claim
+    /// to a share. Without it the daemon works alone, and the two do nothing.
+    #[arg(long, value_name = "PATH")]
+    pub share_dir: Option<PathBuf>,
+
     /// What the virtual machine is called in status and metrics (label `vm`). By default the name
     /// of the vhost-user socket, without its suffix.
     #[arg(long, value_name = "NAME")]

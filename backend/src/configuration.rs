@@ -223,6 +223,9 @@ impl Configuration {
         if now.give_back != before.give_back {
             self.engine.set_give_back(now.give_back);
         }
+        if now.limits() != before.limits() {
+            self.engine.set_limits(now.limits());
+        }
         if now.log_level != before.log_level {
             logging::set_level(now.log_level);
         }

@@ -12,7 +12,8 @@
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
 //! Beside them: [`block_map`] (both states of every block), [`bitmap`], [`budget`],
-//! [`pressure`] (how short of memory the host is), [`protocol`] (the wire format), [`settings`] (each declared once), [`configuration`] (where
+//! [`pressure`] (how short of memory the host is), [`protocol`] (the wire format), [`shares`]
+//! (what several VMs have of the host), [`settings`] (each declared once), [`configuration`] (where
 //! they come from), [`control`] (the control socket and metrics), [`ctl`] (its client,
 //! `geminictl`), [`config`] (the command line), [`logging`] and [`fault`] (places for tests to
 //! kill the daemon).
@@ -37,3 +38,4 @@ pub mod pressure;
 pub mod protocol;
 pub mod server;
 pub mod settings;
+pub mod shares;

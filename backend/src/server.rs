@@ -7,6 +7,7 @@ use crate::control;
 use crate::device::{say, Device, GuestMemory};
 use crate::engine::{Engine, Port, Threads};
 use crate::logging;
+use crate::shares;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io;
@@ -15,6 +16,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
@@ -49,6 +51,17 @@ pub enum Error {
     Metrics {
         /// The address.
         address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The directory that VMs share cannot be entered.
+    #[error(
+        "cannot enter {path} to share with other VMs: {source}; give a directory on this host \
+             that exists and may be written to"
+    )]
+    Shares {
+        /// The directory.
+        path: PathBuf,
         /// What the system said.
         source: io::Error,
     },
@@ -244,6 +257,12 @@ pub fn run(args: &Args) -> Result<(), Error> {
         settings,
         Arc::clone(threads.engine()),
     ));
+    // Ends with us; the kernel would end it as well.
+    let (_sharing, sharing_ends) = channel();
+    if let Some(directory) = &args.share_dir {
+        shares::start(directory, Arc::clone(threads.engine()), sharing_ends)
+            .map_err(|source| Error::Shares { path: directory.clone(), source })?;
+    }
     ending.begin(Arc::clone(&configuration));
     let subject = Arc::new(control::Subject {
         name: args.name(),

@@ -7,6 +7,7 @@
 
 use crate::engine::{GiveBack, Settings as EngineSettings};
 use crate::policy::Policy;
+use crate::shares::{Limits, WEIGHT_MAX};
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Arg, ArgMatches, Command, ValueEnum};
 use log::LevelFilter;
@@ -34,6 +35,12 @@ pub struct Settings {
     pub huge_max: Option<u64>,
     /// When the guest is asked for memory that it does not use.
     pub give_back: GiveBack,
+    /// Weight among the VMs that share what the host has.
+    pub weight: u64,
+    /// Most bytes of huge pages for all of them; `None` for any amount.
+    pub host_huge_max: Option<u64>,
+    /// Most bytes that are copied a second for all of them; `None` for any amount.
+    pub host_copy_rate: Option<u64>,
     /// Least important messages that are logged.
     pub log_level: LevelFilter,
 }
@@ -46,6 +53,9 @@ impl Default for Settings {
             cpu_share: 25,
             huge_max: None,
             give_back: GiveBack::Pressure,
+            weight: 100,
+            host_huge_max: None,
+            host_copy_rate: None,
             log_level: LevelFilter::Info,
         }
     }
@@ -66,6 +76,16 @@ impl Settings {
             block_shift,
             huge_max: self.huge_max,
             give_back: self.give_back,
+            limits: self.limits(),
+        }
+    }
+
+    /// What is shared with other VMs.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            weight: self.weight,
+            host_huge_max: self.host_huge_max,
+            host_copy_rate: self.host_copy_rate,
         }
     }
 
@@ -150,14 +170,53 @@ pub static SETTINGS: &[Setting] = &[
         get: |s| s.huge_max.into(),
         show: |s| s.huge_max.map_or(UNLIMITED.into(), show_bytes),
         set: |s, value| {
-            s.huge_max =
-                match value {
-                    Value::Null => None,
-                    Value::String(word) if word == UNLIMITED => None,
-                    value => Some(bytes(value).ok_or_else(|| {
-                        format!("a number of bytes, for example 4G, or {UNLIMITED}")
-                    })?),
-                };
+            s.huge_max = bytes_or_unlimited(value, 0)
+                .ok_or_else(|| format!("a number of bytes, for example 4G, or {UNLIMITED}"))?;
+            Ok(())
+        },
+    },
+    Setting {
+        name: "weight",
+        value_name: "NUMBER",
+        about: "Weight of the VM among those whose daemons have the same --share-dir.",
+        range: Range::Words("a whole number from 1 to 10000"),
+        get: |s| s.weight.into(),
+        show: |s| s.weight.to_string(),
+        set: |s, value| {
+            let weight = number(value).filter(|weight| (1..=WEIGHT_MAX).contains(weight));
+            weight
+                .map(|weight| s.weight = weight)
+                .ok_or_else(|| format!("a whole number from 1 to {WEIGHT_MAX}"))
+        },
+    },
+    Setting {
+        name: "host-huge-max",
+        value_name: "BYTES",
+        about: "Most bytes of host huge pages for all VMs of the --share-dir together, each of \
+                which has its share by weight; give all daemons the same.",
+        range: Range::Words("bytes (K, M, G, T: powers of 1024), or unlimited"),
+        get: |s| s.host_huge_max.into(),
+        show: |s| s.host_huge_max.map_or(UNLIMITED.into(), show_bytes),
+        set: |s, value| {
+            s.host_huge_max = bytes_or_unlimited(value, 0)
+                .ok_or_else(|| format!("a number of bytes, for example 64G, or {UNLIMITED}"))?;
+            Ok(())
+        },
+    },
+    Setting {
+        name: "host-copy-rate",
+        value_name: "BYTES",
+        about: "Most bytes that are copied per second for all VMs of the --share-dir together, \
+                shared likewise among those that have something to copy.",
+        range: Range::Words(
+            "bytes a second (K, M, G, T: powers of 1024), 2M or more, or unlimited",
+        ),
+        get: |s| s.host_copy_rate.into(),
+        show: |s| s.host_copy_rate.map_or(UNLIMITED.into(), show_bytes),
+        set: |s, value| {
+            s.host_copy_rate = bytes_or_unlimited(value, COPY_RATE_MIN).ok_or_else(|| {
+                format!("a number of bytes a second from 2M on, for example 1G, or {UNLIMITED}")
+            })?;
             Ok(())
         },
     },
@@ -254,6 +313,16 @@ fn bytes(value: &Value) -> Option<u64> {
         value => value.as_u64()?,
     };
     Some(bytes).filter(|bytes| *bytes <= BYTES_MAX)
+}
+
+/// A number of bytes, at least `least`, or no limit.
+#[allow(clippy::option_option)] // neither right nor wrong, and the outer one is gone at once
+fn bytes_or_unlimited(value: &Value, least: u64) -> Option<Option<u64>> {
+    match value {
+        Value::Null => Some(None),
+        Value::String(word) if word == UNLIMITED => Some(None),
+        value => bytes(value).filter(|bytes| *bytes >= least).map(Some),
+    }
 }
 
 /// A number of bytes with the largest suffix that keeps it exact, as [`SETTINGS`] read it.
@@ -460,6 +529,9 @@ mod tests {
             cpu_share: 7,
             huge_max: Some(5 << 30),
             give_back: GiveBack::Always,
+            weight: 7,
+            host_huge_max: Some(5 << 30),
+            host_copy_rate: Some(3 << 20),
             log_level: LevelFilter::Trace,
         };
         for settings in [settings, Settings::default()] {

@@ -37,6 +37,44 @@ pub fn signal_event(event: &impl AsRawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// A constant of `fcntl` or `lseek` in the width that a lock has for it: all are small.
+fn short(constant: libc::c_int) -> libc::c_short {
+    libc::c_short::try_from(constant).unwrap_or(libc::c_short::MAX)
+}
+
+/// A write lock on the whole of a file, which belongs to the open file and not to the process.
+fn whole_file_lock() -> libc::flock {
+    // SAFETY: all fields are integers, and 0 is a value of each.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = short(libc::F_WRLCK);
+    lock.l_whence = short(libc::SEEK_SET);
+    lock
+}
+
+/// Locks a file for as long as it is open: the kernel unlocks it when its last descriptor is
+/// closed, at the latest at the end of the process.
+///
+/// # Errors
+/// Those of the file system; EAGAIN if somebody else has locked it.
+pub fn lock_for_life(file: &File) -> io::Result<()> {
+    let lock = whole_file_lock();
+    // SAFETY: the lock is a valid structure that lives across the call.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    check(libc::c_long::from(result)).map(|_| ())
+}
+
+/// Whether somebody holds a file by [`lock_for_life`], other than by this very descriptor.
+///
+/// # Errors
+/// Those of the file system.
+pub fn lock_is_held(file: &File) -> io::Result<bool> {
+    let mut lock = whole_file_lock();
+    // SAFETY: as above.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    check(libc::c_long::from(result))?;
+    Ok(lock.l_type != short(libc::F_UNLCK))
+}
+
 /// Closes a descriptor whose owner turned it into a number and forgot it.
 ///
 /// The caller knows that nobody uses the number any more; that it still is the same descriptor

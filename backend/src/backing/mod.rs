@@ -23,7 +23,8 @@ mod vmm;
 mod window;
 
 pub use descriptor::{
-    bind_private, close_abandoned, inherit_listener, set_nonblocking, signal_event,
+    bind_private, close_abandoned, inherit_listener, lock_for_life, lock_is_held, set_nonblocking,
+    signal_event,
 };
 pub use findings::{Finding, Severity};
 pub use pool::PoolState;
@@ -251,6 +252,10 @@ trait Backing: Send + Sync {
     fn pool(&self) -> Option<PoolState> {
         None
     }
+    /// Page faults of the VMM so far; `None` where that is not known.
+    fn faults(&self) -> Option<u64> {
+        None
+    }
     fn may_discard(&self) -> bool;
     fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
     fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
@@ -413,6 +418,12 @@ impl Memory {
     pub fn may_discard(&self) -> bool {
         let mut regions = self.regions.iter().flatten().peekable();
         regions.peek().is_some() && regions.all(|region| region.may_discard())
+    }
+
+    /// Page faults of the VMM so far, which tell whether a guest met a collapse; `None` where that
+    /// is not known.
+    pub fn faults(&self) -> Option<u64> {
+        self.regions.iter().flatten().find_map(|region| region.faults())
     }
 
     fn pieces(

@@ -442,6 +442,10 @@ impl Backing for Shmem {
         vmm.map(|(vmm, _)| findings::refused(vmm.pid())).into_iter().collect()
     }
 
+    fn faults(&self) -> Option<u64> {
+        self.home.vmm.as_ref()?.0.faults()
+    }
+
     fn may_discard(&self) -> bool {
         self.kind == Kind::Shmem
     }

@@ -188,6 +188,14 @@ impl Vmm {
         sys::process_cold(self.pidfd.as_fd(), &(addr..addr + sys::page_size()))
     }
 
+    /// Page faults of all its threads so far that needed no disk; `None` if that cannot be seen.
+    pub fn faults(&self) -> Option<u64> {
+        let stat = std::fs::read_to_string(proc_of(self.pid).join("stat")).ok()?;
+        // The name in parentheses may contain anything; the fields count behind it.
+        let faults = stat.rsplit_once(") ")?.1.split(' ').nth(7)?.parse().ok()?;
+        self.is_alive().then_some(faults)
+    }
+
     /// Whether it declined huge pages for all its memory (PR_SET_THP_DISABLE).
     pub fn declines_huge_pages(&self) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
@@ -441,6 +449,17 @@ mod tests {
             [entry(0x2000_0000, 2 * MIB, 0, 7), entry(0x2020_0000, 2 * MIB, 2 * MIB, 7)];
         entries[1].shared = false;
         assert!(!locate(&entries, &wanted(0, 4 * MIB), SHIFT).unwrap().shared);
+    }
+
+    #[test]
+    fn faults_of_a_process_are_those_that_it_made() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let pidfd = sys::pidfd_open(pid).unwrap();
+        let vmm = Vmm { pid, pidfd, pagemap: None, permission: Permission::Unavailable };
+        let before = vmm.faults().unwrap();
+        let fresh = vec![1u8; 64 << 12];
+        assert!(fresh.iter().all(|byte| *byte == 1));
+        assert!(vmm.faults().unwrap() > before);
     }
 
     proptest! {

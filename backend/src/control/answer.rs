@@ -122,6 +122,7 @@ fn status(subject: &Subject) -> Value {
     let Subject { name, started, engine, configuration } = subject;
     let mut status = configuration.settings().to_json();
     let (acting, pressure, pools) = (engine.is_acting(), engine.pressure(), engine.pools());
+    let shares = engine.shares();
     let known = engine.inspect(|state| {
         let counters = state.map.counters();
         let guest: serde_json::Map<_, _> = GuestState::ALL
@@ -137,6 +138,7 @@ fn status(subject: &Subject) -> Value {
             "generation": state.generation,
             "block_shift": engine.settings().block_shift,
             "scarce": state.supply.is_scarce(),
+            "shares": shares,
             "paused": state.paused,
             "acting": acting,
             "pressure": pressure,

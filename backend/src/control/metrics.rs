@@ -147,8 +147,17 @@ fn expose(name: &str, sight: &Sight) -> String {
 
 fn settings(out: &mut Exposition, settings: &Settings) {
     // A setting that is added wants a decision here, too.
-    let Settings { policy: _, copy_rate, cpu_share: _, huge_max, give_back: _, log_level: _ } =
-        settings;
+    let Settings {
+        policy: _,
+        copy_rate,
+        cpu_share: _,
+        huge_max,
+        give_back: _,
+        weight: _,
+        host_huge_max: _,
+        host_copy_rate: _,
+        log_level: _,
+    } = settings;
     let values = settings.to_json();
     let policy = values.get("policy").and_then(|policy| policy.as_str()).unwrap_or_default();
     out.family("gauge", "policy_info", "Always 1; the policy in force.")
@@ -256,6 +265,7 @@ fn totals(out: &mut Exposition, totals: &Totals, of: impl Fn(u64) -> u64) {
         collapse_bytes,
         charged_bytes,
         collapses,
+        collapses_met,
         collapse_failures,
         populated,
         demoted,
@@ -269,6 +279,7 @@ fn totals(out: &mut Exposition, totals: &Totals, of: impl Fn(u64) -> u64) {
         ("collapse_bytes", "Bytes that collapses copied.", collapse_bytes),
         ("charged_bytes", "Bytes that the copy budget was charged for.", charged_bytes),
         ("collapses", "Blocks made huge with a copy.", collapses),
+        ("collapses_met", "Collapses during which the VMM faulted.", collapses_met),
         ("collapse_failures", "Attempts to make a block huge that failed.", collapse_failures),
         ("populated_bytes", "Memory made huge without a copy.", of(populated)),
         ("demoted_bytes", "Huge pages split because the guest was at its limit.", of(demoted)),

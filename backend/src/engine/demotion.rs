@@ -60,6 +60,32 @@ impl Demotion {
         None
     }
 
+    /// The next block to demote where huge pages have to be given back whatever they are good for:
+    /// those of no use first, then those that the driver holds, then those under base pages that
+    /// the guest uses, and aligned ones last. None that `rests`.
+    pub fn next_of_all(&self, map: &BlockMap, rests: impl Fn(usize) -> bool) -> Option<u64> {
+        let order = |guest| match guest {
+            GuestState::Free => 0,
+            GuestState::Unknown | GuestState::Booked => 1,
+            GuestState::Base => 2,
+            GuestState::Pinned => 3,
+            GuestState::Huge => 4,
+        };
+        let huge = (0..map.len()).filter_map(|index| Some((index, map.get(index)?)));
+        let huge = huge.filter(|(index, block)| block.host == HostState::Huge && !rests(*index));
+        let mut best: Option<(u8, usize)> = None;
+        for (index, block) in huge {
+            let rank = order(block.guest);
+            if best.is_none_or(|(least, _)| rank < least) {
+                best = Some((rank, index));
+                if rank == 0 {
+                    break;
+                }
+            }
+        }
+        best.and_then(|(_, index)| map.block_at(index)).map(|(block, _)| block)
+    }
+
     fn sweep(&mut self, map: &BlockMap, rests: impl Fn(usize) -> bool) {
         let mut base = Vec::new();
         for index in 0..map.len() {
@@ -117,6 +143,29 @@ mod tests {
         assert_eq!(demotion.next(&map, resting, now), None);
         now += SWEEP;
         assert_eq!(demotion.next(&map, resting, now), Some(15));
+    }
+
+    #[test]
+    fn what_is_given_back_is_what_is_of_least_use() {
+        let mut map = BlockMap::new(&[10..20]);
+        let states = [
+            GuestState::Huge,
+            GuestState::Base,
+            GuestState::Booked,
+            GuestState::Free,
+            GuestState::Huge,
+        ];
+        for (index, guest) in states.into_iter().enumerate() {
+            map.set_guest(index, guest, 0);
+            map.set_host(index, HostState::Huge);
+        }
+        let demotion = Demotion::new(map.len(), Instant::now());
+        let mut order = Vec::new();
+        while let Some(block) = demotion.next_of_all(&map, |index| index == 4) {
+            order.push(block);
+            map.set_host(map.index_of(block).unwrap(), HostState::Base);
+        }
+        assert_eq!(order, [13, 12, 11, 10]);
     }
 
     #[test]

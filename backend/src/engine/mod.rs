@@ -23,6 +23,7 @@ use crate::protocol::{
     Advice, Batch, GuestState, Record, Request, Stats, ADVICE_RETURN, ADVICE_SCARCE, REQ_RENEW,
     S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
 };
+use crate::shares::{Limits, Shares, Usage};
 use pools::{Pools, Word};
 use repair::{Allowance, Outcome, Work};
 use scan::{Reason, ScanPlan};
@@ -78,6 +79,8 @@ pub struct Settings {
     pub huge_max: Option<u64>,
     /// When the guest is asked for memory, at first.
     pub give_back: GiveBack,
+    /// What is shared with other VMs at first, where anything is.
+    pub limits: Limits,
 }
 
 impl Settings {
@@ -112,6 +115,16 @@ struct Inner {
 struct Rates {
     copy_rate: u64,
     cpu_share: f64,
+    limits: Limits,
+    shares: Option<Shares>,
+}
+
+impl Rates {
+    /// The copy rate in force.
+    fn copies(&self) -> u64 {
+        let share = self.shares.and_then(|shares| shares.copy_rate);
+        share.unwrap_or(u64::MAX).min(self.copy_rate)
+    }
 }
 
 /// One guest's engine: shared by the device's threads, the deciding thread and the workers.
@@ -161,6 +174,8 @@ impl Engine {
             rates: Mutex::new(Rates {
                 copy_rate: settings.copy_rate,
                 cpu_share: settings.cpu_share,
+                limits: settings.limits,
+                shares: None,
             }),
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
             pressure: Mutex::new(Watch::new(now)),
@@ -249,9 +264,54 @@ impl Engine {
 
     /// Sets how many bytes collapses may copy per second, from now on.
     pub fn set_copy_rate(&self, bytes: u64) {
-        lock(&self.rates).copy_rate = bytes;
-        lock(&self.copy).set_rate(bytes, 1 << self.settings.block_shift, Instant::now());
+        self.set_rates(|rates| rates.copy_rate = bytes);
+    }
+
+    fn set_rates(&self, set: impl FnOnce(&mut Rates)) {
+        let mut rates = lock(&self.rates);
+        let before = rates.copies();
+        set(&mut rates);
+        let now = rates.copies();
+        if now != before {
+            lock(&self.copy).set_rate(now, 1 << self.settings.block_shift, Instant::now());
+        }
+        drop(rates);
         self.wake();
+    }
+
+    /// Sets what is shared with other VMs.
+    pub fn set_limits(&self, limits: Limits) {
+        lock(&self.rates).limits = limits;
+    }
+
+    /// What is shared with other VMs.
+    pub fn limits(&self) -> Limits {
+        lock(&self.rates).limits
+    }
+
+    /// Keeps the guest to its share; huge pages beyond it are given back.
+    pub fn set_shares(&self, shares: Shares) {
+        self.lock().state.set_share(self.settings.blocks(shares.huge));
+        self.set_rates(|rates| rates.shares = Some(shares));
+    }
+
+    /// The share in force, where anything is shared.
+    pub fn shares(&self) -> Option<Shares> {
+        lock(&self.rates).shares
+    }
+
+    /// What the guest has, and could use.
+    pub fn usage(&self) -> Usage {
+        let copy_rate = self.copy_rate();
+        let inner = self.lock();
+        let (held, demand) = inner.state.demand();
+        let bytes = |blocks: u64| blocks << self.settings.block_shift;
+        Usage {
+            huge: bytes(held),
+            huge_demand: bytes(demand),
+            copying: inner.state.has_to_copy(),
+            copy_rate,
+        }
     }
 
     /// Bytes that collapses may copy per second.
@@ -623,6 +683,9 @@ impl Engine {
                     let wait = cpu_wait.or_else(|| copy.wait(block_size, now));
                     *sleep = (*sleep).min(wait.unwrap_or(SLEEP_MAX).max(THROTTLE));
                 };
+                if state.is_beyond_share() && !allowance.requested {
+                    wait_for(Some(cpu.requested_wait(now)));
+                }
                 if state.repair.requested() {
                     wait_for((!allowance.requested).then(|| cpu.requested_wait(now)));
                 }
@@ -713,6 +776,10 @@ impl Engine {
         state.totals.populated += deed.populated;
         state.totals.demoted += deed.demoted;
         state.totals.collapse_failures += deed.failed;
+        if let Some(took) = deed.met {
+            state.totals.collapses_met += 1;
+            state.repair.pause(took, now);
+        }
         state.totals.charged_bytes += deed.attempts * block_size;
         for (_, outcome) in &deed.outcomes {
             match outcome {
@@ -786,6 +853,11 @@ impl State {
 
     /// What to demote, where the limit alone keeps the policy from what it wants.
     fn next_demotion(&mut self, allowance: &Allowance, now: Instant) -> Option<Work> {
+        if self.is_beyond_share() && (allowance.requested || self.paused) {
+            let rests = |index| self.repair.rests(index);
+            let block = self.demotion.next_of_all(&self.map, rests)?;
+            return Some(Work::Demote { block });
+        }
         let at_limit = allowance.pages == 0 && self.repair.wants();
         if !at_limit || !allowance.background || allowance.copies == 0 {
             return None;

@@ -8,9 +8,13 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Most blocks in one action of the policy: the guest stalls on each of them in turn, so few at a
-/// time.
-const BATCH: u64 = 4;
+/// Most blocks in one action of the policy: the guest stalls on whichever it touches meanwhile.
+const BATCH: u64 = 1;
+/// After a collapse that the guest met the policy rests this many times as long as that took, so
+/// that a program stalls for half of the time at most, however fast its blocks are collapsed.
+const REST_AFTER_STALL: u32 = 1;
+/// Longest such rest: where the daemon itself was put aside, a collapse only seems long.
+const REST_AFTER_STALL_MAX: Duration = Duration::from_millis(100);
 /// Most blocks in one action that the guest asked for: nobody waits for their contents, and each
 /// action has the kernel empty its lists on every CPU.
 const REQUESTED_BATCH: u64 = 8;
@@ -124,6 +128,8 @@ pub struct Repair {
     rests: BinaryHeap<Reverse<(Instant, usize)>>,
     failures_in_a_row: u32,
     tired_until: Option<Instant>,
+    /// The guest has just been stalled.
+    paused_until: Option<Instant>,
     prepare: Option<Prepare>,
     /// Requested actions since the last one that only the policy wanted.
     requested_in_a_row: u32,
@@ -140,6 +146,7 @@ impl Repair {
             rests: BinaryHeap::new(),
             failures_in_a_row: 0,
             tired_until: None,
+            paused_until: None,
             prepare: None,
             requested_in_a_row: 0,
         }
@@ -219,22 +226,22 @@ impl Repair {
 
     /// Whether something is to be done that the policy wants, and may be tried.
     pub fn wants(&self) -> bool {
-        self.wanted.ones() > 0 && self.tired_until.is_none()
+        self.wanted.ones() > 0 && self.tired_until.is_none() && self.paused_until.is_none()
     }
 
     /// When resting blocks, or the engine, wake up next.
     pub fn wakes_at(&self) -> Option<Instant> {
         let block = self.rests.peek().map(|Reverse((at, _))| *at);
-        match (block, self.tired_until) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        [block, self.tired_until, self.paused_until].into_iter().flatten().min()
     }
 
     /// Wakes what has rested; returns the indices to reconsider.
     pub fn wake(&mut self, now: Instant) -> Vec<usize> {
         if self.tired_until.is_some_and(|until| until <= now) {
             self.tired_until = None;
+        }
+        if self.paused_until.is_some_and(|until| until <= now) {
+            self.paused_until = None;
         }
         let mut awake = Vec::new();
         while let Some(Reverse((at, index))) = self.rests.peek().copied() {
@@ -246,6 +253,12 @@ impl Repair {
             awake.push(index);
         }
         awake
+    }
+
+    /// A collapse of the policy took so long, and the guest met it.
+    pub fn pause(&mut self, took: Duration, now: Instant) {
+        let rest = took.saturating_mul(REST_AFTER_STALL).min(REST_AFTER_STALL_MAX);
+        self.paused_until = Some(now + rest);
     }
 
     /// Takes the next work. What the guest asked for comes first, so that its next huge pages need
@@ -483,11 +496,32 @@ mod tests {
         for index in [10, 11, 12, 13, 14, 90] {
             repair.consider(index, true);
         }
-        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 10, count: 4 }));
+        for first in [10, 11, 12, 13] {
+            assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first, count: 1 }));
+        }
         repair.consider(10, true);
-        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 14, count: 1 }));
-        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 90, count: 1 }));
-        assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first: 10, count: 1 }));
+        for first in [14, 90, 10] {
+            assert_eq!(repair.next(&map, &copies(9)), Some(Work::Collapse { first, count: 1 }));
+        }
+    }
+
+    #[test]
+    fn a_guest_that_was_stalled_is_left_alone_for_a_while() {
+        let map = resident(100);
+        let now = Instant::now();
+        let ms = Duration::from_millis;
+        let mut repair = Repair::new(100);
+        repair.consider(10, true);
+        repair.pause(ms(5), now);
+        assert_eq!(repair.wakes_at(), Some(now + ms(5)));
+        repair.wake(now + ms(4));
+        assert_eq!(repair.next(&map, &copies(9)), None);
+        repair.fill(60);
+        assert!(matches!(repair.next(&map, &copies(9)), Some(Work::Populate { .. })));
+        repair.wake(now + ms(5));
+        assert!(matches!(repair.next(&map, &copies(9)), Some(Work::Collapse { .. })));
+        repair.pause(ms(10_000), now);
+        assert_eq!(repair.wakes_at(), Some(now + REST_AFTER_STALL_MAX));
     }
 
     #[test]

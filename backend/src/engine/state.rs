@@ -40,6 +40,8 @@ pub struct Totals {
     pub charged_bytes: u64,
     /// Blocks collapsed with a copy.
     pub collapses: u64,
+    /// Collapses during which the VMM took page faults: the guest may have been stalled.
+    pub collapses_met: u64,
     /// Attempts to collapse or populate that failed.
     pub collapse_failures: u64,
     /// Blocks made host-huge without a copy.
@@ -69,6 +71,9 @@ pub struct HugePagesLeft {
     pub renewed: u64,
 }
 
+/// Huge pages beyond those in use to which a guest lays claim, so that its driver may ask for some.
+const HEADROOM: u64 = 8;
+
 /// A nonzero number that no other run of the daemon is likely to have used.
 pub fn random_generation() -> u64 {
     RandomState::new().build_hasher().finish().max(1)
@@ -96,6 +101,10 @@ pub struct State {
     pub repair: Repair,
     /// What a guest at its limit could do without.
     pub demotion: Demotion,
+    /// Most huge blocks by the operator's limit.
+    huge_max: u64,
+    /// Most huge blocks by our share of what several VMs have.
+    share: u64,
     /// Huge pages that the host has to give.
     pub supply: Supply,
     /// When the guest is asked for memory.
@@ -128,6 +137,8 @@ impl State {
             scan: ScanPlan::new(0, now),
             repair: Repair::new(0),
             demotion: Demotion::new(0, now),
+            huge_max,
+            share: u64::MAX,
             supply: Supply::new(huge_max),
             give_back: GiveBack::Pressure,
             wish: Wish::new(now),
@@ -318,12 +329,50 @@ impl State {
 
     /// Sets another limit, in blocks. Promises that it does not allow are not kept.
     pub fn set_huge_max(&mut self, blocks: u64) {
+        self.huge_max = blocks;
+        self.limit_supply();
+    }
+
+    /// Sets our share of the huge pages that several VMs have, in blocks. What is beyond it is
+    /// given back.
+    pub fn set_share(&mut self, blocks: u64) {
+        self.share = blocks;
+        self.limit_supply();
+    }
+
+    fn limit_supply(&mut self) {
+        let blocks = self.huge_max.min(self.share);
         self.supply.set_limit(blocks);
         if self.huge() + self.repair.fills() > blocks {
             for index in self.repair.forget_fills() {
                 self.hints.changed(index);
             }
         }
+    }
+
+    /// Whether there are huge pages to give back to other VMs.
+    pub fn is_beyond_share(&self) -> bool {
+        self.huge() > self.share
+    }
+
+    /// Blocks that are huge, or may become so by what was promised or begun; and those that could
+    /// be of use: where the guest has huge pages, where its driver holds blocks, and some to begin
+    /// with.
+    pub fn demand(&self) -> (u64, u64) {
+        let acting = self.acting.end - self.acting.start;
+        let held = self.huge_or_promised() + acting;
+        if !self.connected {
+            return (held, 0);
+        }
+        let guest = self.map.counters().guest;
+        let used = guest[GuestState::Huge as usize] + guest[GuestState::Booked as usize];
+        (held, (used + HEADROOM).min(self.map.len() as u64).min(self.huge_max))
+    }
+
+    /// Whether anything waits that may have to be copied.
+    pub fn has_to_copy(&self) -> bool {
+        let room = self.supply.left(self.huge_or_promised()) > 0;
+        self.repair.requested() || (self.repair.wants() && room)
     }
 
     /// Blocks that are host-huge.

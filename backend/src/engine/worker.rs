@@ -6,7 +6,7 @@ use super::Engine;
 use crate::backing::{thread_cpu_time, Collapsed, HostRun, Memory, Refusal};
 use std::sync::mpsc::Receiver;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Something to do for a worker.
 pub enum Job {
@@ -70,6 +70,8 @@ pub struct Deed {
     pub demoted: u64,
     /// Attempts that failed.
     pub failed: u64,
+    /// How long a collapse took that the guest may have met: it faulted meanwhile.
+    pub met: Option<Duration>,
     /// Whether the guest had asked for it.
     pub requested: bool,
     /// How each attempt ended.
@@ -124,7 +126,11 @@ fn act(memory: &Memory, work: Work, leave: u64) -> Deed {
     let mut results = Vec::new();
     match work {
         Work::Collapse { first, count } => {
+            let (faults, start) = (memory.faults(), Instant::now());
             memory.collapse(first, u64::from(count), &mut results);
+            // Where nobody can tell, the guest may have met it.
+            let met = memory.faults().zip(faults).is_none_or(|(after, before)| after > before);
+            acted.met = met.then(|| start.elapsed());
             acted.seen = scan(memory, first, count, &mut acted.runs);
         }
         Work::Populate { first, count } => {

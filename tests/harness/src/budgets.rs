@@ -50,7 +50,7 @@ impl Plan {
         Plan {
             program,
             rates: if quick { vec![100] } else { vec![100, 150, 250] },
-            blocks: if quick { 96 } else { 256 },
+            blocks: if quick { 192 } else { 256 },
             time: Duration::from_secs(if quick { 4 } else { 15 }),
             seed,
         }
@@ -78,15 +78,20 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     Ok(scenario)
 }
 
-struct Guest {
-    daemon: Daemon,
-    machine: Machine,
+/// A machine with a daemon of its own.
+pub(crate) struct Guest {
+    pub(crate) daemon: Daemon,
+    pub(crate) machine: Machine,
     _scratch: Scratch,
 }
 
 impl Guest {
     /// A machine whose blocks are all guest huge pages, written by the guest.
-    fn start(program: &Path, blocks: u64, arguments: &[(&str, String)]) -> anyhow::Result<Self> {
+    pub(crate) fn start(
+        program: &Path,
+        blocks: u64,
+        arguments: &[(&str, String)],
+    ) -> anyhow::Result<Self> {
         let scratch = Scratch::new()?;
         let mut options = Options::new(program, "gemini");
         for (name, value) in arguments {
@@ -101,17 +106,17 @@ impl Guest {
         Ok(Guest { daemon, machine, _scratch: scratch })
     }
 
-    fn own(&self) -> std::ops::Range<u64> {
+    pub(crate) fn own(&self) -> std::ops::Range<u64> {
         AREA_BLOCKS..self.machine.guest.blocks()
     }
 
-    fn hinted(&self, block: u64) -> Option<u8> {
+    pub(crate) fn hinted(&self, block: u64) -> Option<u8> {
         self.machine.driver.host().get(usize::try_from(block).ok()?).copied()
     }
 
     /// Takes a page out of a huge page of the host and puts it back: base pages
     /// are left, with the same contents.
-    fn break_up(&mut self, block: u64) -> anyhow::Result<()> {
+    pub(crate) fn break_up(&mut self, block: u64) -> anyhow::Result<()> {
         let mut page = vec![0; usize::try_from(PAGE_SIZE)?];
         let memory = &self.machine.memory;
         memory.peek(block << BLOCK_SHIFT, &mut page)?;
@@ -153,7 +158,7 @@ fn with_tolerance(rate: u64) -> f64 {
 }
 
 /// Everything is to be copied, again and again: the host's huge pages fall apart
-/// as soon as they are made.
+/// as soon as all are made.
 fn copying(plan: &Plan, rate: u64, scenario: &mut Scenario) -> anyhow::Result<()> {
     for attempt in 1..=ATTEMPTS {
         let arguments = [("--copy-rate", format!("{rate}M")), ("--cpu-share", "100".to_owned())];
@@ -164,10 +169,9 @@ fn copying(plan: &Plan, rate: u64, scenario: &mut Scenario) -> anyhow::Result<()
         let start = Instant::now();
         while start.elapsed() < plan.time {
             guest.machine.talk()?;
-            for block in guest.own() {
-                if guest.hinted(block) == Some(host_state::HUGE) {
-                    guest.break_up(block)?;
-                }
+            // All at once: the daemon rests where the guest faults while it copies.
+            if guest.own().all(|block| guest.hinted(block) == Some(host_state::HUGE)) {
+                guest.own().try_for_each(|block| guest.break_up(block))?;
             }
             guest.machine.driver.wait(Duration::from_millis(10))?;
         }

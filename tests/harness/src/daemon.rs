@@ -172,6 +172,8 @@ pub struct Status {
     pub charged_bytes: u64,
     /// Blocks made huge by copying.
     pub collapses: u64,
+    /// Collapses that the guest may have met.
+    pub collapses_met: u64,
     /// Attempts that failed.
     pub collapse_failures: u64,
     /// Blocks made huge without copying.

@@ -28,5 +28,7 @@ pub mod sampling;
 pub mod scale;
 pub mod scratch;
 pub mod settings;
+pub mod shares;
+pub mod stall;
 pub mod sys;
 pub mod wire;

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
 use gemini_harness::{
     budgets, cleanup, give_back, hostile, hugetlb_short, policy_scale, ready, report, restart, run,
-    scale, settings,
+    scale, settings, shares, stall,
 };
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
@@ -78,6 +78,16 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// How long a program stalls while its memory is collapsed under it.
+    CollapseStall {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// What each of several VMs has of a limited supply.
+    Shares {
+        #[command(flatten)]
+        common: Common,
+    },
     /// How fast blocks are made huge before the guest uses them.
     Ready {
         #[command(flatten)]
@@ -117,6 +127,8 @@ fn main() -> ExitCode {
         Command::Scale { common } => scale(&common),
         Command::PolicyScale { common } => policy_scale(&common),
         Command::Budgets { common } => budgets(&common),
+        Command::CollapseStall { common } => collapse_stall(&common),
+        Command::Shares { common } => shares(&common),
         Command::Ready { common } => ready(&common),
         Command::GiveBack { common } => give_back(&common),
         Command::HugetlbShort { common } => hugetlb_short(&common),
@@ -192,6 +204,17 @@ fn budgets(common: &Common) -> anyhow::Result<bool> {
     let program = run::program(common.daemon.as_deref())?;
     let plan = budgets::Plan::new(program, common.quick, common.seed);
     finish(&budgets::measure(&plan)?, common.json.as_deref())
+}
+
+fn collapse_stall(common: &Common) -> anyhow::Result<bool> {
+    let program = run::program(common.daemon.as_deref())?;
+    let plan = stall::Plan::new(program, common.quick, common.seed);
+    finish(&stall::measure(&plan)?, common.json.as_deref())
+}
+
+fn shares(common: &Common) -> anyhow::Result<bool> {
+    let plan = shares::Plan::new(run::program(common.daemon.as_deref())?, common.quick);
+    finish(&shares::measure(&plan)?, common.json.as_deref())
 }
 
 fn ready(common: &Common) -> anyhow::Result<bool> {

@@ -65,6 +65,16 @@ impl GuestMemory {
         Self::with_regions(size, placement, vec![region])
     }
 
+    /// Memory of `size` bytes in one region from address 0 on, which are those of
+    /// `file`.
+    ///
+    /// # Errors
+    /// Those of mapping it.
+    pub fn of_file(file: File, size: u64) -> io::Result<Self> {
+        let mapping = Mapping::new(&file, size, BLOCK_SIZE, 0, true)?;
+        Ok(GuestMemory { file, mapping, regions: vec![Region { gpa: 0, size, offset: 0 }] })
+    }
+
     /// Memory of `size` bytes of which `regions` are the guest's.
     ///
     /// # Errors

@@ -40,6 +40,7 @@ pub struct Held {
     value: String,
     // What it was, and what puts it back (before the lock is let go).
     old: Option<(String, Guard)>,
+    _others: Vec<Guard>,
     // None where this user can neither open nor create it.
     _lock: Option<File>,
 }
@@ -97,7 +98,20 @@ impl Held {
         let theirs = old.clone();
         let guard = cleanup::guard(move || put_back(path, &theirs));
         std::fs::write(path, value).with_context(|| format!("cannot write {value:?} to {path}"))?;
-        Ok(Held { value: value.to_owned(), old: Some((old, guard)), _lock: lock })
+        let old = Some((old, guard));
+        Ok(Held { value: value.to_owned(), old, _others: Vec::new(), _lock: lock })
+    }
+
+    /// Has another setting, a number, hold as well, under the same lock.
+    ///
+    /// # Errors
+    /// If this process may not change it.
+    pub fn and(mut self, path: &'static str, value: u64) -> anyhow::Result<Self> {
+        let old = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+        self._others.push(cleanup::guard(move || put_back(path, old.trim())));
+        std::fs::write(path, value.to_string())
+            .with_context(|| format!("cannot write {value} to {path}"))?;
+        Ok(self)
     }
 
     /// What holds, for people.
@@ -211,7 +225,8 @@ fn lock(how: Lock) -> anyhow::Result<Option<File>> {
 /// # Errors
 /// If nothing can be measured under the setting; the error has the remedy.
 pub fn daemon_decides() -> anyhow::Result<Held> {
-    let held = Held { _lock: lock(Lock::Shared)?, value: shmem_enabled()?, old: None };
+    let lock = lock(Lock::Shared)?;
+    let held = Held { value: shmem_enabled()?, old: None, _others: Vec::new(), _lock: lock };
     if matches!(held.value.as_str(), "never" | "advise") {
         return Ok(held);
     }

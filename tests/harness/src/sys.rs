@@ -1,10 +1,14 @@
 //! The system calls that no safe interface offers. All `unsafe` code of the
 //! harness is here.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -55,6 +59,25 @@ pub fn memfd(size: u64, pages: Pages) -> io::Result<File> {
     let fd = check(unsafe { libc::memfd_create(c"gemini-guest".as_ptr(), flags) })?;
     // SAFETY: the descriptor was just created and nobody else owns it.
     let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// A file of `size` bytes without any page, in a tmpfs of its own that is mounted
+/// with `options` and vanishes with the file. `place` is an empty directory.
+///
+/// # Errors
+/// Those of `mount`, which takes the superuser, and of creating the file.
+pub fn tmpfs_file(place: &Path, size: u64, options: &str) -> io::Result<File> {
+    let place_c = CString::new(place.as_os_str().as_bytes())?;
+    let options = CString::new(format!("size={},{options}", 2 * size))?;
+    let name = c"tmpfs".as_ptr();
+    // SAFETY: all are valid C strings that live across the call.
+    check(unsafe { libc::mount(name, place_c.as_ptr(), name, 0, options.as_ptr().cast()) })?;
+    let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(place);
+    // SAFETY: as above. What is open stays.
+    check(unsafe { libc::umount2(place_c.as_ptr(), libc::MNT_DETACH) })?;
+    let file = file?;
     file.set_len(size)?;
     Ok(file)
 }
@@ -465,6 +488,27 @@ pub fn inherit<'a>(command: &'a mut Command, fd: BorrowedFd<'_>, target: RawFd) 
     // SAFETY: dup2 is safe to call between fork and exec, and clears
     // close-on-exec of the new descriptor.
     unsafe { command.pre_exec(move || check(libc::dup2(fd, target)).map(|_| ())) }
+}
+
+/// Has the calling thread run before all ordinary ones. False if this user may
+/// not; then it may be put aside for others at any time.
+#[must_use]
+pub fn run_first() -> bool {
+    // SAFETY: all fields are integers.
+    let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
+    priority.sched_priority = 1;
+    // SAFETY: the parameter lives across the call.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &priority) == 0 }
+}
+
+/// Page faults of the calling thread so far.
+#[must_use]
+pub fn thread_faults() -> i64 {
+    // SAFETY: all fields are integers.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: room for the result.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    usage.ru_minflt + usage.ru_majflt
 }
 
 /// How a file is locked.

@@ -79,7 +79,7 @@ fn budgets_are_kept() -> Result {
     let plan = budgets::Plan {
         program: default_program()?,
         rates: vec![100],
-        blocks: 48,
+        blocks: 192,
         time: Duration::from_secs(5),
         seed: 9,
     };

@@ -1,0 +1,311 @@
+//! How long a program stalls while its memory is collapsed under it: by the
+//! daemon, and by the kernel's khugepaged at the same bytes per second.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, ensure, Context};
+
+use crate::daemon::{Daemon, Options};
+use crate::driver::AREA_BLOCKS;
+use crate::figures::{Bar, Scenario};
+use crate::guest::Guest;
+use crate::machine::Machine;
+use crate::memory::{GuestMemory, BLOCK_SIZE};
+use crate::rng::Rng;
+use crate::scratch::Scratch;
+use crate::settings::Held;
+use crate::sys::{self, PAGE_SIZE};
+
+/// An access with a page fault that takes longer was a stall. All memory is resident
+/// and mapped, so that only a collapse makes a fault; what is slow without one was
+/// an interrupt, or the machine below this one.
+const STALL: Duration = Duration::from_micros(20);
+/// One that takes longer is counted by itself.
+const LONG_STALL: Duration = Duration::from_micros(500);
+/// How long the toucher works, and then rests so that it may run before others
+/// without being throttled by the kernel.
+const WORK: Duration = Duration::from_millis(2);
+const REST: Duration = Duration::from_micros(500);
+/// Longest time for all blocks.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+const PAGES_TO_SCAN: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/pages_to_scan";
+const SCAN_SLEEP: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs";
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The daemon's program.
+    pub program: PathBuf,
+    /// Blocks that are collapsed in each round.
+    pub blocks: u64,
+    /// Rounds of each.
+    pub rounds: usize,
+    /// Milliseconds for which khugepaged sleeps between two blocks.
+    pub sleep: u64,
+    /// Seed of what is touched.
+    pub seed: u64,
+}
+
+impl Plan {
+    /// Enough for stable medians, or a quick look.
+    #[must_use]
+    pub fn new(program: PathBuf, quick: bool, seed: u64) -> Self {
+        let (blocks, rounds) = if quick { (16, 1) } else { (64, 5) };
+        Plan { program, blocks, rounds, sleep: 20, seed }
+    }
+}
+
+/// What the toucher met while blocks were collapsed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Met {
+    /// Sum of all stalls.
+    stalled: Duration,
+    /// Stalls that were long.
+    long: u64,
+    longest: Duration,
+    /// Most of any 100 ms that was stalled.
+    densest: Duration,
+    accesses: u64,
+    /// Sum of what was slow without a page fault.
+    noise: Duration,
+    /// Until all blocks were huge.
+    took: Duration,
+}
+
+/// Measures.
+///
+/// # Errors
+/// If the host's settings cannot be made, or not all blocks become huge in time.
+pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
+    let mut scenario = Scenario::new("collapse-stall");
+    scenario.arg("blocks", plan.blocks);
+    scenario.arg("rounds", plan.rounds);
+    scenario.arg("seed", plan.seed);
+    scenario.arg("khugepaged_sleep_ms", plan.sleep);
+    // The memory is of a file system of its own, of which khugepaged takes what has
+    // the advice, and nothing else on this machine. It looks at one block at a time.
+    let held = Held::shmem_enabled("never")?
+        .and(PAGES_TO_SCAN, BLOCK_SIZE / PAGE_SIZE)?
+        .and(SCAN_SLEEP, plan.sleep)?;
+    scenario.arg("shmem_enabled", held.describe());
+    let mut rng = Rng::new(plan.seed);
+    let (mut kernel, mut ours, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+    let mut hits = 0;
+    for _ in 0..plan.rounds {
+        let other = by_khugepaged(plan, &mut rng)?;
+        // The same bytes in the same time.
+        let rate = (plan.blocks * BLOCK_SIZE) as f64 / other.took.as_secs_f64();
+        let (met, recognised) = by_daemon(plan, rate, &mut rng)?;
+        hits += recognised;
+        idle.push(by_nobody(plan, other.took.min(Duration::from_secs(3)), &mut rng)?);
+        kernel.push(other);
+        ours.push(met);
+    }
+    tell(plan, &mut scenario, [&kernel, &ours, &idle]);
+    let hits = hits as f64 / (plan.blocks * plan.rounds as u64) as f64;
+    scenario.figure("daemon_rested_after", hits, Bar::AtLeast(0.5));
+    Ok(scenario)
+}
+
+fn median(of: &[Met], value: impl Fn(&Met) -> f64) -> f64 {
+    let mut values: Vec<f64> = of.iter().map(value).collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn tell(plan: &Plan, scenario: &mut Scenario, [kernel, ours, idle]: [&[Met]; 3]) {
+    let blocks = plan.blocks as f64;
+    let gib = blocks * BLOCK_SIZE as f64 / (1u64 << 30) as f64;
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    let rate = |met: &Met| gib * 1024.0 / met.took.as_secs_f64();
+    let stalled = |met: &Met| ms(met.stalled) / blocks;
+    let long = |met: &Met| met.long as f64 / gib;
+    let longest = |met: &Met| ms(met.longest);
+    let densest = |met: &Met| ms(met.densest);
+    let ours_at_most = |value: &dyn Fn(&Met) -> f64| Bar::AtMost(median(kernel, value));
+    #[rustfmt::skip]
+    let figures = [
+        ("khugepaged_mib_per_s", median(kernel, rate), Bar::None),
+        // Slower would be no comparison.
+        ("daemon_mib_per_s", median(ours, rate), Bar::AtLeast(0.9 * median(kernel, rate))),
+        ("khugepaged_stalled_ms_per_block", median(kernel, stalled), Bar::None),
+        ("daemon_stalled_ms_per_block", median(ours, stalled), ours_at_most(&stalled)),
+        ("khugepaged_long_stalls_per_gib", median(kernel, long), Bar::None),
+        ("daemon_long_stalls_per_gib", median(ours, long), ours_at_most(&long)),
+        ("khugepaged_longest_stall_ms", median(kernel, longest), Bar::None),
+        ("daemon_longest_stall_ms", median(ours, longest), ours_at_most(&longest)),
+        ("khugepaged_densest_100ms_stalled_ms", median(kernel, densest), Bar::None),
+        ("daemon_densest_100ms_stalled_ms", median(ours, densest), Bar::None),
+        ("no_collapse_longest_stall_ms", median(idle, longest), Bar::None),
+        ("no_collapse_stalled_ms_per_s",
+            median(idle, |met| ms(met.stalled) / met.took.as_secs_f64()), Bar::None),
+        ("slow_without_fault_ms_per_s",
+            median(ours, |met| ms(met.noise) / met.took.as_secs_f64()), Bar::None),
+        ("accesses_per_round", median(ours, |met| met.accesses as f64), Bar::AtLeast(1e5)),
+    ];
+    for (name, value, bar) in figures {
+        scenario.figure(name, value, bar);
+    }
+}
+
+/// Touches random pages of `memory`, from the model guest's first block on, while
+/// `work` goes on, and says what it met.
+fn touching<T>(
+    memory: &Arc<GuestMemory>,
+    rng: &mut Rng,
+    work: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<(Met, T)> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, memory) = (Arc::clone(&stop), Arc::clone(memory));
+    let mut rng = Rng::new(rng.bits());
+    let toucher = std::thread::spawn(move || touch(&memory, &mut rng, &stopped));
+    let start = Instant::now();
+    let result = work();
+    let took = start.elapsed();
+    stop.store(true, Ordering::Release);
+    let mut met = toucher.join().map_err(|_| anyhow!("the toucher panicked"))?;
+    met.took = took;
+    Ok((met, result?))
+}
+
+fn touch(memory: &GuestMemory, rng: &mut Rng, stop: &AtomicBool) -> Met {
+    if !sys::run_first() {
+        eprintln!("the toucher is put aside for others like any program: stalls are too many");
+    }
+    let mut met = Met::default();
+    let mut stalls: Vec<(Instant, Duration)> = Vec::new();
+    let mut faults = sys::thread_faults();
+    let first = AREA_BLOCKS * (BLOCK_SIZE / PAGE_SIZE);
+    let pages = memory.blocks() * (BLOCK_SIZE / PAGE_SIZE) - first;
+    while !stop.load(Ordering::Acquire) {
+        let start = Instant::now();
+        let mut last = start;
+        while last - start < WORK {
+            let page = (first + rng.below(pages)) * PAGE_SIZE;
+            // A write, of what is there.
+            memory.store_u16(page, memory.load_u16(page));
+            let now = Instant::now();
+            let took = now - last;
+            let faulted = took > STALL && {
+                let before = std::mem::replace(&mut faults, sys::thread_faults());
+                faults != before
+            };
+            if took > STALL && !faulted {
+                met.noise += took;
+            } else if took > STALL {
+                met.stalled += took;
+                met.long += u64::from(took > LONG_STALL);
+                met.longest = met.longest.max(took);
+                stalls.push((now, took));
+            }
+            met.accesses += 1;
+            // Not what looking at the faults took.
+            last = if took > STALL { Instant::now() } else { now };
+        }
+        std::thread::sleep(REST);
+    }
+    let (mut from, mut sum) = (0, Duration::ZERO);
+    for &(at, took) in &stalls {
+        sum += took;
+        while at - stalls[from].0 > Duration::from_millis(100) {
+            sum -= stalls[from].1;
+            from += 1;
+        }
+        met.densest = met.densest.max(sum);
+    }
+    met
+}
+
+fn memory(plan: &Plan) -> anyhow::Result<GuestMemory> {
+    let size = (AREA_BLOCKS + plan.blocks) * BLOCK_SIZE;
+    let scratch = Scratch::new()?;
+    let file = sys::tmpfs_file(scratch.path(), size, "huge=advise")
+        .context("cannot mount a tmpfs (the superuser can)")?;
+    Ok(GuestMemory::of_file(file, size)?)
+}
+
+fn fill(guest: &mut Guest) -> anyhow::Result<()> {
+    (AREA_BLOCKS..guest.blocks()).try_for_each(|block| guest.alloc_huge(block))
+}
+
+/// Waits until this process maps all blocks of the guest huge.
+fn wait_huge(
+    memory: &GuestMemory,
+    mut meanwhile: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let pagemap = File::open("/proc/self/pagemap").context("cannot open own pagemap")?;
+    let (start, end) = (
+        memory.host_address(AREA_BLOCKS * BLOCK_SIZE),
+        memory.host_address(memory.mapping().len()),
+    );
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let huge: u64 =
+            sys::huge_ranges(&pagemap, start, end)?.iter().map(|(from, to)| to - from).sum();
+        if huge == end - start {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "only {} of {} blocks are huge after {PATIENCE:?}",
+            huge / BLOCK_SIZE,
+            (end - start) / BLOCK_SIZE
+        );
+        meanwhile()?;
+    }
+}
+
+fn by_khugepaged(plan: &Plan, rng: &mut Rng) -> anyhow::Result<Met> {
+    let memory = Arc::new(memory(plan)?);
+    let mut guest = Guest::new(Arc::clone(&memory), AREA_BLOCKS)?;
+    fill(&mut guest)?;
+    let (met, ()) = touching(&memory, rng, || {
+        let start = AREA_BLOCKS * BLOCK_SIZE;
+        // Twice: the kernel hands a process to khugepaged if the mapping had the
+        // advice before.
+        for _ in 0..2 {
+            memory.mapping().advise(start, plan.blocks * BLOCK_SIZE, libc::MADV_HUGEPAGE)?;
+        }
+        wait_huge(&memory, || {
+            std::thread::sleep(Duration::from_millis(20));
+            Ok(())
+        })
+    })?;
+    guest.ensure_intact()?;
+    Ok(met)
+}
+
+/// Also says after how many collapses the daemon rested because they were met.
+fn by_daemon(plan: &Plan, rate: f64, rng: &mut Rng) -> anyhow::Result<(Met, u64)> {
+    let scratch = Scratch::new()?;
+    let options = Options::new(&plan.program, "gemini")
+        .arg("--copy-rate", &format!("{rate:.0}"))
+        .arg("--cpu-share", "100");
+    let daemon = Daemon::start(&options, scratch.path())?;
+    let mut machine = Machine::boot(&daemon.socket(), memory(plan)?)?;
+    fill(&mut machine.guest)?;
+    let memory = Arc::clone(&machine.memory);
+    let (met, ()) = touching(&memory, rng, || {
+        machine.talk()?;
+        wait_huge(&memory, || machine.driver.wait(Duration::from_millis(20)).map(|_| ()))
+    })?;
+    machine.guest.ensure_intact()?;
+    Ok((met, daemon.status()?.collapses_met))
+}
+
+/// What the toucher meets on this machine anyway.
+fn by_nobody(plan: &Plan, time: Duration, rng: &mut Rng) -> anyhow::Result<Met> {
+    let memory = Arc::new(memory(plan)?);
+    let mut guest = Guest::new(Arc::clone(&memory), AREA_BLOCKS)?;
+    fill(&mut guest)?;
+    let (met, ()) = touching(&memory, rng, || {
+        std::thread::sleep(time);
+        Ok(())
+    })?;
+    Ok(met)
+}
