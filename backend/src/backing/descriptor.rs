@@ -72,7 +72,8 @@ pub fn lock_is_held(file: &File) -> io::Result<bool> {
     // SAFETY: as above.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
     check(libc::c_long::from(result))?;
-    Ok(lock.l_type != short(libc::F_UNLCK))
+    // Whoever may only read the file can have a read lock.
+    Ok(lock.l_type == short(libc::F_WRLCK))
 }
 
 /// Closes a descriptor whose owner turned it into a number and forgot it.
@@ -144,6 +145,21 @@ mod tests {
         let path = dir.path().join("socket");
         let _listener = bind_private(&path).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_reader_does_not_hold_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (reader, other) = (File::open(file.path()).unwrap(), file.reopen().unwrap());
+        let mut lock = whole_file_lock();
+        lock.l_type = short(libc::F_RDLCK);
+        // SAFETY: the lock is a valid structure that lives across the call.
+        let result = unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+        assert_eq!(result, 0);
+        assert!(!lock_is_held(&other).unwrap());
+        drop(reader);
+        lock_for_life(file.as_file()).unwrap();
+        assert!(lock_is_held(&other).unwrap());
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub struct Demotion {
     unused: Bitmap,
     /// Indices that are to be demoted, free ones first.
     victims: VecDeque<usize>,
+    /// The same where huge pages have to be given back, with how much they are missed.
+    surplus: VecDeque<(u8, usize)>,
     next_sweep: Instant,
 }
 
@@ -30,10 +32,22 @@ fn is_unused(block: &Block) -> bool {
     block.host == HostState::Huge && matches!(block.guest, GuestState::Free | GuestState::Base)
 }
 
+/// How much a huge page would be missed: 0 not at all.
+fn missed(block: &Block) -> u8 {
+    match block.guest {
+        GuestState::Free => 0,
+        GuestState::Unknown | GuestState::Booked => 1,
+        GuestState::Base => 2,
+        GuestState::Pinned => 3,
+        GuestState::Huge => 4,
+    }
+}
+
 impl Demotion {
     /// Nothing is known of `len` blocks.
     pub fn new(len: usize, now: Instant) -> Self {
-        Self { unused: Bitmap::new(len), victims: VecDeque::new(), next_sweep: now }
+        let (victims, surplus) = (VecDeque::new(), VecDeque::new());
+        Self { unused: Bitmap::new(len), victims, surplus, next_sweep: now }
     }
 
     /// When the next sweep is due.
@@ -63,27 +77,25 @@ impl Demotion {
     /// The next block to demote where huge pages have to be given back whatever they are good for:
     /// those of no use first, then those that the driver holds, then those under base pages that
     /// the guest uses, and aligned ones last. None that `rests`.
-    pub fn next_of_all(&self, map: &BlockMap, rests: impl Fn(usize) -> bool) -> Option<u64> {
-        let order = |guest| match guest {
-            GuestState::Free => 0,
-            GuestState::Unknown | GuestState::Booked => 1,
-            GuestState::Base => 2,
-            GuestState::Pinned => 3,
-            GuestState::Huge => 4,
+    pub fn next_of_all(&mut self, map: &BlockMap, rests: impl Fn(usize) -> bool) -> Option<u64> {
+        let missed = |index: usize| match map.get(index) {
+            Some(block) if block.host == HostState::Huge && !rests(index) => Some(missed(block)),
+            _ => None,
         };
-        let huge = (0..map.len()).filter_map(|index| Some((index, map.get(index)?)));
-        let huge = huge.filter(|(index, block)| block.host == HostState::Huge && !rests(*index));
-        let mut best: Option<(u8, usize)> = None;
-        for (index, block) in huge {
-            let rank = order(block.guest);
-            if best.is_none_or(|(least, _)| rank < least) {
-                best = Some((rank, index));
-                if rank == 0 {
-                    break;
-                }
+        if self.surplus.is_empty() {
+            let mut all: Vec<(u8, usize)> =
+                (0..map.len()).filter_map(|index| Some((missed(index)?, index))).collect();
+            all.sort_unstable();
+            all.truncate(MOST);
+            self.surplus = all.into();
+        }
+        while let Some((before, index)) = self.surplus.pop_front() {
+            // What is of more use by now waits for another look at all of them.
+            if missed(index).is_some_and(|now| now <= before) {
+                return map.block_at(index).map(|(block, _)| block);
             }
         }
-        best.and_then(|(_, index)| map.block_at(index)).map(|(block, _)| block)
+        None
     }
 
     fn sweep(&mut self, map: &BlockMap, rests: impl Fn(usize) -> bool) {
@@ -159,13 +171,27 @@ mod tests {
             map.set_guest(index, guest, 0);
             map.set_host(index, HostState::Huge);
         }
-        let demotion = Demotion::new(map.len(), Instant::now());
+        let mut demotion = Demotion::new(map.len(), Instant::now());
         let mut order = Vec::new();
         while let Some(block) = demotion.next_of_all(&map, |index| index == 4) {
             order.push(block);
             map.set_host(map.index_of(block).unwrap(), HostState::Base);
         }
         assert_eq!(order, [13, 12, 11, 10]);
+    }
+
+    #[test]
+    fn what_has_become_useful_is_not_given_back_for_what_it_was() {
+        let mut map = BlockMap::new(&[0..3]);
+        for index in 0..3 {
+            map.set_guest(index, GuestState::Free, 0);
+            map.set_host(index, HostState::Huge);
+        }
+        let mut demotion = Demotion::new(map.len(), Instant::now());
+        assert_eq!(demotion.next_of_all(&map, |_| false), Some(0));
+        map.set_host(0, HostState::Base);
+        map.set_guest(1, GuestState::Huge, 512);
+        assert_eq!(demotion.next_of_all(&map, |_| false), Some(2));
     }
 
     #[test]

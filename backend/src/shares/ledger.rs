@@ -6,18 +6,20 @@
 
 use crate::backing::{lock_for_life, lock_is_held};
 use std::collections::hash_map::RandomState;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Largest weight.
 pub const WEIGHT_MAX: u64 = 10_000;
 /// Suffix of the files of members.
 const SUFFIX: &str = "share";
-/// Most members that are considered: bounds the cost of a look.
+/// Most members that are considered, and most files among which they are looked for: bounds the
+/// cost of a look.
 const MEMBERS_MAX: usize = 1024;
+const FILES_MAX: usize = 16 * MEMBERS_MAX;
 /// Begins every file; its last digits are the version of the format.
 const MAGIC: u64 = u64::from_le_bytes(*b"gemini01");
 /// Words of a file: magic, weight, two parts, checksum.
@@ -105,11 +107,13 @@ impl Ledger {
         let name = format!("{:016x}", RandomState::new().build_hasher().finish());
         let hidden = directory.join(format!(".{name}"));
         let path = directory.join(name).with_extension(SUFFIX);
+        // Nobody else can lock it before us. Locked and written before anybody sees it: what is
+        // seen unlocked was left behind.
         let file =
-            OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&hidden)?;
-        // Locked and written before anybody sees it: what is seen unlocked was left behind.
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&hidden)?;
         let entered = lock_for_life(&file)
             .and_then(|()| file.write_all_at(&entry.encode(), 0))
+            .and_then(|()| file.set_permissions(Permissions::from_mode(0o644)))
             .and_then(|()| std::fs::rename(&hidden, &path));
         if let Err(error) = entered {
             let _ = std::fs::remove_file(&hidden);
@@ -136,11 +140,14 @@ impl Ledger {
     /// If the directory cannot be read. A file that cannot be counts for nothing.
     pub fn others(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
-        for found in std::fs::read_dir(&self.directory)?.take(MEMBERS_MAX) {
-            let path = found?.path();
-            if path.extension().is_none_or(|suffix| suffix != SUFFIX) {
-                continue;
-            }
+        let is_member = |path: &PathBuf| path.extension().is_some_and(|suffix| suffix == SUFFIX);
+        let found = std::fs::read_dir(&self.directory)?.take(FILES_MAX);
+        let paths: Vec<PathBuf> = found
+            .map(|found| found.map(|entry| entry.path()))
+            .filter(|path| path.as_ref().map_or(true, is_member))
+            .take(MEMBERS_MAX)
+            .collect::<io::Result<_>>()?;
+        for path in paths {
             match read(&path, self.inode) {
                 Ok(entry) => entries.extend(entry),
                 // It left meanwhile.
@@ -160,6 +167,14 @@ impl Drop for Ledger {
     }
 }
 
+/// Whether a file has the length and the first word of a member's.
+fn is_of_the_ledger(file: &File) -> bool {
+    let mut magic = [0; 8];
+    file.metadata().is_ok_and(|metadata| metadata.len() == LENGTH as u64)
+        && file.read_exact_at(&mut magic, 0).is_ok()
+        && magic == MAGIC.to_le_bytes()
+}
+
 /// Reads a member's file; `None` if it is ours, left behind, or not sound.
 fn read(path: &Path, own: u64) -> io::Result<Option<Entry>> {
     // Whatever lies there must not make us wait.
@@ -170,8 +185,10 @@ fn read(path: &Path, own: u64) -> io::Result<Option<Entry>> {
         return Ok(None);
     }
     if !lock_is_held(&file)? {
-        // Only where the directory lets us.
-        let _ = std::fs::remove_file(path);
+        // Only what is of the ledger, and where the directory lets us.
+        if is_of_the_ledger(&file) {
+            let _ = std::fs::remove_file(path);
+        }
         return Ok(None);
     }
     let mut bytes = [0; LENGTH];
@@ -221,6 +238,16 @@ mod tests {
         let one = Ledger::enter(directory.path(), &entry(1, 10)).unwrap();
         assert_eq!(one.others().unwrap(), []);
         assert!(!left.exists());
+    }
+
+    #[test]
+    fn what_is_none_of_the_ledgers_files_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let other = directory.path().join("somebodys.share");
+        std::fs::write(&other, [7; LENGTH]).unwrap();
+        let one = Ledger::enter(directory.path(), &entry(1, 10)).unwrap();
+        assert_eq!(one.others().unwrap(), []);
+        assert!(other.exists());
     }
 
     #[test]

@@ -189,9 +189,8 @@ impl Member {
                 huge: Part { demand: usage.huge_demand, claim: self.huge.claim },
                 copy: Part { demand: copy_demand, claim: self.copy.claim },
             };
-            if self.told != before {
-                self.ledger.tell(&self.told)?;
-            }
+            // Also what is not new: somebody may have removed it, or it was not written last time.
+            self.ledger.tell(&self.told)?;
             shares = Shares { members: others.len() + 1, huge: huge_limit, copy_rate: copy_limit };
             if last || !grew {
                 break;

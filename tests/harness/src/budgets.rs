@@ -213,7 +213,7 @@ fn pinned(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
         memory.mapping().pin_into(&pipe, memory.offset(block << BLOCK_SHIFT), PAGE_SIZE)?;
         pins.push(pipe);
     }
-    let cpu = || outside::threads_cpu_seconds(guest.daemon.pid());
+    let cpu = || outside::fine_cpu_seconds(guest.daemon.pid());
     let (mut failures, mut cpu_seconds) = (Vec::new(), Vec::new());
     guest.machine.talk()?;
     for _ in 0..2 {

@@ -117,7 +117,7 @@ fn make_huge(machine: &mut Machine, blocks: &[u64]) -> anyhow::Result<()> {
 /// The driver's way: requests of as many blocks as may be unanswered. All that
 /// the daemon does counts, the reports about it and looking at it included.
 fn release(machine: &mut Machine, daemon: &Daemon, blocks: &[u64]) -> anyhow::Result<Cost> {
-    let before = outside::threads_cpu_seconds(daemon.pid())?;
+    let before = outside::fine_cpu_seconds(daemon.pid())?;
     let start = Instant::now();
     for batch in blocks.chunks(32) {
         let ranges: Vec<Range> = batch.iter().map(|&first| Range { first, count: 1 }).collect();
@@ -125,7 +125,7 @@ fn release(machine: &mut Machine, daemon: &Daemon, blocks: &[u64]) -> anyhow::Re
     }
     let seconds = start.elapsed().as_secs_f64();
     machine.wait_host(blocks, |state| state == host_state::ABSENT, PATIENCE)?;
-    let cpu_seconds = outside::threads_cpu_seconds(daemon.pid())? - before;
+    let cpu_seconds = outside::fine_cpu_seconds(daemon.pid())? - before;
     Ok(Cost { seconds, cpu_seconds, operations: blocks.len() as u64 })
 }
 

@@ -118,21 +118,14 @@ impl ProcessFigures {
     }
 }
 
-/// CPU time of all threads that a process has now, in seconds. Finer than
-/// [`ProcessFigures::cpu_seconds`], which counts clock ticks, and only good for a
-/// time in which no thread ends.
+/// CPU time of a process so far, in seconds. Finer than
+/// [`ProcessFigures::cpu_seconds`], which counts clock ticks.
 ///
 /// # Errors
-/// If the process is gone, or the kernel does not count.
-pub fn threads_cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let mut nanoseconds = 0;
-    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let path = thread?.path().join("schedstat");
-        let text = std::fs::read_to_string(&path)?;
-        let ran = text.split_whitespace().next().and_then(|field| field.parse::<u64>().ok());
-        nanoseconds += ran.with_context(|| format!("{} has no times", path.display()))?;
-    }
-    Ok(nanoseconds as f64 / 1e9)
+/// If the process is gone.
+pub fn fine_cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    let time = sys::process_cpu_time(pid);
+    Ok(time.with_context(|| format!("cannot read the CPU clock of process {pid}"))?.as_secs_f64())
 }
 
 /// Memory of a process that no other one has a part in, with its page tables, in

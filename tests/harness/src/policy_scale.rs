@@ -200,7 +200,7 @@ fn many(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
     // What the first looks started may end first.
     std::thread::sleep(Duration::from_secs(2));
     let ran = |guests: &[(Daemon, Connected)]| -> anyhow::Result<f64> {
-        guests.iter().map(|(daemon, _)| outside::threads_cpu_seconds(daemon.pid())).sum()
+        guests.iter().map(|(daemon, _)| outside::fine_cpu_seconds(daemon.pid())).sum()
     };
     let before = ran(&guests)?;
     let start = Instant::now();

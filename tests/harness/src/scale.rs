@@ -176,10 +176,10 @@ fn sparse(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
 
     // What the resync started may end first.
     idle(&mut connected, Duration::from_secs(2))?;
-    let before = outside::threads_cpu_seconds(start_pid)?;
+    let before = outside::fine_cpu_seconds(start_pid)?;
     let start = Instant::now();
     idle(&mut connected, plan.idle)?;
-    let ran = outside::threads_cpu_seconds(start_pid)? - before;
+    let ran = outside::fine_cpu_seconds(start_pid)? - before;
     let idle = 100.0 * ran / start.elapsed().as_secs_f64();
     let after = ProcessFigures::of(start_pid)?;
 

@@ -556,6 +556,28 @@ pub fn try_lock(file: &File, how: Lock) -> io::Result<bool> {
     }
 }
 
+/// CPU time of all threads that a process has and had.
+///
+/// # Errors
+/// If there is no such process.
+pub fn process_cpu_time(pid: u32) -> io::Result<Duration> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    let mut clock = 0;
+    // SAFETY: the clock is a place for one, and lives across the call.
+    let error = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the time is a place for one, and lives across the call.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let seconds = u64::try_from(time.tv_sec).map_err(io::Error::other)?;
+    let nanoseconds = u32::try_from(time.tv_nsec).map_err(io::Error::other)?;
+    Ok(Duration::new(seconds, nanoseconds))
+}
+
 /// Clock ticks a second in which /proc counts CPU time.
 #[must_use]
 pub fn clock_ticks() -> f64 {
