@@ -110,9 +110,9 @@ pub(super) fn vmm_not_found(denied: usize, blind: bool) -> Finding {
     } else {
         format!(
             "no process seen in /proc maps it, and {denied} could not be looked into; run as the \
-             VMM's user with CAP_SYS_NICE (and CAP_SYS_PTRACE where the VMM is not dumpable or \
-             of another user), in its user and PID namespace or an ancestor, with /proc mounted \
-             without hidepid, and outside a Landlock domain"
+             VMM's user and group with CAP_SYS_NICE (and CAP_SYS_PTRACE where the VMM is not \
+             dumpable or of another user), in its user and PID namespace or an ancestor, with \
+             /proc mounted without hidepid, and outside a Landlock domain"
         )
     };
     finding(
@@ -145,7 +145,7 @@ pub(super) fn not_traceable(pid: i32) -> Finding {
         format!(
             "collapsing at the VMM (process {pid}) is not permitted: huge pages are made through \
              the daemon's own mapping, and their memory is charged to the daemon's cgroup instead \
-             of the VMM's; run the daemon as the VMM's user with CAP_SYS_NICE, or give it \
+             of the VMM's; run the daemon as the VMM's user and group with CAP_SYS_NICE, or give it \
              CAP_SYS_PTRACE as well where the VMM is not dumpable or of another user; not in a \
              Landlock domain or a user namespace of its own"
         ),
@@ -171,7 +171,7 @@ pub(super) fn not_visible(pid: i32) -> Finding {
         "vmm-page-tables-hidden",
         format!(
             "the page tables of the VMM (process {pid}) cannot be read: the host state shown is \
-             that of the memory file alone; run as the VMM's user, or give the daemon \
+             that of the memory file alone; run as the VMM's user and group, or give the daemon \
              CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE"
         ),
     )
@@ -267,8 +267,8 @@ pub(super) fn policy_hidden() -> Finding {
         Severity::Warning,
         "memory-policy-hidden",
         "on which memory nodes the VMM wants its hugetlb memory cannot be told, so none is \
-         allocated for it and blocks are not prepared; run the daemon as the VMM's user (or with \
-         CAP_SYS_PTRACE) in its PID namespace, so that it can read the VMM's numa_maps"
+         allocated for it and blocks are not prepared; run the daemon as the VMM's user and group \
+         (or with CAP_SYS_PTRACE) in its PID namespace, so that it can read the VMM's numa_maps"
             .into(),
     )
 }

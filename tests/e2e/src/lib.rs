@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod demo;
 pub mod guest;
 pub mod lab;
+pub mod libvirt;
 pub mod outside;
 pub mod process;
 pub mod qmp;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use gemini_e2e::{bench, demo, shell, taker};
+use gemini_e2e::{bench, demo, libvirt, shell, taker};
 
 #[derive(Parser)]
 #[command(version, about = "Real guests under vhost-device-gemini")]
@@ -20,6 +20,8 @@ enum Command {
     Vm(shell::ShellArgs),
     /// Measure one scenario against its bar
     Bench(bench::BenchArgs),
+    /// Take one domain through its life under a real libvirtd; see scripts/test-libvirt
+    Libvirt(libvirt::LibvirtArgs),
     /// Make one document of the two halves of a scenario
     Join(bench::JoinArgs),
     /// Take memory, as many bytes as each line of the input says
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args).map(|()| true),
         Command::Vm(args) => shell::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args),
+        Command::Libvirt(args) => libvirt::run(&args).map(|()| true),
         Command::Join(args) => bench::join(&args).map(|()| true),
         Command::TakeMemory => taker::run().map(|()| true),
     };

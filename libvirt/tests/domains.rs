@@ -1,0 +1,259 @@
+//! Domains as libvirt and people write them.
+
+use std::path::Path;
+
+use gemini_virt_xml::{add, remove, Device, Error, NOTE_NAMESPACE};
+
+const Q35: &str = include_str!("domains/q35.xml");
+const NUMA: &str = include_str!("domains/numa-commandline.xml");
+const HUGETLB: &str = include_str!("domains/hugetlb.xml");
+const EMULATOR: &str = "/opt/virtio-gemini/bin/qemu-system-x86_64";
+
+fn device() -> Device {
+    Device::new(Path::new("/run/virtio-gemini/web.sock"), Some(Path::new(EMULATOR)), true)
+        .expect("good paths")
+}
+
+fn added(text: &str) -> String {
+    add(text, &device()).expect("a suitable domain").text
+}
+
+fn refused(text: &str) -> String {
+    match add(text, &device()) {
+        Ok(changed) => panic!("accepted: {}", changed.text),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// Lines of `with` that `without` does not have.
+fn new_lines<'a>(without: &str, with: &'a str) -> Vec<&'a str> {
+    let mut old = without.lines().peekable();
+    with.lines().filter(|line| old.next_if_eq(line).is_none()).collect()
+}
+
+#[test]
+fn plain_domain_gets_memory_emulator_and_arguments_and_nothing_else() {
+    let with = added(Q35);
+    let changed: Vec<_> =
+        with.lines().filter(|line| !Q35.lines().any(|old| old == *line)).collect();
+    assert_eq!(
+        changed,
+        [
+            "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' type='kvm'>",
+            &format!(
+                "    <gemini:device xmlns:gemini='{NOTE_NAMESPACE}' \
+                 emulator='/usr/bin/qemu-system-x86_64' \
+                 added='backing source access namespace commandline'/>"
+            ),
+            "  <memoryBacking>",
+            "    <source type='memfd'/>",
+            "    <access mode='shared'/>",
+            "  </memoryBacking>",
+            &format!("    <emulator>{EMULATOR}</emulator>"),
+            "  <qemu:commandline>",
+            "    <qemu:arg value='-chardev'/>",
+            "    <qemu:arg value='socket,id=gemini,path=/run/virtio-gemini/web.sock,\
+             reconnect-ms=500'/>",
+            "    <qemu:arg value='-device'/>",
+            "    <qemu:arg value='vhost-user-gemini-pci,chardev=gemini,bus=pcie.0,addr=0x1c'/>",
+            "  </qemu:commandline>",
+        ]
+    );
+}
+
+#[test]
+fn remove_undoes_add_to_the_byte() {
+    let windows = Q35.replace('\n', "\r\n");
+    let flat: String = Q35.lines().map(str::trim).collect();
+    let no_metadata = HUGETLB.replace("  <metadata/>\n", "");
+    for text in [Q35, NUMA, &windows, &flat, &no_metadata] {
+        let with = added(text);
+        assert_ne!(with, text);
+        assert_eq!(remove(&with).expect("our own output").text, text);
+    }
+}
+
+#[test]
+fn adding_twice_changes_nothing_more() {
+    for text in [Q35, NUMA, HUGETLB] {
+        let once = added(text);
+        let twice = add(&once, &device()).expect("the same domain");
+        assert_eq!(twice.text, once);
+        assert!(twice.notes.iter().any(|note| note.contains("already")), "{:?}", twice.notes);
+    }
+}
+
+#[test]
+fn adding_with_another_socket_replaces_the_device() {
+    let other = Device::new(Path::new("/run/virtio-gemini/b,c.sock"), None, false).expect("good");
+    let with = add(&added(Q35), &other).expect("a domain with the device").text;
+    assert!(!with.contains("web.sock") && with.contains("path=/run/virtio-gemini/b,,c.sock,"));
+    assert_eq!(with.matches("chardev=gemini,bus=pcie.0,addr=0x1c,release=off'").count(), 1);
+    // The emulator is the domain's own again.
+    assert!(with.contains("<emulator>/usr/bin/qemu-system-x86_64<"));
+    assert_eq!(remove(&with).expect("a domain").text, Q35);
+}
+
+#[test]
+fn own_prefix_arguments_and_backing_are_kept() {
+    let with = added(NUMA);
+    let lines = new_lines(NUMA, &with);
+    assert!(!with.contains("xmlns:qemu="));
+    assert!(lines.contains(
+        &"    <q:arg value='vhost-user-gemini-pci,chardev=gemini,bus=pcie.0,addr=0x1c'/>"
+    ));
+    assert!(with.contains("    <allocation mode='ondemand'/>\n    <source type='memfd'/>\n"));
+    assert!(with.contains("value=\"name=opt/org.example/key,string=a>b\""));
+}
+
+#[test]
+fn hugetlb_is_served_from_a_memfd_and_said_to_be_left_alone() {
+    let changed = add(HUGETLB, &device()).expect("a suitable domain");
+    assert!(changed.text.contains("</hugepages>\n    <source type='memfd'/>\n    <access mode"));
+    assert!(changed.notes.iter().any(|note| note.contains("hugetlb")), "{:?}", changed.notes);
+}
+
+#[test]
+fn shared_memory_that_another_device_needs_stays() {
+    let with = added(Q35).replace(
+        "    <memballoon",
+        "    <filesystem type='mount'><driver type='virtiofs'/></filesystem>\n    <memballoon",
+    );
+    let changed = remove(&with).expect("a domain");
+    assert!(changed.text.contains("<access mode='shared'/>"));
+    assert!(!changed.text.contains("gemini"));
+    assert!(changed.notes.iter().any(|note| note.contains("virtiofs")), "{:?}", changed.notes);
+}
+
+#[test]
+fn what_came_to_the_backing_later_stays() {
+    let with = added(Q35)
+        .replace("    <access mode='shared'/>\n", "    <access mode='shared'/>\n    <locked/>\n");
+    let text = remove(&with).expect("a domain").text;
+    assert!(text.contains("  <memoryBacking>\n    <locked/>\n  </memoryBacking>\n"), "{text}");
+}
+
+#[test]
+fn device_that_a_person_wrote_goes_and_the_rest_stays() {
+    let text = NUMA.replace(
+        "  </q:commandline>",
+        "    <q:arg value='-chardev'/>\n    <q:arg value='socket,id=mine,path=/run/a'/>\n    \
+         <q:arg value='-device'/>\n    \
+         <q:arg value='vhost-user-gemini-pci,chardev=mine'/>\n  </q:commandline>",
+    );
+    let changed = remove(&text).expect("a domain");
+    assert_eq!(changed.text, NUMA);
+    assert!(!changed.notes.is_empty());
+}
+
+#[test]
+fn domain_without_the_device_stays_as_it_is() {
+    let changed = remove(NUMA).expect("a domain");
+    assert_eq!(changed.text, NUMA);
+    assert_eq!(changed.notes.len(), 1);
+}
+
+#[test]
+fn unsuitable_domains_are_refused_with_cause_and_remedy() {
+    let backing = |inner: &str| {
+        Q35.replace("  <vcpu", &format!("  <memoryBacking>{inner}</memoryBacking>\n  <vcpu"))
+    };
+    let devices = |inner: &str| Q35.replace("  </devices>", &format!("{inner}\n  </devices>"));
+    for (text, part) in [
+        (backing("<access mode='private'/>"), "take that element out"),
+        (backing("<source type='file'/>"), "<source type='memfd'/>"),
+        (backing("<source type='anonymous'/>"), "<access mode='shared'/>"),
+        (backing("<hugepages/><source type='anonymous'/>"), "has <hugepages/>"),
+        (NUMA.replace("memAccess='shared'", "memAccess='private'"), "NUMA cell 1"),
+        (devices("<memory model='dimm' access='private'/>"), "memory devices"),
+        (devices("<hostdev mode='subsystem' type='pci'/>"), "--no-release"),
+        (Q35.replace("'x86_64'", "'aarch64'"), "aarch64"),
+        (Q35.replace("type='kvm'", "type='xen'"), "'xen'"),
+        (Q35.replace("type='kvm'", "type='kvm' id='3'"), "--inactive"),
+        (Q35.replace("  <vcpu", "  <launchSecurity type='sev'/>\n  <vcpu"), "encrypted"),
+        ("<network><name>default</name></network>".into(), "<network>"),
+        (Q35.replace("</domain>", ""), "no XML"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]><domain/>".into(), "no XML"),
+    ] {
+        let error = refused(&text);
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn passed_through_device_is_served_without_release() {
+    let text = Q35.replace("  </devices>", "<hostdev mode='subsystem' type='pci'/></devices>");
+    let device = Device::new(Path::new("/run/a"), None, false).expect("good paths");
+    assert!(add(&text, &device)
+        .expect("suitable")
+        .text
+        .contains("chardev=gemini,bus=pcie.0,addr=0x1c,release=off"));
+}
+
+#[test]
+fn anonymous_shared_memory_is_taken_as_it_is() {
+    let text = Q35.replace(
+        "  <vcpu",
+        "  <memoryBacking>\n    <source type='anonymous'/>\n    <access mode='shared'/>\n  \
+         </memoryBacking>\n  <vcpu",
+    );
+    let with = added(&text);
+    assert!(with.contains("anonymous") && !with.contains("memfd"));
+    assert_eq!(remove(&with).expect("a domain").text, text);
+}
+
+#[test]
+fn paths_that_cannot_work_are_refused() {
+    let long = format!("/{}", "a".repeat(107));
+    for path in ["run/relative", "/run/new\nline", long.as_str()] {
+        let error = Device::new(Path::new(path), None, true);
+        assert!(matches!(error, Err(Error::Path(_))), "{path}: {error:?}");
+    }
+    let quoted = Device::new(Path::new("/run/it's <a>&\"b\""), None, true).expect("an odd path");
+    let with = add(Q35, &quoted).expect("suitable").text;
+    assert!(with.contains("path=/run/it&apos;s &lt;a&gt;&amp;&quot;b&quot;,"));
+    assert_eq!(add(&with, &quoted).expect("suitable").text, with);
+}
+
+#[test]
+fn device_gets_a_slot_that_nothing_has() {
+    let devices = |inner: &str| Q35.replace("  </devices>", &format!("{inner}  </devices>"));
+    let at = |slot: &str| {
+        devices(&format!("<sound><address type='pci' bus='0x00' slot='{slot}'/></sound>"))
+    };
+    // The address on the host of what is passed through is none in the guest.
+    let source = "<x><source><address type='pci' bus='0x00' slot='0x1c'/></source></x>";
+    let argument = |value: &str| {
+        NUMA.replace("<q:env", &format!("<q:arg value='-device'/><q:arg value='{value}'/><q:env"))
+    };
+    for (text, place) in [
+        (Q35.to_owned(), "bus=pcie.0,addr=0x1c"),
+        (at("0x1c"), "bus=pcie.0,addr=0x1b"),
+        (at("28"), "bus=pcie.0,addr=0x1b"),
+        (at("0x01"), "bus=pcie.0,addr=0x1c"),
+        (devices("<x><address type='pci' bus='0x04' slot='0x1c'/></x>"), "bus=pcie.0,addr=0x1c"),
+        (devices("<x><address type='drive' bus='0' slot='28'/></x>"), "bus=pcie.0,addr=0x1c"),
+        (devices(source), "bus=pcie.0,addr=0x1c"),
+        (argument("edu,bus=pcie.0,addr=1c.0"), "bus=pcie.0,addr=0x1b"),
+        (argument("edu,addr=0x1c"), "bus=pcie.0,addr=0x1b"),
+        (argument("edu,bus=pci.5,addr=0x1c"), "bus=pcie.0,addr=0x1c"),
+        (Q35.replace("pc-q35-7.2", "pc-i440fx-7.2"), "bus=pci.0,addr=0x1c"),
+        (Q35.replace(" machine='pc-q35-7.2'", ""), "bus=pci.0,addr=0x1c"),
+    ] {
+        let with = added(&text);
+        assert!(with.contains(&format!("chardev=gemini,{place}'")), "{place}: {with}");
+        assert_eq!(added(&with), with);
+        assert_eq!(remove(&with).expect("a domain").text, text);
+    }
+}
+
+#[test]
+fn full_root_bus_and_unknown_machine_are_refused() {
+    let full: String = (1..0x20)
+        .map(|slot| format!("<x><address type='pci' bus='0x00' slot='{slot:#04x}'/></x>"))
+        .collect();
+    let error = refused(&Q35.replace("  </devices>", &format!("{full}  </devices>")));
+    assert!(error.contains("all slots"), "{error}");
+    let error = refused(&Q35.replace("pc-q35-7.2", "microvm"));
+    assert!(error.contains("microvm"), "{error}");
+}
