@@ -2,6 +2,7 @@
 //! publishes hints. System calls that may block run on two workers (one looks, one acts);
 //! discards run on the release queue's own thread, in [`Engine::release`].
 
+mod decide;
 mod demotion;
 mod hints;
 mod pools;
@@ -11,8 +12,12 @@ mod state;
 mod supply;
 mod worker;
 
+pub use decide::{Budgets, PrepareAnswer, Standing};
 pub use hints::{HintBatch, HintBody};
+pub use repair::{Outcome, Work};
+pub use scan::Look;
 pub use state::{GuestSync, State, Totals};
+pub use worker::Deed;
 
 use crate::backing::{process_cpu_time, HostState, Kind, Memory, PoolState};
 use crate::budget::{CopyBudget, CpuBudget};
@@ -25,8 +30,6 @@ use crate::protocol::{
 };
 use crate::shares::{Limits, Shares, Usage};
 use pools::{Pools, Word};
-use repair::{Allowance, Outcome, Work};
-use scan::{Reason, ScanPlan};
 use std::ops::Range;
 use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -617,20 +620,7 @@ impl Engine {
         if *looking {
             return;
         }
-        let Some(reason) = state.scan.due(now) else {
-            *sleep = (*sleep).min(state.scan.round_robin_at().saturating_duration_since(now));
-            return;
-        };
-        let mut cpu = lock(&self.cpu);
-        let allowed = match reason {
-            Reason::First => cpu.foreground_ok(now),
-            Reason::Touched | Reason::RoundRobin => cpu.background_ok(now),
-        };
-        if !allowed {
-            *sleep = (*sleep).min(cpu.background_wait(now).max(THROTTLE));
-            return;
-        }
-        if let Some(next) = state.scan.next(&state.map, now) {
+        if let Some(next) = state.next_look(&mut lock(&self.cpu), now, sleep) {
             let job = Job::Look { memory, look: next };
             *looking = look.try_send(job).is_ok();
         }
@@ -644,57 +634,16 @@ impl Engine {
         sleep: &mut Duration,
     ) {
         let Inner { state, acting, .. } = inner;
-        for index in state.repair.wake(now) {
-            state.reconsider(index);
-        }
-        let Some(memory) = state.memory.clone() else { return };
-        if *acting {
-            return;
-        }
-        // As long as the host was not looked at, nobody knows how many huge pages there are.
-        if state.scan.complete() || state.supply.limit() == u64::MAX {
-            let block_size = 1 << self.settings.block_shift;
-            let mut copy = lock(&self.copy);
-            let mut cpu = lock(&self.cpu);
-            let left = state.huge_pages_left();
-            let allowance = if state.paused {
-                Allowance::default()
-            } else {
-                Allowance {
-                    requested: cpu.requested_ok(now),
-                    background: cpu.background_ok(now),
-                    copies: copy.blocks(block_size, now),
-                    pages: left.wanted,
-                    prepared: left.prepared,
-                    renewed: left.renewed,
-                }
+        state.wake(now);
+        if let Some(memory) = state.memory.clone().filter(|_| !*acting) {
+            let mut budgets = Budgets {
+                copy: &mut lock(&self.copy),
+                cpu: &mut lock(&self.cpu),
+                block_size: 1 << self.settings.block_shift,
             };
-            let work = state.repair.next(&state.map, &allowance);
-            if let Some(work) = work.or_else(|| state.next_demotion(&allowance, now)) {
-                state.acting = work.blocks();
-                // Taken in advance; settled when it is done.
-                let advance = state.copies(&work) * block_size;
-                copy.advance(advance, now);
+            if let Some((work, advance)) = state.next_work(&mut budgets, now, sleep) {
                 let job = Job::Act { memory, generation: state.generation, work, advance };
                 *acting = act.try_send(job).is_ok();
-            } else if !state.paused {
-                // If it is no budget that is missing, what could help wakes us.
-                let mut wait_for = |cpu_wait: Option<Duration>| {
-                    let wait = cpu_wait.or_else(|| copy.wait(block_size, now));
-                    *sleep = (*sleep).min(wait.unwrap_or(SLEEP_MAX).max(THROTTLE));
-                };
-                if state.is_beyond_share() && !allowance.requested {
-                    wait_for(Some(cpu.requested_wait(now)));
-                }
-                if state.repair.requested() {
-                    wait_for((!allowance.requested).then(|| cpu.requested_wait(now)));
-                }
-                if state.repair.wants() && allowance.pages == 0 {
-                    let until = state.demotion.next_sweep().saturating_duration_since(now);
-                    *sleep = (*sleep).min(until.max(THROTTLE));
-                } else if state.repair.wants() {
-                    wait_for((!allowance.background).then(|| cpu.background_wait(now)));
-                }
             }
         }
         if let Some(at) = state.repair.wakes_at() {
@@ -751,8 +700,7 @@ impl Engine {
         let state = &mut inner.state;
         // Should the driver have restarted meanwhile: what was seen of the host is still true.
         if state.memory.as_ref().is_some_and(|memory| Arc::ptr_eq(memory, &job.memory)) {
-            let news = state.apply_look(&job.runs);
-            state.scan.done(&job.look, job.took, news, now);
+            state.take_look(&job.look, &job.runs, job.took, now);
         }
         drop(inner);
         self.wake();
@@ -770,66 +718,17 @@ impl Engine {
         inner.acting = false;
         let port = inner.port.clone();
         let state = &mut inner.state;
-        state.acting = 0..0;
-        state.totals.collapse_bytes += deed.copied_bytes;
-        state.totals.collapses += deed.copied;
-        state.totals.populated += deed.populated;
-        state.totals.demoted += deed.demoted;
-        state.totals.collapse_failures += deed.failed;
-        if let Some(took) = deed.met {
-            state.totals.collapses_met += 1;
-            state.repair.pause(took, now);
-        }
-        state.totals.charged_bytes += deed.attempts * block_size;
-        for (_, outcome) in &deed.outcomes {
-            match outcome {
-                Outcome::Done => state.supply.gave(),
-                // Of a short pool all is known: there is nothing to be learnt by trying.
-                Outcome::Lacking if pool_short => {}
-                Outcome::Lacking => state.supply.failed(now),
-                Outcome::Idle | Outcome::Failed | Outcome::Deferred => {}
-            }
-        }
-        if state.generation == generation {
-            for &(block, outcome) in &deed.outcomes {
-                let Some(index) = state.map.index_of(block) else { continue };
-                let failures = state.map.get(index).map_or(0, |b| b.failures);
-                let failures = state.repair.ended(index, outcome, failures, now);
-                state.map.set_failures(index, failures);
-                if outcome == Outcome::Deferred && deed.seen {
-                    state.repair.again(block);
-                }
-                // Who asked is told again, also of what is as it was.
-                if deed.requested {
-                    state.hints.changed(index);
-                }
-            }
-        }
-        if state.memory.as_ref().is_some_and(|current| Arc::ptr_eq(current, &memory)) && deed.seen {
-            state.apply_acted(&deed.runs);
-        } else {
-            // What was done may not be seen by looks that are under way: all is looked at anew.
-            state.scan = ScanPlan::new(state.map.len(), now);
-        }
-        let mut answer = None;
-        if let Some(id) = deed.settled.filter(|_| state.generation == generation) {
-            if state.repair.end_prepare(id) {
-                let records = state.host_records(&deed.ranges);
-                let huge = records.iter().all(is_huge);
-                answer = Some((id, if huge { S_OK } else { S_FAILED }, records));
-            }
-        }
+        let current = state.generation == generation;
+        let same = state.memory.as_ref().is_some_and(|current| Arc::ptr_eq(current, &memory));
+        let answer =
+            state.take_deed(&deed, block_size, &Standing { current, same, pool_short }, now);
         drop(inner);
-        if let (Some(port), Some((id, status, records))) = (port, answer) {
+        if let (Some(port), Some(PrepareAnswer { id, status, records })) = (port, answer) {
             fault::point("prepare.done");
             port.answer_prepare(id, status, &records);
         }
         self.wake();
     }
-}
-
-fn is_huge(record: &Record) -> bool {
-    HostState::from_wire(record.state).is_some_and(|s| s.is_huge())
 }
 
 fn indices(state: &State, first: u64, count: u32) -> Vec<usize> {
@@ -849,21 +748,6 @@ impl State {
             && blocks <= self.map.len() as u64
             && ranges.iter().all(|&(first, count)| self.map.is_managed(first, count));
         (!valid).then_some(S_INVALID)
-    }
-
-    /// What to demote, where the limit alone keeps the policy from what it wants.
-    fn next_demotion(&mut self, allowance: &Allowance, now: Instant) -> Option<Work> {
-        if self.is_beyond_share() && (allowance.requested || self.paused) {
-            let rests = |index| self.repair.rests(index);
-            let block = self.demotion.next_of_all(&self.map, rests)?;
-            return Some(Work::Demote { block });
-        }
-        let at_limit = allowance.pages == 0 && self.repair.wants();
-        if !at_limit || !allowance.background || allowance.copies == 0 {
-            return None;
-        }
-        let block = self.demotion.next(&self.map, |index| self.repair.rests(index), now)?;
-        Some(Work::Demote { block })
     }
 
     /// Asks the guest for as many blocks, or for what it has. What it reports as free is no leave
@@ -891,14 +775,6 @@ impl State {
         if scarce != before {
             log::info!("huge pages for the guest are {}", if scarce { "used up" } else { "back" });
         }
-    }
-
-    /// How many blocks an action may copy.
-    fn copies(&self, work: &Work) -> u64 {
-        let blocks = work.blocks().filter_map(|block| self.map.index_of(block));
-        let resident =
-            |index: &usize| self.map.get(*index).is_some_and(|block| block.host == HostState::Base);
-        blocks.filter(resident).count() as u64
     }
 
     /// The known host states of ranges, as records.
