@@ -490,15 +490,18 @@ pub fn inherit<'a>(command: &'a mut Command, fd: BorrowedFd<'_>, target: RawFd) 
     unsafe { command.pre_exec(move || check(libc::dup2(fd, target)).map(|_| ())) }
 }
 
-/// Has the calling thread run before all ordinary ones. False if this user may
-/// not; then it may be put aside for others at any time.
-#[must_use]
-pub fn run_first() -> bool {
+/// Has a thread (0: the calling one), and what it starts from then on, run before
+/// all ordinary ones, or among them again.
+///
+/// # Errors
+/// If this user may not, or there is no such thread.
+pub fn run_first(thread: libc::pid_t, first: bool) -> io::Result<()> {
     // SAFETY: all fields are integers.
     let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
-    priority.sched_priority = 1;
+    priority.sched_priority = i32::from(first);
+    let policy = if first { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
     // SAFETY: the parameter lives across the call.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &priority) == 0 }
+    check(unsafe { libc::sched_setscheduler(thread, policy, &priority) }).map(|_| ())
 }
 
 /// Page faults of the calling thread so far.
