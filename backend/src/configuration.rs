@@ -223,6 +223,9 @@ impl Configuration {
         if now.give_back != before.give_back {
             self.engine.set_give_back(now.give_back);
         }
+        if now.booking_timeout != before.booking_timeout {
+            self.engine.set_booking_timeout(now.booking_timeout_ms());
+        }
         if now.limits() != before.limits() {
             self.engine.set_limits(now.limits());
         }

@@ -11,8 +11,9 @@
 //! | [`policy`] | which blocks the host should make huge: pure functions |
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
-//! Beside them: [`block_map`] (both states of every block), [`bitmap`], [`budget`],
-//! [`pressure`] (how short of memory the host is), [`protocol`] (the wire format), [`shares`]
+//! Beside them: [`adapt`] (Algorithm 1), [`block_map`] (both states of every block), [`bitmap`],
+//! [`budget`], [`fmfi`] (how fragmented the host is), [`pressure`] (how short of memory), [`protocol`]
+//! (the wire format), [`shares`]
 //! (what several VMs have of the host), [`settings`] (each declared once), [`configuration`] (where
 //! they come from), [`control`] (the control socket and metrics), [`ctl`] (its client,
 //! `geminictl`), [`config`] (the command line), [`logging`] and [`fault`] (places for tests to
@@ -20,6 +21,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod adapt;
 #[allow(unsafe_code)] // the one place for it
 pub mod backing;
 pub mod bitmap;
@@ -32,6 +34,7 @@ pub mod ctl;
 pub mod device;
 pub mod engine;
 pub mod fault;
+pub mod fmfi;
 pub mod logging;
 pub mod policy;
 pub mod pressure;

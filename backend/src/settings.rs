@@ -5,6 +5,7 @@
 //! On the command line and in the file a name has dashes (`copy-rate`), on the control socket
 //! underscores (`copy_rate`).
 
+use crate::adapt;
 use crate::engine::{GiveBack, Settings as EngineSettings};
 use crate::policy::Policy;
 use crate::shares::{Limits, WEIGHT_MAX};
@@ -16,6 +17,8 @@ use std::collections::BTreeMap;
 
 /// The word for a limit that there is not.
 const UNLIMITED: &str = "unlimited";
+/// The word for what the daemon finds out by itself.
+const AUTO: &str = "auto";
 /// Least copy rate. Less than a block a second would leave requests of the guest waiting for
 /// longer than anybody means.
 const COPY_RATE_MIN: u64 = 2 << 20;
@@ -35,6 +38,8 @@ pub struct Settings {
     pub huge_max: Option<u64>,
     /// When the guest is asked for memory that it does not use.
     pub give_back: GiveBack,
+    /// How long what is of no use is kept, in seconds; `None`: to be found out.
+    pub booking_timeout: Option<u32>,
     /// Weight among the VMs that share what the host has.
     pub weight: u64,
     /// Most bytes of huge pages for all of them; `None` for any amount.
@@ -53,6 +58,7 @@ impl Default for Settings {
             cpu_share: 25,
             huge_max: None,
             give_back: GiveBack::Pressure,
+            booking_timeout: None,
             weight: 100,
             host_huge_max: None,
             host_copy_rate: None,
@@ -67,6 +73,11 @@ impl Settings {
         f64::from(self.cpu_share) / 100.0
     }
 
+    /// How long what is of no use is kept, in milliseconds; `None`: to be found out.
+    pub fn booking_timeout_ms(&self) -> Option<u32> {
+        self.booking_timeout.map(|seconds| seconds.saturating_mul(1000))
+    }
+
     /// What the engine begins with, for blocks of `1 << block_shift` bytes.
     pub fn engine(&self, block_shift: u32) -> EngineSettings {
         EngineSettings {
@@ -77,6 +88,7 @@ impl Settings {
             huge_max: self.huge_max,
             give_back: self.give_back,
             limits: self.limits(),
+            booking_timeout_ms: self.booking_timeout_ms(),
         }
     }
 
@@ -235,6 +247,21 @@ pub static SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        name: "booking-timeout",
+        value_name: "SECONDS",
+        about: "How long huge pages are kept that nobody has a use for: by the driver those that \
+                it holds, and by a guest at --huge-max, for a thirtieth of it, those that others \
+                could have. auto: found out by what it brings.",
+        range: Range::Words("seconds, 1 to 600, or auto"),
+        get: |s| s.booking_timeout.into(),
+        show: |s| s.booking_timeout.map_or(AUTO.into(), |seconds| seconds.to_string()),
+        set: |s, value| {
+            s.booking_timeout = seconds_or_auto(value)
+                .ok_or_else(|| format!("a whole number of seconds from 1 to 600, or {AUTO}"))?;
+            Ok(())
+        },
+    },
+    Setting {
         name: "log-level",
         value_name: "LEVEL",
         about: "Least important messages that are logged.",
@@ -322,6 +349,19 @@ fn bytes_or_unlimited(value: &Value, least: u64) -> Option<Option<u64>> {
         Value::Null => Some(None),
         Value::String(word) if word == UNLIMITED => Some(None),
         value => bytes(value).filter(|bytes| *bytes >= least).map(Some),
+    }
+}
+
+/// A booking timeout in seconds, or none.
+#[allow(clippy::option_option)] // as above
+fn seconds_or_auto(value: &Value) -> Option<Option<u32>> {
+    match value {
+        Value::Null => Some(None),
+        Value::String(word) if word == AUTO => Some(None),
+        value => {
+            let ms = u32::try_from(number(value)?).ok()?.checked_mul(1000)?;
+            (adapt::MIN_MS..=adapt::MAX_MS).contains(&ms).then_some(Some(ms / 1000))
+        }
     }
 }
 
@@ -516,6 +556,13 @@ mod tests {
         for wrong in [json!(0), json!(101), json!("25%"), json!(null), json!(true)] {
             assert!(set("cpu_share", wrong).unwrap_err().contains("1 to 100"));
         }
+        for wrong in [json!(0), json!(601), json!(1.5), json!("90s"), json!(u64::MAX)] {
+            assert!(set("booking_timeout", wrong).unwrap_err().contains("1 to 600"));
+        }
+        assert_eq!(
+            set("booking_timeout", json!("600")).unwrap().booking_timeout_ms(),
+            Some(600_000)
+        );
         assert!(set("policy", json!("best")).unwrap_err().contains("gemini"));
         assert!(set("log_level", json!("loud")).unwrap_err().contains("debug"));
         assert!(set("log_level", json!("INFO")).is_err(), "one spelling everywhere");
@@ -529,6 +576,7 @@ mod tests {
             cpu_share: 7,
             huge_max: Some(5 << 30),
             give_back: GiveBack::Always,
+            booking_timeout: Some(90),
             weight: 7,
             host_huge_max: Some(5 << 30),
             host_copy_rate: Some(3 << 20),

@@ -5,6 +5,8 @@
 //! stores a byte into guest memory, and only [`Memory::discard`] drops any.
 
 #[allow(unsafe_code)]
+mod counters;
+#[allow(unsafe_code)]
 mod descriptor;
 mod findings;
 mod home;
@@ -22,6 +24,7 @@ mod truncation;
 mod vmm;
 mod window;
 
+pub use counters::TlbCounters;
 pub use descriptor::{
     bind_private, close_abandoned, inherit_listener, lock_for_life, lock_is_held, set_nonblocking,
     signal_event,
@@ -30,6 +33,7 @@ pub use findings::{Finding, Severity};
 pub use pool::PoolState;
 pub use process::{kill_self, process_cpu_time, thread_cpu_time};
 pub use ranges::LayoutError;
+pub use sys::page_size;
 pub use truncation::{memory_was_truncated, survive_truncated_memory};
 
 use home::Home;
@@ -565,7 +569,7 @@ fn open_own_pagemap(said: &mut Vec<Finding>) -> Option<File> {
             return None;
         }
     };
-    if let Err(error) = sys::pagemap_scan(&pagemap, &(0..sys::page_size()), &mut []) {
+    if let Err(error) = sys::pagemap_scan(&pagemap, &(0..page_size()), &mut []) {
         said.push(findings::scan_unavailable(&error));
         return None;
     }

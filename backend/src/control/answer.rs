@@ -143,6 +143,8 @@ fn status(subject: &Subject) -> Value {
             "acting": acting,
             "pressure": pressure,
             "hugetlb": pools,
+            "timeout_ms": state.timeout.ms(),
+            "timeout_source": state.timeout.source(),
             "wanted": state.wish.blocks(),
             "blocks": state.map.len(),
             "guest_synced": state.guest_sync == GuestSync::Done,

@@ -4,7 +4,7 @@
 use super::Subject;
 use crate::backing::{process_cpu_time, Finding, HostState, PoolState, Severity};
 use crate::block_map::Counters;
-use crate::engine::{GuestSync, Totals};
+use crate::engine::{GuestSync, Source, Totals};
 use crate::protocol::GuestState;
 use crate::settings::Settings;
 use std::fmt::{Display, Write};
@@ -25,6 +25,7 @@ struct Sight {
     block_size: u64,
     blocks: u64,
     counters: Counters,
+    timeout: (u32, Source),
     totals: Totals,
     findings: Vec<Finding>,
     pools: Vec<PoolState>,
@@ -49,6 +50,7 @@ pub fn render(subject: &Subject) -> String {
         block_size: 1 << engine.settings().block_shift,
         blocks: state.map.len() as u64,
         counters: *state.map.counters(),
+        timeout: (state.timeout.ms(), state.timeout.source()),
         totals: state.totals,
         findings,
         pools,
@@ -131,6 +133,13 @@ fn expose(name: &str, sight: &Sight) -> String {
     }
     settings(&mut out, &sight.settings);
     memory(&mut out, sight, of);
+    let (ms, source) = sight.timeout;
+    out.family(
+        "gauge",
+        "timeout_seconds",
+        "How long huge pages are kept that nobody has a use for.",
+    )
+    .sample(&[("source", source.name())], f64::from(ms) / 1000.0);
     pools(&mut out, &sight.pools);
     totals(&mut out, &sight.totals, of);
 
@@ -153,6 +162,8 @@ fn settings(out: &mut Exposition, settings: &Settings) {
         cpu_share: _,
         huge_max,
         give_back: _,
+        // Told as what is in force.
+        booking_timeout: _,
         weight: _,
         host_huge_max: _,
         host_copy_rate: _,
@@ -312,6 +323,7 @@ pub mod tests {
             block_size: 2 << 20,
             blocks: 8,
             counters,
+            timeout: (66_000, Source::Tlb),
             totals: Totals { collapse_bytes: 7, released: 2, ..Totals::default() },
             findings: Vec::new(),
             pools: vec![PoolState { page_size: 2 << 20, free: 3, ..PoolState::default() }],
@@ -344,6 +356,7 @@ pub mod tests {
             ("gemini_collapse_bytes_total", 7.0),
             ("gemini_released_bytes_total", 4.0 * 1_048_576.0),
             ("gemini_cpu_seconds_total", 1.5),
+            ("gemini_timeout_seconds", 66.0),
             ("gemini_hugetlb_short", 0.0),
             ("gemini_huge_max_bytes", f64::INFINITY),
             ("gemini_copy_rate_bytes_per_second", 256.0 * 1_048_576.0),

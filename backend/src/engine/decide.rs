@@ -154,7 +154,8 @@ impl State {
         if !at_limit || !allowance.background || allowance.copies == 0 {
             return None;
         }
-        let block = self.demotion.next(&self.map, |index| self.repair.rests(index), now)?;
+        let (rests, kept) = (|index| self.repair.rests(index), self.timeout.at_limit());
+        let block = self.demotion.next(&self.map, rests, kept, now)?;
         Some(Work::Demote { block })
     }
 
@@ -217,6 +218,9 @@ impl State {
         let records = self.host_records(&deed.ranges);
         let huge = |r: &Record| HostState::from_wire(r.state).is_some_and(HostState::is_huge);
         let status = if records.iter().all(huge) { S_OK } else { S_FAILED };
+        if status == S_FAILED {
+            self.timeout.request_failed();
+        }
         Some(PrepareAnswer { id, status, records })
     }
 

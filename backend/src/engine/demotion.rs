@@ -2,7 +2,7 @@
 //! free there, or hold base pages. Taken from these, they can go where the guest has huge pages.
 //!
 //! A block that was just freed is likely to be used again as a huge page (the driver books it), so
-//! only one that was of no use in two sweeps is taken.
+//! only one that was of no use in two sweeps is taken; the time between them is the caller's.
 
 use crate::backing::HostState;
 use crate::bitmap::Bitmap;
@@ -11,8 +11,6 @@ use crate::protocol::GuestState;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Time between two sweeps.
-const SWEEP: Duration = Duration::from_secs(2);
 /// Most blocks that are taken in consequence of one.
 const MOST: usize = 256;
 
@@ -55,15 +53,17 @@ impl Demotion {
         self.next_sweep
     }
 
-    /// The next block to demote, by its number; none that `rests`.
+    /// The next block to demote, by its number: one that was of no use for the time `kept` at
+    /// least, and none that `rests`.
     pub fn next(
         &mut self,
         map: &BlockMap,
         rests: impl Fn(usize) -> bool,
+        kept: Duration,
         now: Instant,
     ) -> Option<u64> {
         if self.victims.is_empty() && now >= self.next_sweep {
-            self.next_sweep = now + SWEEP;
+            self.next_sweep = now + kept;
             self.sweep(map, rests);
         }
         while let Some(index) = self.victims.pop_front() {
@@ -124,6 +124,8 @@ impl Demotion {
 mod tests {
     use super::*;
 
+    const SWEEP: Duration = Duration::from_secs(2);
+
     #[test]
     fn only_what_is_of_no_use_for_a_while_is_demoted_free_blocks_first() {
         let mut now = Instant::now();
@@ -142,19 +144,19 @@ mod tests {
         }
         map.set_host(6, HostState::Base);
         let mut demotion = Demotion::new(map.len(), now);
-        assert_eq!(demotion.next(&map, |_| false, now), None, "seen for the first time");
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now), None, "seen for the first time");
         // One is used again, and unused again.
         map.set_guest(5, GuestState::Huge, 0);
         now += SWEEP;
-        assert_eq!(demotion.next(&map, |_| false, now), Some(11));
-        assert_eq!(demotion.next(&map, |_| false, now), Some(10));
-        assert_eq!(demotion.next(&map, |_| false, now), None);
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now), Some(11));
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now), Some(10));
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now), None);
         map.set_guest(5, GuestState::Free, 0);
         now += SWEEP;
         let resting = |index| index < 2;
-        assert_eq!(demotion.next(&map, resting, now), None);
+        assert_eq!(demotion.next(&map, resting, SWEEP, now), None);
         now += SWEEP;
-        assert_eq!(demotion.next(&map, resting, now), Some(15));
+        assert_eq!(demotion.next(&map, resting, SWEEP, now), Some(15));
     }
 
     #[test]
@@ -203,9 +205,9 @@ mod tests {
         map.set_host(1, HostState::Huge);
         map.set_guest(1, GuestState::Free, 0);
         let mut demotion = Demotion::new(map.len(), now);
-        assert_eq!(demotion.next(&map, |_| false, now), None);
-        assert_eq!(demotion.next(&map, |_| false, now + SWEEP), Some(0));
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now), None);
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now + SWEEP), Some(0));
         map.set_guest(1, GuestState::Huge, 0);
-        assert_eq!(demotion.next(&map, |_| false, now + SWEEP), None);
+        assert_eq!(demotion.next(&map, |_| false, SWEEP, now + SWEEP), None);
     }
 }

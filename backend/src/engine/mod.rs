@@ -10,6 +10,7 @@ mod repair;
 mod scan;
 mod state;
 mod supply;
+mod timeout;
 mod worker;
 
 pub use decide::{Budgets, PrepareAnswer, Standing};
@@ -17,11 +18,15 @@ pub use hints::{HintBatch, HintBody};
 pub use repair::{Outcome, Work};
 pub use scan::Look;
 pub use state::{GuestSync, State, Totals};
+pub use timeout::Source;
 pub use worker::Deed;
 
-use crate::backing::{process_cpu_time, HostState, Kind, Memory, PoolState};
+use crate::backing::{
+    page_size, process_cpu_time, HostState, Kind, Memory, PoolState, TlbCounters,
+};
 use crate::budget::{CopyBudget, CpuBudget};
 use crate::fault;
+use crate::fmfi;
 use crate::policy::Policy;
 use crate::pressure::{View, Watch};
 use crate::protocol::{
@@ -35,6 +40,7 @@ use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use timeout::End;
 use worker::Job;
 
 /// Most unanswered blocks on `releaseq`: what a stopped daemon can cost a guest, 64 MiB.
@@ -84,6 +90,8 @@ pub struct Settings {
     pub give_back: GiveBack,
     /// What is shared with other VMs at first, where anything is.
     pub limits: Limits,
+    /// How long what is of no use is kept at first, in milliseconds; `None`: to be found out.
+    pub booking_timeout_ms: Option<u32>,
 }
 
 impl Settings {
@@ -140,6 +148,8 @@ pub struct Engine {
     copy: Mutex<CopyBudget>,
     pressure: Mutex<Watch>,
     pools: Mutex<Pools>,
+    /// Where the processor counts them, the guest's TLB misses of this period of the timeout.
+    tlb: Mutex<Option<TlbCounters>>,
 }
 
 /// The engine's threads; they end when this is dropped.
@@ -163,6 +173,7 @@ impl Engine {
         let now = Instant::now();
         let mut state = State::new(settings.policy, settings.blocks(settings.huge_max), now);
         state.give_back = settings.give_back;
+        state.timeout.set(settings.booking_timeout_ms, now);
         let engine = Arc::new(Self {
             inner: Mutex::new(Inner {
                 state,
@@ -183,6 +194,7 @@ impl Engine {
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
             pressure: Mutex::new(Watch::new(now)),
             pools: Mutex::new(Pools::new(now)),
+            tlb: Mutex::new(None),
             copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
             settings,
         });
@@ -447,6 +459,7 @@ impl Engine {
             }
             if renew && state.policy.prepares() {
                 if state.paused || !state.may_renew(ranges) {
+                    state.timeout.request_failed();
                     return S_BUSY;
                 }
                 state.renewing = ranges.iter().map(|(_, count)| u64::from(*count)).sum();
@@ -508,7 +521,8 @@ impl Engine {
             flags |= ADVICE_RETURN;
         }
         let wanted = state.wish.blocks();
-        Advice { release_max: RELEASE_MAX, flags, wanted, ..Advice::default() }
+        let booking_timeout_ms = state.timeout.wish_ms();
+        Advice { booking_timeout_ms, release_max: RELEASE_MAX, flags, wanted, ..Advice::default() }
     }
 
     /// Sets when the guest is asked for memory, from now on.
@@ -538,6 +552,48 @@ impl Engine {
             }
         }
         *sleep = (*sleep).min(watch.due().saturating_duration_since(now));
+    }
+
+    /// Sets how long what is of no use is kept, in milliseconds; `None`: to be found out.
+    pub fn set_booking_timeout(&self, ms: Option<u32>) {
+        self.lock().state.timeout.set(ms, Instant::now());
+        self.wake();
+    }
+
+    /// At the end of a period: what it brought decides on the timeout of the next one.
+    fn watch_timeout(&self, now: Instant, sleep: &mut Duration) {
+        let vmm = {
+            let inner = self.lock();
+            let ends = inner.state.timeout.ends();
+            let (Some(ends), Some(memory)) = (ends, &inner.state.memory) else {
+                lock(&self.tlb).take();
+                return;
+            };
+            if ends > now {
+                *sleep = (*sleep).min(ends - now);
+                return;
+            }
+            memory.vmm()
+        };
+        let mut tlb = lock(&self.tlb);
+        let tlb_misses = tlb.take().and_then(|counters| counters.total().ok());
+        // Anew for each period: processors of a guest come and go.
+        *tlb = vmm.and_then(|vmm| {
+            TlbCounters::open(vmm)
+                .inspect_err(|error| log::debug!("TLB misses are not counted: {error}"))
+                .ok()
+        });
+        let order = self.settings.block_shift.saturating_sub(page_size().trailing_zeros());
+        let fmfi = fmfi::host(order);
+        let mut inner = self.lock();
+        let state = &mut inner.state;
+        let keeps = state.keeps();
+        let misaligned = state.misaligned();
+        let end = End { tlb_misses, misaligned, fmfi, keeps, counting: tlb.is_some() };
+        state.timeout.end_period(&end, now);
+        if let Some(ends) = state.timeout.ends() {
+            *sleep = (*sleep).min(ends.saturating_duration_since(now));
+        }
     }
 
     /// Looks at the pools that the guest's hugetlb memory comes from, and lets the promises follow.
@@ -587,6 +643,7 @@ impl Engine {
             let mut sleep = SLEEP_MAX;
             self.watch_pressure(now, &mut sleep);
             self.watch_pools(now, &mut sleep);
+            self.watch_timeout(now, &mut sleep);
             {
                 let mut inner = self.lock();
                 if inner.stopping {

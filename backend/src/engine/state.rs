@@ -5,6 +5,7 @@ use super::hints::Hints;
 use super::repair::Repair;
 use super::scan::ScanPlan;
 use super::supply::Supply;
+use super::timeout::Timeout;
 use super::GiveBack;
 use crate::backing::{HostRun, HostState, Memory};
 use crate::bitmap::Bitmap;
@@ -105,6 +106,8 @@ pub struct State {
     huge_max: u64,
     /// Most huge blocks by our share of what several VMs have.
     share: u64,
+    /// How long what is of no use is kept.
+    pub timeout: Timeout,
     /// Huge pages that the host has to give.
     pub supply: Supply,
     /// When the guest is asked for memory.
@@ -139,6 +142,7 @@ impl State {
             demotion: Demotion::new(0, now),
             huge_max,
             share: u64::MAX,
+            timeout: Timeout::new(None, now),
             supply: Supply::new(huge_max),
             give_back: GiveBack::Pressure,
             wish: Wish::new(now),
@@ -156,6 +160,7 @@ impl State {
         self.memory = memory;
         self.scan = ScanPlan::new(self.map.len(), now);
         self.demotion = Demotion::new(self.map.len(), now);
+        self.timeout.changed(now);
         self.new_generation();
     }
 
@@ -411,6 +416,25 @@ impl State {
             }
         }
         needed <= left
+    }
+
+    /// Blocks in use that are huge at one layer alone: what the driver holds is not in use.
+    pub fn misaligned(&self) -> u64 {
+        let held = |index: &usize| {
+            let block = self.map.get(*index);
+            block.is_some_and(|b| b.guest == GuestState::Booked && b.host.is_huge())
+        };
+        let held = (0..self.map.len()).filter(held).count() as u64;
+        let counters = self.map.counters();
+        (counters.guest_only + counters.host_only).saturating_sub(held)
+    }
+
+    /// Whether anything is kept for the timeout: by the driver, where it is told how long, or by
+    /// a guest at its limit.
+    pub fn keeps(&self) -> bool {
+        let booked = self.map.counters().guest[GuestState::Booked as usize] > 0;
+        let at_limit = self.repair.wants() && self.huge_pages_left().wanted == 0;
+        at_limit || (booked && self.timeout.wish_ms() > 0)
     }
 
     /// The answer of a STATS request.

@@ -165,26 +165,29 @@ fn rate_of(plan: &Plan, met: &Met) -> f64 {
     (plan.blocks * BLOCK_SIZE) as f64 / met.took.as_secs_f64()
 }
 
-/// The value below which `part` of the rounds are.
-fn quantile(of: &[Met], part: f64, value: impl Fn(&Met) -> f64) -> f64 {
+/// What is told of a round.
+type Value<'a> = &'a dyn Fn(&Met) -> f64;
+
+/// The value below which so many quarters of the rounds are.
+fn quartile(of: &[Met], quarters: usize, value: Value) -> f64 {
     let mut values: Vec<f64> = of.iter().map(value).collect();
     values.sort_by(f64::total_cmp);
-    let at = part * values.len().saturating_sub(1) as f64;
-    values.get(at.round() as usize).copied().unwrap_or(f64::NAN)
+    let at = (values.len().saturating_sub(1) * quarters + 2) / 4;
+    values.get(at).copied().unwrap_or(f64::NAN)
 }
 
 fn tell(plan: &Plan, scenario: &mut Scenario, [kernel, ours, idle]: [&[Met]; 3]) {
     let blocks = plan.blocks as f64;
     let gib = blocks * BLOCK_SIZE as f64 / (1u64 << 30) as f64;
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-    let median = |of: &[Met], value: &dyn Fn(&Met) -> f64| quantile(of, 0.5, value);
+    let median = |of: &[Met], value: Value| quartile(of, 2, value);
     let rate = |met: &Met| gib * 1024.0 / met.took.as_secs_f64();
     let stalled = |met: &Met| ms(met.stalled) / blocks;
     let long = |met: &Met| met.long as f64 / gib;
     let longest = |met: &Met| ms(met.longest);
     let densest = |met: &Met| ms(met.densest);
     #[rustfmt::skip]
-    let figures: [(&str, &dyn Fn(&Met) -> f64, Option<f64>); 4] = [
+    let figures: [(&str, Value, Option<f64>); 4] = [
         ("stalled_ms_per_block", &stalled, Some(0.0)),
         // No round tells less than one stall from none.
         ("long_stalls_per_gib", &long, Some(1.0 / gib)),
@@ -196,13 +199,13 @@ fn tell(plan: &Plan, scenario: &mut Scenario, [kernel, ours, idle]: [&[Met]; 3])
     let slowest = Bar::AtLeast(0.9 * median(kernel, &rate));
     scenario.figure("daemon_mib_per_s", median(ours, &rate), slowest);
     for (name, value, resolution) in figures {
-        let upper = quantile(kernel, 0.75, value);
+        let upper = quartile(kernel, 3, value);
         scenario.figure(&format!("khugepaged_{name}"), median(kernel, value), Bar::None);
         scenario.figure(&format!("khugepaged_{name}_upper_quartile"), upper, Bar::None);
         // Who is as good is above the other's median in every second run.
         let bar = resolution.map_or(Bar::None, |resolution| Bar::AtMost(upper + resolution));
         scenario.figure(&format!("daemon_{name}"), median(ours, value), bar);
-        let upper = quantile(ours, 0.75, value);
+        let upper = quartile(ours, 3, value);
         scenario.figure(&format!("daemon_{name}_upper_quartile"), upper, Bar::None);
     }
     let a_second = |part: Duration, met: &Met| ms(part) / met.took.as_secs_f64();

@@ -44,6 +44,23 @@ fn wait_scarce(machine: &mut Machine, scarce: bool) -> Result {
 }
 
 #[test]
+fn the_driver_is_told_a_timeout_that_is_set_and_none_that_it_can_find_out() -> Result {
+    let lab = common::lab("gemini")?;
+    let mut machine = lab.boot(8)?;
+    for (timeout, ms) in [(json!(90), 90_000), (json!("auto"), 0)] {
+        ask(&lab, &json!({"cmd": "set", "booking_timeout": timeout}))?;
+        machine.driver.wait_until("the advice", PATIENCE, |driver| {
+            driver.advice().is_some_and(|advice| advice.booking_timeout_ms == ms)
+        })?;
+    }
+    let status = ask(&lab, &json!({"cmd": "status"}))?;
+    // No thread of the model guest is named as a processor.
+    ensure!(status["timeout_source"] == "misaligned", "{status}");
+    ensure!(status["timeout_ms"] == 60_000, "{status}");
+    Ok(())
+}
+
+#[test]
 fn a_paused_daemon_makes_nothing_huge_and_answers_as_the_specification_says() -> Result {
     let mut lab = common::lab("gemini")?;
     let mut machine = lab.boot(40)?;
