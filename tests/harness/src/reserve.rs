@@ -2,7 +2,7 @@
 //! a host whose free memory is fragmented, every other one after a huge page was let
 //! go that had been gained before, as a reserve would for it.
 //!
-//! The daemon has no reserve; this is the experiment that decided it.
+//! The daemon has no reserve; this is the experiment that decided it (docs/measurements.md).
 
 use std::fs::File;
 use std::time::{Duration, Instant};
