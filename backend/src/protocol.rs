@@ -72,6 +72,8 @@ pub const S_BUSY: u32 = 5;
 pub const ADVICE_SCARCE: u32 = 1 << 0;
 /// The host would like to have what is unused.
 pub const ADVICE_RETURN: u32 = 1 << 1;
+/// The host would like guest huge pages moved onto blocks that are huge in the host.
+pub const ADVICE_MOVE: u32 = 1 << 2;
 
 /// State of a block in the guest, as reported by the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -42,6 +42,7 @@ fn constants() -> BTreeMap<&'static str, u64> {
         ("VIRTIO_GEMINI_SYNC_END", u64::from(SYNC_END)),
         ("VIRTIO_GEMINI_ADVICE_SCARCE", u64::from(ADVICE_SCARCE)),
         ("VIRTIO_GEMINI_ADVICE_RETURN", u64::from(ADVICE_RETURN)),
+        ("VIRTIO_GEMINI_ADVICE_MOVE", u64::from(ADVICE_MOVE)),
         ("VIRTIO_GEMINI_REQ_PREPARE", u64::from(REQ_PREPARE)),
         ("VIRTIO_GEMINI_REQ_QUERY", u64::from(REQ_QUERY)),
         ("VIRTIO_GEMINI_REQ_STATS", u64::from(REQ_STATS)),

@@ -630,6 +630,24 @@ unsigned int gemini_map_pick(struct gemini_map *map, int nid,
 	return count;
 }
 
+/* A ready block, if possible one that reads as zero, or just not such a one. */
+static struct page *ready_page(struct gemini_map *map, int nid, bool zero,
+			       bool *clean)
+{
+	struct gemini_pool *pool = &map->pools[nid];
+	enum gemini_stock stock = zero ? GEMINI_STOCK_ZERO : GEMINI_STOCK_READY;
+
+	lockdep_assert_held(&map->lock);
+
+	if (list_empty(&pool->list[stock]))
+		stock = zero ? GEMINI_STOCK_READY : GEMINI_STOCK_ZERO;
+	if (list_empty(&pool->list[stock]))
+		return NULL;
+	*clean = stock == GEMINI_STOCK_ZERO;
+	/* The last one, so that a stock that is too large grows old. */
+	return list_last_entry(&pool->list[stock], struct page, lru);
+}
+
 /**
  * gemini_map_take() - a ready block is about to become a huge page
  * @map: the map
@@ -643,24 +661,75 @@ unsigned int gemini_map_pick(struct gemini_map *map, int nid,
 bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
 		     bool *clean)
 {
-	struct gemini_pool *pool = &map->pools[nid];
-	enum gemini_stock stock = zero ? GEMINI_STOCK_ZERO : GEMINI_STOCK_READY;
+	struct page *page;
 
 	spin_lock(&map->lock);
-	if (list_empty(&pool->list[stock]))
-		stock = zero ? GEMINI_STOCK_READY : GEMINI_STOCK_ZERO;
-	if (list_empty(&pool->list[stock])) {
-		spin_unlock(&map->lock);
-		return false;
+	page = ready_page(map, nid, zero, clean);
+	if (page) {
+		*block = block_of(map, page);
+		unhold(map, *block, gemini_map_find(map, *block),
+		       VIRTIO_GEMINI_GUEST_HUGE);
 	}
-	*clean = stock == GEMINI_STOCK_ZERO;
-	/* The last one, so that a stock that is too large grows old. */
-	*block = block_of(map, list_last_entry(&pool->list[stock], struct page,
-					       lru));
-	unhold(map, *block, gemini_map_find(map, *block),
-	       VIRTIO_GEMINI_GUEST_HUGE);
 	spin_unlock(&map->lock);
-	return true;
+	return page;
+}
+
+static void set_busy(struct gemini_map *map, u64 block)
+{
+	struct gemini_block *entry = gemini_map_find(map, block);
+
+	lockdep_assert_held(&map->lock);
+
+	change(map, block, entry, entry->host,
+	       entry->flags | GEMINI_BLOCK_BUSY);
+	map->busy++;
+}
+
+/**
+ * gemini_map_reserve() - keep a ready block for what is about to need it
+ * @map: the map
+ * @nid: its node
+ * @block: which one; it is busy now
+ * @clean: it reads as zero
+ *
+ * Return: false if there is none.
+ */
+bool gemini_map_reserve(struct gemini_map *map, int nid, u64 *block,
+			bool *clean)
+{
+	struct page *page;
+
+	spin_lock(&map->lock);
+	page = ready_page(map, nid, false, clean);
+	if (page) {
+		*block = block_of(map, page);
+		set_busy(map, *block);
+	}
+	spin_unlock(&map->lock);
+	return page;
+}
+
+/**
+ * gemini_map_give() - a block that was made busy is the driver's no more
+ * @map: the map
+ * @block: the block
+ * @used: it is a huge page now; otherwise it is free
+ */
+void gemini_map_give(struct gemini_map *map, u64 block, bool used)
+{
+	struct gemini_block *entry;
+
+	spin_lock(&map->lock);
+	entry = gemini_map_find(map, block);
+	if (!WARN_ON_ONCE(!entry || !(entry->flags & GEMINI_BLOCK_BUSY))) {
+		unhold(map, block, entry, used ? VIRTIO_GEMINI_GUEST_HUGE :
+						 VIRTIO_GEMINI_GUEST_FREE);
+		entry->flags &= ~GEMINI_BLOCK_BUSY;
+		/* Who wants it back has to ask its new owner. */
+		entry->recalled = 0;
+		map->busy--;
+	}
+	spin_unlock(&map->lock);
 }
 
 /**
@@ -750,6 +819,22 @@ void gemini_map_forgive(struct gemini_map *map)
 	each_block(map, 0, map->limit, forgive, 0);
 }
 
+static void forgive_move(struct gemini_map *map, u64 block,
+			 struct gemini_block *entry, u8 unused)
+{
+	if (entry->guest == VIRTIO_GEMINI_GUEST_HUGE)
+		entry->flags &= ~GEMINI_BLOCK_SPENT;
+}
+
+/**
+ * gemini_map_forgive_moves() - every huge page may be moved again
+ * @map: the map
+ */
+void gemini_map_forgive_moves(struct gemini_map *map)
+{
+	each_block(map, 0, map->limit, forgive_move, 0);
+}
+
 /**
  * gemini_map_busy() - keep held blocks from being freed
  * @map: the map
@@ -775,12 +860,8 @@ int gemini_map_busy(struct gemini_map *map, u64 first, u64 count)
 		else if (entry->flags & GEMINI_BLOCK_BUSY)
 			ret = -EBUSY;
 	}
-	for (i = 0; i < count && !ret; i++) {
-		entry = gemini_map_find(map, first + i);
-		change(map, first + i, entry, entry->host,
-		       entry->flags | GEMINI_BLOCK_BUSY);
-		map->busy++;
-	}
+	for (i = 0; i < count && !ret; i++)
+		set_busy(map, first + i);
 	spin_unlock(&map->lock);
 	return ret;
 }

@@ -30,7 +30,10 @@
 #define GEMINI_BLOCK_ZERO	BIT(3)
 /* Could not be held when it was tried; see gemini_map_forgive(). */
 #define GEMINI_BLOCK_PASSED	BIT(4)
-/* Was held in vain: not worth being held for its own sake until it was used. */
+/*
+ * Was held in vain: not worth being held for its own sake until it was used.
+ * Of a huge page: could not be moved; see gemini_map_forgive_moves().
+ */
 #define GEMINI_BLOCK_SPENT	BIT(5)
 /* Held, and the host was asked to make it huge. */
 #define GEMINI_BLOCK_ASKED	BIT(6)
@@ -170,6 +173,9 @@ unsigned int gemini_map_pick(struct gemini_map *map, int nid,
 			     unsigned int max);
 bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
 		     bool *clean);
+bool gemini_map_reserve(struct gemini_map *map, int nid, u64 *block,
+			bool *clean);
+void gemini_map_give(struct gemini_map *map, u64 block, bool used);
 u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock);
 int gemini_map_busy(struct gemini_map *map, u64 first, u64 count);
 void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero);
@@ -179,6 +185,7 @@ unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 			    unsigned int max);
 void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear);
 void gemini_map_forgive(struct gemini_map *map);
+void gemini_map_forgive_moves(struct gemini_map *map);
 
 bool gemini_map_next_run(struct gemini_map *map, u64 from,
 			 struct gemini_run *run);

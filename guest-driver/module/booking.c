@@ -119,7 +119,14 @@ static u32 cost_of(struct gemini *gemini, const struct gemini_block *entry,
 	return COST_NONE;
 }
 
-static int node_of(struct gemini *gemini, u64 block)
+/**
+ * gemini_booking_node() - the node of a block
+ * @gemini: the device
+ * @block: the block
+ *
+ * Return: the node, or NUMA_NO_NODE if there is no memory online.
+ */
+int gemini_booking_node(struct gemini *gemini, u64 block)
 {
 	struct page *page = pfn_to_online_page(gemini_block_pfn(gemini, block));
 
@@ -169,7 +176,7 @@ static void find(struct gemini *gemini, int nid, bool ask,
 			if (found->count == CANDIDATES &&
 			    found->best[CANDIDATES - 1].cost <= cost)
 				break;
-			if (node_of(gemini, new.block) == nid)
+			if (gemini_booking_node(gemini, new.block) == nid)
 				consider(found, new);
 		}
 	}
@@ -297,7 +304,7 @@ static u64 need_on(struct gemini *gemini, int nid)
  */
 bool gemini_booking_wants(struct gemini *gemini, u64 block)
 {
-	int nid = node_of(gemini, block);
+	int nid = gemini_booking_node(gemini, block);
 
 	if (nid == NUMA_NO_NODE)
 		return false;
@@ -364,9 +371,17 @@ static bool book_exact(struct gemini *gemini, const struct candidate *from)
 	return !ret;
 }
 
-/* Blocks that may be emptied now. */
-static bool take_credit(struct gemini_booking *booking)
+/**
+ * gemini_booking_credit() - may one more block be emptied now?
+ * @gemini: the device
+ *
+ * Only for booking's work.
+ *
+ * Return: true, no more often than @evacuation_rate says.
+ */
+bool gemini_booking_credit(struct gemini *gemini)
 {
+	struct gemini_booking *booking = &gemini->booking;
 	u64 rate = READ_ONCE(booking->evacuation_rate);
 	unsigned long now = jiffies;
 
@@ -545,7 +560,14 @@ static u64 book_free(struct gemini *gemini, int nid,
 	return got;
 }
 
-/* For the stock: as many of those up to @cost as it takes. */
+/* Is there a use for one more block, where this is the cheapest? */
+static bool lacks(struct gemini *gemini, int nid, const struct candidate *one)
+{
+	return need_on(gemini, nid) || (gemini_host_huge(one->host) &&
+					gemini_move_need(gemini, nid));
+}
+
+/* For the stock, and for moves: as many of those up to @cost as it takes. */
 static bool book_for_stock(struct gemini *gemini, int nid,
 			   const struct candidates *found, u32 cost)
 {
@@ -555,8 +577,8 @@ static bool book_for_stock(struct gemini *gemini, int nid,
 	for (i = 0; i < found->count; i++) {
 		const struct candidate *one = &found->best[i];
 
-		if (gemini_booking_paused(gemini) || !need_on(gemini, nid) ||
-		    !spare(gemini, nid))
+		if (gemini_booking_paused(gemini) || !spare(gemini, nid) ||
+		    !lacks(gemini, nid, one))
 			break;
 		if (one->cost > cost)
 			break;
@@ -567,7 +589,7 @@ static bool book_for_stock(struct gemini *gemini, int nid,
 				break;
 			/* If not now, then in a moment. */
 			progress = true;
-			if (!take_credit(&gemini->booking))
+			if (!gemini_booking_credit(gemini))
 				break;
 			book_exact(gemini, one);
 		}
@@ -727,8 +749,11 @@ static void booking_work(struct work_struct *work)
 	for_each_node_state(nid, N_MEMORY) {
 		trim(gemini, nid);
 		if (!gemini_booking_paused(gemini) &&
-		    !READ_ONCE(gemini->wanted))
+		    !READ_ONCE(gemini->wanted)) {
+			gemini_move_find(gemini, nid);
 			hungry |= fill(gemini, nid, found, open);
+			hungry |= gemini_move_some(gemini, nid);
+		}
 		if (may_ask(gemini))
 			hungry |= ask_for_held(gemini, nid);
 		short_of |= need_on(gemini, nid);
@@ -797,6 +822,8 @@ void gemini_booking_start(struct gemini *gemini)
 	booking->credit_time = jiffies;
 	booking->asked_until = jiffies;
 	booking->asked_delay = 0;
+	/* The device tells it anew. */
+	gemini_move_want(gemini, false);
 	/* What was asked for of the device before its reset was not done. */
 	gemini_map_forgive(&gemini->map);
 	enable_delayed_work(&booking->work);

@@ -95,6 +95,23 @@ static int unbook(struct gemini *gemini, struct words *words,
 	return ret;
 }
 
+static int move(struct gemini *gemini, struct words *words,
+		struct seq_buf *result)
+{
+	u64 first, count, to, i;
+	int ret;
+
+	ret = blocks(gemini, words, &first, &count);
+	for (i = 0; !ret && i < count; i++) {
+		ret = gemini_move_block(gemini, first + i, &to);
+		if (!ret)
+			seq_buf_printf(result, "%llu %llu\n", first + i, to);
+		ret = ret ?: interrupted();
+	}
+	gemini_report_kick(gemini);
+	return ret;
+}
+
 static void show_records(struct gemini_request *request, struct seq_buf *result)
 {
 	struct virtio_gemini_record *record = gemini_request_elements(request);
@@ -290,6 +307,8 @@ int gemini_command(struct gemini *gemini, char *line, struct seq_buf *result)
 		return book(gemini, &words, result);
 	if (!strcmp(word, "free"))
 		return unbook(gemini, &words, result);
+	if (!strcmp(word, "move"))
+		return move(gemini, &words, result);
 	if (!strcmp(word, "prepare"))
 		return keeping(gemini, &words, VIRTIO_GEMINI_REQ_PREPARE,
 			       result);

@@ -336,6 +336,40 @@ struct gemini_giving {
 	u64 released;
 };
 
+/* Blocks that one look for huge pages to move finds. */
+#define GEMINI_MOVES	32
+
+/**
+ * struct gemini_target - where a huge page that is moved goes to
+ * @folio: a block that was held, and whose reference is the mover's
+ * @given: the kernel was given it, and may have freed it again
+ */
+struct gemini_target {
+	struct folio *folio;
+	bool given;
+};
+
+/**
+ * struct gemini_move - huge pages move to where the host has huge pages
+ * @wanted: the host would like it
+ * @begun: it did not before, and the last look does not know of it
+ * @next: the block where the next look begins, as all that follows used only by
+ *	booking's work
+ * @found: blocks whose huge pages are to be moved, @count of them
+ * @count: see @found
+ * @moved: huge pages that were moved
+ * @failures: huge pages that could not be
+ */
+struct gemini_move {
+	bool wanted;
+	bool begun;
+	u64 next;
+	u64 found[GEMINI_MOVES];
+	unsigned int count;
+	atomic64_t moved;
+	atomic64_t failures;
+};
+
 /**
  * struct gemini - one device
  * @vdev: the virtio device
@@ -364,11 +398,13 @@ struct gemini_giving {
  * @stopped: gemini_stop() has run, under @lifecycle
  * @exact_lock: held while one block is taken at its address, one at a time
  * @exact_task: who takes it
+ * @exact_target: where a huge page in it goes to; only @exact_task uses it
  * @shrinker: gives held blocks back under memory pressure
  * @oom: gives all of them back when there is no memory left
  * @returned_pressure: blocks given back because memory was short
  * @booking: see struct gemini_booking
  * @giving: see struct gemini_giving
+ * @move: see struct gemini_move
  * @placement: see struct gemini_placement
  * @bucket: see struct gemini_bucket
  * @isolation: see struct gemini_isolation
@@ -408,11 +444,13 @@ struct gemini {
 
 	struct mutex exact_lock;	/* see above */
 	struct task_struct *exact_task;
+	struct gemini_target *exact_target;
 	struct shrinker *shrinker;
 	struct notifier_block oom;
 	atomic64_t returned_pressure;
 	struct gemini_booking booking;
 	struct gemini_giving giving;
+	struct gemini_move move;
 	struct gemini_placement placement;
 	struct gemini_bucket bucket;
 	struct gemini_isolation isolation;
@@ -536,6 +574,10 @@ void gemini_hold_open(struct gemini *gemini);
 void gemini_hold_close(struct gemini *gemini);
 int gemini_hold_any(struct gemini *gemini, int nid, u64 *block);
 int gemini_hold_exact(struct gemini *gemini, u64 block);
+int gemini_hold_moved(struct gemini *gemini, u64 block,
+		      struct gemini_target *target);
+struct folio *gemini_hold_target(struct gemini *gemini, int nid);
+void gemini_hold_give(struct gemini *gemini, u64 block, bool used);
 int gemini_hold_free(struct gemini *gemini, u64 block);
 u64 gemini_hold_free_all(struct gemini *gemini);
 void gemini_hold_idle(struct gemini *gemini, u64 first, u64 count, bool zero);
@@ -557,6 +599,8 @@ bool gemini_booking_wants(struct gemini *gemini, u64 block);
 bool gemini_booking_paused(struct gemini *gemini);
 u64 gemini_booking_room(struct gemini *gemini);
 u64 gemini_booking_spare(struct gemini *gemini, int nid);
+bool gemini_booking_credit(struct gemini *gemini);
+int gemini_booking_node(struct gemini *gemini, u64 block);
 
 /* giving.c */
 void gemini_giving_init(struct gemini *gemini);
@@ -567,6 +611,14 @@ void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused);
 bool gemini_giving_active(struct gemini *gemini);
 bool gemini_giving_surplus(struct gemini *gemini, int nid);
 u64 gemini_giving_owed(struct gemini *gemini);
+
+/* move.c */
+void gemini_move_want(struct gemini *gemini, bool wanted);
+void gemini_move_find(struct gemini *gemini, int nid);
+u64 gemini_move_need(struct gemini *gemini, int nid);
+bool gemini_move_some(struct gemini *gemini, int nid);
+int gemini_move_block(struct gemini *gemini, u64 block, u64 *to);
+const char *gemini_move_state(struct gemini *gemini);
 
 /* bucket.c */
 int gemini_bucket_init(struct gemini *gemini);

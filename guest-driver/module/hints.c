@@ -105,6 +105,8 @@ static void take_advice(struct gemini *gemini,
 	gemini_giving_want(gemini, le64_to_cpu(advice->wanted),
 			   le32_to_cpu(advice->flags) &
 			   VIRTIO_GEMINI_ADVICE_RETURN);
+	gemini_move_want(gemini, le32_to_cpu(advice->flags) &
+			 VIRTIO_GEMINI_ADVICE_MOVE);
 	wake_up_all(&gemini->waitq);
 	trace_gemini_advice(gemini, le64_to_cpu(advice->wanted), release_max,
 			    le32_to_cpu(advice->flags));

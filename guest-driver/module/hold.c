@@ -94,18 +94,9 @@ int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
 	return keep(gemini, page);
 }
 
-/**
- * gemini_hold_exact() - hold this block, moving out what is in it
- * @gemini: the device
- * @block: the block
- *
- * Slow, and disturbs the whole system for its duration.
- *
- * Return: 0; -EEXIST if it is held; -EINVAL if it cannot ever be; -EBUSY if
- * something in it cannot be moved now; -ENOMEM; -ENODEV if the device goes
- * away.
- */
-int gemini_hold_exact(struct gemini *gemini, u64 block)
+/* Takes a block's page frames; a huge page in it goes to @target. */
+static int take_exact(struct gemini *gemini, u64 block,
+		      struct gemini_target *target)
 {
 	unsigned long pfn = gemini_block_pfn(gemini, block);
 	struct gemini_block *entry;
@@ -124,9 +115,16 @@ int gemini_hold_exact(struct gemini *gemini, u64 block)
 		return -EEXIST;
 	case VIRTIO_GEMINI_GUEST_FREE:
 	case VIRTIO_GEMINI_GUEST_BASE:
+		if (target)
+			return -EINVAL;
+		break;
+	case VIRTIO_GEMINI_GUEST_HUGE:
+		/* Without a place to go to it would be split. */
+		if (!target)
+			return -EINVAL;
 		break;
 	default:
-		/* Huge already, or not to be moved. */
+		/* Not to be moved. */
 		return -EINVAL;
 	}
 	page = pfn_to_online_page(pfn);
@@ -135,12 +133,74 @@ int gemini_hold_exact(struct gemini *gemini, u64 block)
 	     !gemini_isolation_active(gemini)))
 		return -EINVAL;
 	mutex_lock(&gemini->exact_lock);
+	gemini->exact_target = target;
 	WRITE_ONCE(gemini->exact_task, current);
 	ret = gemini_alloc_contig(pfn, gemini->block_order,
 				  GFP_KERNEL | __GFP_NOWARN);
 	WRITE_ONCE(gemini->exact_task, NULL);
+	gemini->exact_target = NULL;
 	mutex_unlock(&gemini->exact_lock);
 	return ret ?: keep(gemini, page);
+}
+
+/**
+ * gemini_hold_exact() - hold this block, moving out what is in it
+ * @gemini: the device
+ * @block: the block
+ *
+ * Slow, and disturbs the whole system for its duration.
+ *
+ * Return: 0; -EEXIST if it is held; -EINVAL if it cannot ever be; -EBUSY if
+ * something in it cannot be moved now; -ENOMEM; -ENODEV if the device goes
+ * away.
+ */
+int gemini_hold_exact(struct gemini *gemini, u64 block)
+{
+	return take_exact(gemini, block, NULL);
+}
+
+/**
+ * gemini_hold_moved() - hold the block of a huge page, moving the page out
+ * @gemini: the device
+ * @block: the block
+ * @target: where the page goes to, see gemini_hold_target()
+ *
+ * As gemini_hold_exact().  Where it fails the page may have moved, and where it
+ * succeeds the page may have been freed meanwhile: @target tells.
+ *
+ * Return: as gemini_hold_exact().
+ */
+int gemini_hold_moved(struct gemini *gemini, u64 block,
+		      struct gemini_target *target)
+{
+	return take_exact(gemini, block, target);
+}
+
+/**
+ * gemini_hold_target() - the kernel wants a place for a huge page that it moves
+ * @gemini: the device
+ * @nid: the node of that page
+ *
+ * Does not sleep.  Whoever moves keeps a reference of his own: a page that
+ * cannot be moved at once is tried again, and in between the kernel puts the
+ * place that it was given.
+ *
+ * Return: a huge page, or NULL if it is not us who move, or have no place.
+ */
+struct folio *gemini_hold_target(struct gemini *gemini, int nid)
+{
+	struct gemini_target *target;
+
+	if (!gemini_hold_is_exact_caller(gemini))
+		return NULL;
+	target = gemini->exact_target;
+	if (!target || folio_nid(target->folio) != nid ||
+	    folio_ref_count(target->folio) != 1)
+		return NULL;
+	folio_get(target->folio);
+	folio_set_large_rmappable(target->folio);
+	target->given = true;
+	return target->folio;
 }
 
 /**
@@ -225,6 +285,18 @@ void gemini_hold_idle(struct gemini *gemini, u64 first, u64 count, bool zero)
 {
 	gemini_map_idle(&gemini->map, first, count, zero);
 	gemini_isolation_idle(gemini, first, count);
+}
+
+/**
+ * gemini_hold_give() - a busy block is the kernel's from here on
+ * @gemini: the device
+ * @block: the block, made busy by the caller
+ * @used: it is a huge page in use; otherwise the caller frees it
+ */
+void gemini_hold_give(struct gemini *gemini, u64 block, bool used)
+{
+	account(gemini, pfn_to_page(gemini_block_pfn(gemini, block)), -1);
+	gemini_map_give(&gemini->map, block, used);
 }
 
 /**

@@ -126,14 +126,18 @@ static int vma_node(struct vm_area_struct *vma)
 }
 
 /* Would a movable huge page of a process do, from any zone that we hold? */
-static bool eligible(gfp_t gfp)
+static bool process_huge(gfp_t gfp)
 {
 	if (!in_task())
 		return false;
 	gfp = current_gfp_context(gfp);
 	return (gfp & GFP_TRANSHUGE_LIGHT) == GFP_TRANSHUGE_LIGHT &&
-	       (gfp & GFP_ZONEMASK) == (GFP_TRANSHUGE_LIGHT & GFP_ZONEMASK) &&
-	       !(gfp & GFP_DECLINED);
+	       (gfp & GFP_ZONEMASK) == (GFP_TRANSHUGE_LIGHT & GFP_ZONEMASK);
+}
+
+static bool eligible(gfp_t gfp)
+{
+	return process_huge(gfp) && !(gfp & GFP_DECLINED);
 }
 
 static struct folio *place(gfp_t gfp, int nid, const nodemask_t *mask)
@@ -231,10 +235,16 @@ struct folio *gemini_place_vma(gfp_t gfp, unsigned int order,
 struct folio *gemini_place_node(gfp_t gfp, unsigned int order, int nid,
 				const nodemask_t *mask)
 {
+	struct folio *folio;
+
 	if (tested())
 		return test_answer();
 	if (READ_ONCE(node_hook.claimed))
 		return NULL;
+	/* What the driver itself moves is overwritten, so zero or not is all one. */
+	folio = process_huge(gfp) ? gemini_hold_target(owner, nid) : NULL;
+	if (folio)
+		return folio;
 	if (!eligible(gfp))
 		return decline();
 	return place(gfp, nid, mask);
@@ -514,9 +524,43 @@ void gemini_placement_exit(struct gemini *gemini)
 	gemini_placement_want(gemini, false);
 }
 
+/**
+ * gemini_placement_pin() - keep the hook of __folio_alloc() in
+ * @gemini: the device
+ *
+ * Return: false if it is not in, or is another device's; otherwise it stays
+ * until gemini_placement_unpin().
+ */
+bool gemini_placement_pin(struct gemini *gemini)
+{
+	mutex_lock(&placement_lock);
+	if (owner == gemini && node_hook.on && !READ_ONCE(node_hook.claimed))
+		return true;
+	mutex_unlock(&placement_lock);
+	return false;
+}
+
+/**
+ * gemini_placement_unpin() - the hook may go again
+ * @gemini: the device
+ */
+void gemini_placement_unpin(struct gemini *gemini)
+{
+	mutex_unlock(&placement_lock);
+}
+
 #else /* !GEMINI_HAVE_HOOKS */
 
 static DEFINE_MUTEX(placement_lock);
+
+bool gemini_placement_pin(struct gemini *gemini)
+{
+	return false;
+}
+
+void gemini_placement_unpin(struct gemini *gemini)
+{
+}
 
 void gemini_placement_want(struct gemini *gemini, bool wanted)
 {

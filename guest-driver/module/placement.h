@@ -47,6 +47,8 @@ void gemini_placement_exit(struct gemini *gemini);
 void gemini_placement_want(struct gemini *gemini, bool wanted);
 void gemini_placement_state(struct gemini *gemini, char *state);
 bool gemini_placement_active(struct gemini *gemini);
+bool gemini_placement_pin(struct gemini *gemini);
+void gemini_placement_unpin(struct gemini *gemini);
 u64 gemini_placement_demand(struct gemini *gemini);
 u64 gemini_placement_misses(struct gemini *gemini);
 

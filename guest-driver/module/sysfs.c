@@ -220,6 +220,11 @@ static ssize_t placement_state_show(struct device *dev,
 }
 static DEVICE_ATTR_RO(placement_state);
 
+NUMBER_ATTR(moved, atomic64_read(&gemini->move.moved));
+NUMBER_ATTR(move_failures, atomic64_read(&gemini->move.failures));
+
+TEXT_ATTR(moving, gemini_move_state(gemini));
+
 NUMBER_ATTR(rebooked, atomic64_read(&gemini->bucket.rebooked));
 NUMBER_ATTR(bucket_freed, atomic64_read(&gemini->bucket.freed));
 NUMBER_ATTR(returned_isolation, atomic64_read(&gemini->isolation.returned));
@@ -338,6 +343,9 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_placed.attr,
 	&dev_attr_placement_misses.attr,
 	&dev_attr_placement_declined.attr,
+	&dev_attr_moving.attr,
+	&dev_attr_moved.attr,
+	&dev_attr_move_failures.attr,
 	&dev_attr_bucket.attr,
 	&dev_attr_bucket_hooks.attr,
 	&dev_attr_bucket_max.attr,

@@ -57,9 +57,10 @@ TRACE_EVENT(gemini_advice,
 		__entry->release_max = release_max;
 		__entry->flags = flags;
 	),
-	TP_printk("virtio%d wanted=%llu release_max=%u%s", __entry->device,
+	TP_printk("virtio%d wanted=%llu release_max=%u%s%s", __entry->device,
 		  __entry->wanted, __entry->release_max,
-		  __entry->flags & VIRTIO_GEMINI_ADVICE_SCARCE ? " scarce" : "")
+		  __entry->flags & VIRTIO_GEMINI_ADVICE_SCARCE ? " scarce" : "",
+		  __entry->flags & VIRTIO_GEMINI_ADVICE_MOVE ? " move" : "")
 );
 
 #define gemini_show_request(type)					\
@@ -154,6 +155,26 @@ TRACE_EVENT(gemini_evacuate,
 	),
 	TP_printk("virtio%d block=%llu used=%u error=%d", __entry->device,
 		  __entry->block, __entry->used, __entry->error)
+);
+
+/* A huge page was to be moved onto a ready block. */
+TRACE_EVENT(gemini_move,
+	TP_PROTO(struct gemini *gemini, u64 block, u64 to, int error),
+	TP_ARGS(gemini, block, to, error),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, block)
+		__field(u64, to)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->block = block;
+		__entry->to = to;
+		__entry->error = error;
+	),
+	TP_printk("virtio%d block=%llu to=%llu error=%d", __entry->device,
+		  __entry->block, __entry->to, __entry->error)
 );
 
 /* Blocks that nobody came for were given back. */

@@ -113,6 +113,9 @@ struct virtio_gemini_advice {
 
 #define VIRTIO_GEMINI_ADVICE_SCARCE	(1 << 0)	/* no huge pages to give */
 #define VIRTIO_GEMINI_ADVICE_RETURN	(1 << 1)	/* release what is unused */
+#define VIRTIO_GEMINI_ADVICE_MOVE	(1 << 2)	/* move huge pages to where
+							 * the host has some
+							 */
 
 /* One request of ctrlq or releaseq: this header, then @count ranges. */
 struct virtio_gemini_req {
