@@ -34,7 +34,21 @@ pub enum Alignment {
     Neither,
 }
 
+/// Blocks with at most so many base pages in use are worth emptying, as the driver sees it: half
+/// of a block of 2 MiB.
+const FEW: u16 = 256;
+
 impl Block {
+    /// Whether the host's huge page is one that a guest huge page could have.
+    pub fn is_unused(&self) -> bool {
+        self.host == HostState::Huge
+            && match self.guest {
+                GuestState::Free | GuestState::Booked => true,
+                GuestState::Base => (1..=FEW).contains(&self.used),
+                GuestState::Unknown | GuestState::Huge | GuestState::Pinned => false,
+            }
+    }
+
     /// Classifies the block. A free block is not in use: it counts nowhere.
     pub fn alignment(&self) -> Alignment {
         match (self.guest, self.host.is_huge()) {
@@ -61,6 +75,8 @@ pub struct Counters {
     pub guest_only: u64,
     /// Huge in the host alone, and in use.
     pub host_only: u64,
+    /// Huge in the host, and of no use to the guest: free, held, or with few base pages in use.
+    pub unused: u64,
 }
 
 impl Counters {
@@ -87,6 +103,7 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n += 1;
         }
+        self.unused += u64::from(block.is_unused());
     }
 
     fn remove(&mut self, block: &Block) {
@@ -95,6 +112,7 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n -= 1;
         }
+        self.unused -= u64::from(block.is_unused());
     }
 }
 
@@ -280,11 +298,11 @@ mod tests {
     proptest! {
         #[test]
         fn counters_follow_every_change(
-            ops in prop::collection::vec((0usize..12, 0u8..6, 0u8..4), 0..200),
+            ops in prop::collection::vec((0usize..12, 0u8..6, 0u16..513, 0u8..4), 0..200),
         ) {
             let mut map = BlockMap::new(&[2..7, 9..14]);
-            for (index, guest, host) in ops {
-                map.set_guest(index, GuestState::from_wire(guest).unwrap(), 0);
+            for (index, guest, used, host) in ops {
+                map.set_guest(index, GuestState::from_wire(guest).unwrap(), used);
                 map.set_host(index, HostState::from_wire(host).unwrap());
                 prop_assert_eq!(map.counters(), &recount(&map));
             }

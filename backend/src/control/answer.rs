@@ -8,6 +8,7 @@ use crate::protocol::GuestState;
 use crate::settings::{Given, Setting, Settings, SETTINGS};
 use serde_json::{json, Value};
 use std::io::{self, Write};
+use std::time::Instant;
 
 /// The requests, as an error lists them.
 const COMMANDS: &str = "status, map, settings, set, pause, resume, reload, metrics";
@@ -123,6 +124,7 @@ fn status(subject: &Subject) -> Value {
     let mut status = configuration.settings().to_json();
     let (acting, pressure, pools) = (engine.is_acting(), engine.pressure(), engine.pools());
     let shares = engine.shares();
+    let now = Instant::now();
     let known = engine.inspect(|state| {
         let counters = state.map.counters();
         let guest: serde_json::Map<_, _> = GuestState::ALL
@@ -146,6 +148,7 @@ fn status(subject: &Subject) -> Value {
             "timeout_ms": state.timeout.ms(),
             "timeout_source": state.timeout.source(),
             "wanted": state.wish.blocks(),
+            "moving": state.moving.status(now),
             "blocks": state.map.len(),
             "guest_synced": state.guest_sync == GuestSync::Done,
             "host_synced": state.scan.complete() && state.hints.synced(),

@@ -8,7 +8,7 @@ use crate::engine::{GuestSync, Source, Totals};
 use crate::protocol::GuestState;
 use crate::settings::Settings;
 use std::fmt::{Display, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The type of the text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -20,6 +20,9 @@ struct Sight {
     connected: bool,
     paused: bool,
     scarce: bool,
+    moving: bool,
+    fmfi: Option<f64>,
+    success_rate: f64,
     guest_synced: bool,
     host_synced: bool,
     block_size: u64,
@@ -39,12 +42,16 @@ pub fn render(subject: &Subject) -> String {
     // Not under the engine's lock, which is taken under this one where settings change.
     let (settings, refused) = (configuration.settings(), configuration.refused());
     let (findings, pools) = (subject.findings(), engine.pools());
+    let now = Instant::now();
     let sight = engine.inspect(|state| Sight {
         settings,
         config_refused: refused.is_some(),
         connected: state.connected,
         paused: state.paused,
         scarce: state.supply.is_scarce(),
+        moving: state.moving.is_wanted(),
+        fmfi: state.moving.fmfi(),
+        success_rate: state.moving.success_rate(now),
         guest_synced: state.guest_sync == GuestSync::Done,
         host_synced: state.scan.complete() && state.hints.synced(),
         block_size: 1 << engine.settings().block_shift,
@@ -122,6 +129,7 @@ fn expose(name: &str, sight: &Sight) -> String {
         ("host_synced", "Whether the driver was told the host's whole state.", sight.host_synced),
         ("paused", "Whether the daemon makes nothing huge, by order.", sight.paused),
         ("scarce", "Whether there are no huge pages for requests of the guest.", sight.scarce),
+        ("moving", "Whether the guest is asked to move its huge pages.", sight.moving),
         (
             "config_last_reload_successful",
             "Whether the configuration file was good the last time that it was loaded.",
@@ -131,6 +139,17 @@ fn expose(name: &str, sight: &Sight) -> String {
     for (name, help, value) in flags {
         out.gauge(name, help, u8::from(value));
     }
+    let fmfi = sight.fmfi.map_or("NaN".into(), |index| index.to_string());
+    out.gauge(
+        "host_fmfi",
+        "Part of the host's free memory of no use for a block, 0 to 1; NaN where it did not matter.",
+        fmfi,
+    );
+    out.gauge(
+        "found_ratio",
+        "Part of the recent attempts to make a block huge that found a page, 0 to 1.",
+        sight.success_rate,
+    );
     settings(&mut out, &sight.settings);
     memory(&mut out, sight, of);
     let (ms, source) = sight.timeout;
@@ -318,6 +337,9 @@ pub mod tests {
             connected: true,
             paused: false,
             scarce: false,
+            moving: false,
+            fmfi: None,
+            success_rate: 1.0,
             guest_synced: true,
             host_synced: true,
             block_size: 2 << 20,

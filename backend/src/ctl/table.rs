@@ -125,10 +125,25 @@ pub fn status(answer: &Value) -> String {
         table.line(layer, if list.is_empty() { "-".into() } else { list.join(", ") });
     }
     pools(&mut table, answer);
+    moving(&mut table, &answer["moving"]);
     table.gap();
     table.0.push_str(&budgets(answer));
     findings(&mut table, answer);
     table.0
+}
+
+/// Whether the guest is to move its huge pages, and what tells.
+fn moving(table: &mut Table, moving: &Value) {
+    let of = |name: &str| moving[name].as_f64().map_or("-".into(), |of| format!("{of:.2}"));
+    table.line(
+        "moving",
+        format_args!(
+            "{}; host fmfi {}, {} of the recent attempts found a huge page",
+            if yes(&moving["wanted"]) { "the guest is asked to move its huge pages" } else { "no" },
+            of("fmfi"),
+            of("success_rate")
+        ),
+    );
 }
 
 /// The pools that hugetlb memory comes from.

@@ -135,12 +135,33 @@ impl State {
             wait_for((!allowance.requested).then(|| cpu.requested_wait(now)));
         }
         if self.repair.wants() && allowance.pages == 0 {
-            let until = self.demotion.next_sweep().saturating_duration_since(now);
-            shorten(sleep, until.max(THROTTLE));
+            // The end of moves wakes us by itself.
+            if !self.moving.is_wanted() {
+                let until = self.demotion.next_sweep().saturating_duration_since(now);
+                shorten(sleep, until.max(THROTTLE));
+            }
         } else if self.repair.wants() {
             wait_for((!allowance.background).then(|| cpu.background_wait(now)));
         }
         None
+    }
+
+    /// Decides whether the guest is to move its huge pages.
+    pub fn update_moving(&mut self, now: Instant, sleep: &mut Duration) {
+        let situation = self.situation();
+        let before = self.moving.is_wanted();
+        if let Some(at) = self.moving.update(&situation, now) {
+            shorten(sleep, at.saturating_duration_since(now));
+        }
+        match (before, self.moving.is_wanted()) {
+            (false, true) => log::info!(
+                "huge pages are hard to make: the guest is asked to move {} of its own to {}",
+                situation.guest_only,
+                situation.unused
+            ),
+            (true, false) => log::info!("the guest is not asked to move huge pages any more"),
+            _ => {}
+        }
     }
 
     /// What to demote, where the limit alone keeps the policy from what it wants.
@@ -152,6 +173,10 @@ impl State {
         }
         let at_limit = allowance.pages == 0 && self.repair.wants();
         if !at_limit || !allowance.background || allowance.copies == 0 {
+            return None;
+        }
+        // What the guest moves to is not to be taken away meanwhile, and no copy is needed then.
+        if self.moving.is_wanted() {
             return None;
         }
         let (rests, kept) = (|index| self.repair.rests(index), self.timeout.at_limit());
@@ -183,10 +208,16 @@ impl State {
         }
         for (_, outcome) in &deed.outcomes {
             match outcome {
-                Outcome::Done => self.supply.gave(),
+                Outcome::Done => {
+                    self.supply.gave();
+                    self.moving.attempted(true, now);
+                }
                 // Of a short pool all is known: there is nothing to be learnt by trying.
                 Outcome::Lacking if standing.pool_short => {}
-                Outcome::Lacking => self.supply.failed(now),
+                Outcome::Lacking => {
+                    self.supply.failed(now);
+                    self.moving.attempted(false, now);
+                }
                 Outcome::Idle | Outcome::Failed | Outcome::Deferred => {}
             }
         }

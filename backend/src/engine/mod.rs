@@ -5,6 +5,7 @@
 mod decide;
 mod demotion;
 mod hints;
+mod moving;
 mod pools;
 mod repair;
 mod scan;
@@ -30,8 +31,8 @@ use crate::fmfi;
 use crate::policy::Policy;
 use crate::pressure::{View, Watch};
 use crate::protocol::{
-    Advice, Batch, GuestState, Record, Request, Stats, ADVICE_RETURN, ADVICE_SCARCE, REQ_RENEW,
-    S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
+    Advice, Batch, GuestState, Record, Request, Stats, ADVICE_MOVE, ADVICE_RETURN, ADVICE_SCARCE,
+    REQ_RENEW, S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
 };
 use crate::shares::{Limits, Shares, Usage};
 use pools::{Pools, Word};
@@ -148,6 +149,8 @@ pub struct Engine {
     copy: Mutex<CopyBudget>,
     pressure: Mutex<Watch>,
     pools: Mutex<Pools>,
+    /// Where the processor counts them, the guest's TLB misses of this period of the timeout.
+    tlb: Mutex<Option<TlbCounters>>,
 }
 
 /// The engine's threads; they end when this is dropped.
@@ -192,6 +195,7 @@ impl Engine {
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
             pressure: Mutex::new(Watch::new(now)),
             pools: Mutex::new(Pools::new(now)),
+            tlb: Mutex::new(None),
             copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
             settings,
         });
@@ -517,6 +521,9 @@ impl Engine {
         if state.give_back == GiveBack::Always {
             flags |= ADVICE_RETURN;
         }
+        if state.moving.is_wanted() {
+            flags |= ADVICE_MOVE;
+        }
         let wanted = state.wish.blocks();
         let booking_timeout_ms = state.timeout.wish_ms();
         Advice { booking_timeout_ms, release_max: RELEASE_MAX, flags, wanted, ..Advice::default() }
@@ -557,14 +564,13 @@ impl Engine {
         self.wake();
     }
 
-    /// At the end of a period: what it brought decides on the timeout of the next one. `tlb` counts
-    /// the guest's TLB misses in it, where that can be.
-    fn watch_timeout(&self, tlb: &mut Option<TlbCounters>, now: Instant, sleep: &mut Duration) {
+    /// At the end of a period: what it brought decides on the timeout of the next one.
+    fn watch_timeout(&self, now: Instant, sleep: &mut Duration) {
         let vmm = {
             let inner = self.lock();
             let ends = inner.state.timeout.ends();
             let (Some(ends), Some(memory)) = (ends, &inner.state.memory) else {
-                *tlb = None;
+                lock(&self.tlb).take();
                 return;
             };
             if ends > now {
@@ -573,6 +579,7 @@ impl Engine {
             }
             memory.vmm()
         };
+        let mut tlb = lock(&self.tlb);
         let tlb_misses = tlb.take().and_then(|counters| counters.total().ok());
         // Anew for each period: processors of a guest come and go.
         *tlb = vmm.and_then(|vmm| {
@@ -580,8 +587,7 @@ impl Engine {
                 .inspect_err(|error| log::debug!("TLB misses are not counted: {error}"))
                 .ok()
         });
-        let order = self.settings.block_shift.saturating_sub(page_size().trailing_zeros());
-        let fmfi = fmfi::host(order);
+        let fmfi = self.fmfi();
         let mut inner = self.lock();
         let state = &mut inner.state;
         let keeps = state.keeps();
@@ -591,6 +597,24 @@ impl Engine {
         if let Some(ends) = state.timeout.ends() {
             *sleep = (*sleep).min(ends.saturating_duration_since(now));
         }
+    }
+
+    /// How fragmented the host's free memory is for blocks.
+    fn fmfi(&self) -> Option<u32> {
+        let order = self.settings.block_shift.saturating_sub(page_size().trailing_zeros());
+        fmfi::host(order)
+    }
+
+    /// Looks how fragmented the host is, where it matters, and decides whether the guest is to move
+    /// its huge pages.
+    fn watch_fragmentation(&self, now: Instant, sleep: &mut Duration) {
+        let look = self.inspect(|state| state.moving.wants_look(&state.situation(), now));
+        let fmfi = look.then(|| self.fmfi());
+        let mut inner = self.lock();
+        if let Some(fmfi) = fmfi {
+            inner.state.moving.looked(fmfi, now);
+        }
+        inner.state.update_moving(now, sleep);
     }
 
     /// Looks at the pools that the guest's hugetlb memory comes from, and lets the promises follow.
@@ -634,14 +658,14 @@ impl Engine {
 
     /// The deciding thread.
     fn run(&self, look: &SyncSender<Job>, act: &SyncSender<Job>) {
-        let mut tlb = None;
         loop {
             let now = Instant::now();
             lock(&self.cpu).update(process_cpu_time(), now);
             let mut sleep = SLEEP_MAX;
             self.watch_pressure(now, &mut sleep);
             self.watch_pools(now, &mut sleep);
-            self.watch_timeout(&mut tlb, now, &mut sleep);
+            self.watch_timeout(now, &mut sleep);
+            self.watch_fragmentation(now, &mut sleep);
             {
                 let mut inner = self.lock();
                 if inner.stopping {

@@ -2,6 +2,7 @@
 
 use super::demotion::Demotion;
 use super::hints::Hints;
+use super::moving::{Moving, Situation};
 use super::repair::Repair;
 use super::scan::ScanPlan;
 use super::supply::Supply;
@@ -114,6 +115,8 @@ pub struct State {
     pub give_back: GiveBack,
     /// Blocks that the guest is asked to release.
     pub wish: Wish,
+    /// Whether the guest is asked to move its huge pages.
+    pub moving: Moving,
     /// Blocks of the RENEW that is being carried out: their huge pages are promised.
     pub renewing: u64,
     /// Blocks that an action under way may make huge.
@@ -146,6 +149,7 @@ impl State {
             supply: Supply::new(huge_max),
             give_back: GiveBack::Pressure,
             wish: Wish::new(now),
+            moving: Moving::new(now),
             renewing: 0,
             acting: 0..0,
             acted_on: Bitmap::new(0),
@@ -437,6 +441,18 @@ impl State {
         at_limit || (booked && self.timeout.wish_ms() > 0)
     }
 
+    /// What is to be moved, and why.
+    pub fn situation(&self) -> Situation {
+        let counters = self.map.counters();
+        Situation {
+            possible: self.serves_requests(),
+            out_of_pages: self.supply.left_for_guest(self.huge_or_promised()) == 0,
+            aligned: counters.aligned,
+            guest_only: counters.guest_only,
+            unused: counters.unused,
+        }
+    }
+
     /// The answer of a STATS request.
     pub fn stats(&self) -> Stats {
         let counters = self.map.counters();
@@ -593,30 +609,6 @@ mod tests {
         state.set_paused(false);
         assert!(state.serves_requests() && state.repair.wants());
         assert_eq!(state.repair.fills(), 0, "what was told to be off stays off");
-    }
-
-    #[test]
-    fn what_the_driver_holds_is_kept_and_not_misaligned() {
-        let now = Instant::now();
-        let mut state = state_of(8);
-        state.apply_look(&[HostRun { first: 0, count: 4, state: HostState::Huge, resident: 0 }]);
-        let start = batch(&state, SYNC_START | SYNC_END);
-        let report = [
-            record(0, 1, GuestState::Huge),   // aligned
-            record(1, 2, GuestState::Booked), // ready
-            record(3, 2, GuestState::Base),   // one of them huge in the host
-            record(6, 1, GuestState::Huge),   // in the guest
-        ];
-        state.apply_report(&start, &report);
-        assert_eq!(state.misaligned(), 2);
-        assert!(!state.keeps(), "the driver finds out how long by itself");
-        state.timeout.set(Some(1000), now);
-        assert!(state.keeps());
-        state.timeout.set(None, now);
-        state.apply_look(&[HostRun { first: 6, count: 1, state: HostState::Base, resident: 0 }]);
-        assert!(!state.keeps(), "there is a huge page for what is wanted");
-        state.set_huge_max(4);
-        assert!(state.keeps(), "what is of no use is kept from it");
     }
 
     #[test]
