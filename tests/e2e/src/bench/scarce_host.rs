@@ -46,6 +46,8 @@ struct Seen {
     touched: u64,
     /// Huge pages of the guest that came from ready blocks.
     placed: u64,
+    /// Huge pages of the guest that were moved onto ready blocks.
+    moved: u64,
     /// Bytes that the host copied.
     copied: u64,
     /// Huge pages that it took from blocks that were of no use.
@@ -121,6 +123,7 @@ fn tell(scenario: &mut Scenario, name: &str, seen: &Seen) {
         ("host_only", seen.counts.host_only as f64),
         ("aligned_coverage", seen.counts.aligned_coverage()),
         ("placed", seen.placed as f64),
+        ("moved", seen.moved as f64),
         ("collapse_bytes", seen.copied as f64),
         ("demoted", seen.demoted as f64),
     ];
@@ -160,6 +163,7 @@ fn run(lab: &mut Lab, name: &str, bytes: u64, supply: u64, seed: u64) -> anyhow:
     wait_stock(lab)?;
     let before = lab.daemon.status()?;
     let placed = lab.vm.guest.driver_number("placed")?;
+    let moved = lab.vm.guest.driver_number("moved")?;
     let program = Program { bytes, seed, blocks_per_second: 0.0 };
     let touched = lab.vm.guest.start_program(name, program)?;
     lab.wait_at_rest(REST, SETTLE)?;
@@ -170,6 +174,7 @@ fn run(lab: &mut Lab, name: &str, bytes: u64, supply: u64, seed: u64) -> anyhow:
     seen.copied = after.collapse_bytes - before.collapse_bytes;
     seen.demoted = after.demoted - before.demoted;
     seen.placed = lab.vm.guest.driver_number("placed")? - placed;
+    seen.moved = lab.vm.guest.driver_number("moved")? - moved;
     lab.vm.guest.verify_process(name)?;
     lab.vm.guest.end(name)?;
     Ok(seen)
