@@ -149,8 +149,6 @@ pub struct Engine {
     copy: Mutex<CopyBudget>,
     pressure: Mutex<Watch>,
     pools: Mutex<Pools>,
-    /// Where the processor counts them, the guest's TLB misses of this period of the timeout.
-    tlb: Mutex<Option<TlbCounters>>,
 }
 
 /// The engine's threads; they end when this is dropped.
@@ -195,7 +193,6 @@ impl Engine {
             cpu: Mutex::new(CpuBudget::new(settings.cpu_share, process_cpu_time(), now)),
             pressure: Mutex::new(Watch::new(now)),
             pools: Mutex::new(Pools::new(now)),
-            tlb: Mutex::new(None),
             copy: Mutex::new(CopyBudget::new(settings.copy_rate, 1 << settings.block_shift, now)),
             settings,
         });
@@ -564,13 +561,14 @@ impl Engine {
         self.wake();
     }
 
-    /// At the end of a period: what it brought decides on the timeout of the next one.
-    fn watch_timeout(&self, now: Instant, sleep: &mut Duration) {
+    /// At the end of a period: what it brought decides on the timeout of the next one. `tlb` counts
+    /// the guest's TLB misses in it, where that can be.
+    fn watch_timeout(&self, tlb: &mut Option<TlbCounters>, now: Instant, sleep: &mut Duration) {
         let vmm = {
             let inner = self.lock();
             let ends = inner.state.timeout.ends();
             let (Some(ends), Some(memory)) = (ends, &inner.state.memory) else {
-                lock(&self.tlb).take();
+                *tlb = None;
                 return;
             };
             if ends > now {
@@ -579,7 +577,6 @@ impl Engine {
             }
             memory.vmm()
         };
-        let mut tlb = lock(&self.tlb);
         let tlb_misses = tlb.take().and_then(|counters| counters.total().ok());
         // Anew for each period: processors of a guest come and go.
         *tlb = vmm.and_then(|vmm| {
@@ -658,13 +655,14 @@ impl Engine {
 
     /// The deciding thread.
     fn run(&self, look: &SyncSender<Job>, act: &SyncSender<Job>) {
+        let mut tlb = None;
         loop {
             let now = Instant::now();
             lock(&self.cpu).update(process_cpu_time(), now);
             let mut sleep = SLEEP_MAX;
             self.watch_pressure(now, &mut sleep);
             self.watch_pools(now, &mut sleep);
-            self.watch_timeout(now, &mut sleep);
+            self.watch_timeout(&mut tlb, now, &mut sleep);
             self.watch_fragmentation(now, &mut sleep);
             {
                 let mut inner = self.lock();

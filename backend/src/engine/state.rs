@@ -612,6 +612,30 @@ mod tests {
     }
 
     #[test]
+    fn what_the_driver_holds_is_kept_and_not_misaligned() {
+        let now = Instant::now();
+        let mut state = state_of(8);
+        state.apply_look(&[HostRun { first: 0, count: 4, state: HostState::Huge, resident: 0 }]);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        let report = [
+            record(0, 1, GuestState::Huge),   // aligned
+            record(1, 2, GuestState::Booked), // ready
+            record(3, 2, GuestState::Base),   // one of them huge in the host
+            record(6, 1, GuestState::Huge),   // in the guest
+        ];
+        state.apply_report(&start, &report);
+        assert_eq!(state.misaligned(), 2);
+        assert!(!state.keeps(), "the driver finds out how long by itself");
+        state.timeout.set(Some(1000), now);
+        assert!(state.keeps());
+        state.timeout.set(None, now);
+        state.apply_look(&[HostRun { first: 6, count: 1, state: HostState::Base, resident: 0 }]);
+        assert!(!state.keeps(), "there is a huge page for what is wanted");
+        state.set_huge_max(4);
+        assert!(state.keeps(), "what is of no use is kept from it");
+    }
+
+    #[test]
     fn another_policy_is_asked_about_every_block() {
         let mut state = state_of(8);
         state.apply_look(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);

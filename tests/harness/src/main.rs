@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
 use gemini_harness::{
-    budgets, cleanup, give_back, hostile, hugetlb_short, policy_scale, ready, report, restart, run,
-    scale, settings, shares, stall,
+    budgets, cleanup, fragment, give_back, hostile, hugetlb_short, policy_scale, ready, report,
+    reserve, restart, run, scale, settings, shares, stall,
 };
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
@@ -103,6 +103,25 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// What a reserve of huge pages would be worth in a fragmented host.
+    Reserve {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Fragments this machine's free memory until standard input ends.
+    Fragment {
+        /// The unusable free space index for huge pages that is to be reached.
+        #[arg(long, default_value_t = 0.95)]
+        fmfi: f64,
+
+        /// Seed of which page of each block is pinned.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+
+        /// Longest time that it may take.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// The daemon is killed at each step of a request and started again.
     Restart {
         #[command(flatten)]
@@ -132,6 +151,8 @@ fn main() -> ExitCode {
         Command::Ready { common } => ready(&common),
         Command::GiveBack { common } => give_back(&common),
         Command::HugetlbShort { common } => hugetlb_short(&common),
+        Command::Reserve { common } => reserve(&common),
+        Command::Fragment { fmfi, seed, seconds } => hold_fragments(fmfi, seed, seconds),
         Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
     };
     match result {
@@ -231,6 +252,24 @@ fn hugetlb_short(common: &Common) -> anyhow::Result<bool> {
     let program = run::program(common.daemon.as_deref())?;
     let plan = hugetlb_short::Plan::new(program, common.quick, common.seed);
     finish(&hugetlb_short::measure(&plan)?, common.json.as_deref())
+}
+
+fn reserve(common: &Common) -> anyhow::Result<bool> {
+    let plan = reserve::Plan::new(common.quick, common.seed);
+    finish(&reserve::measure(&plan)?, common.json.as_deref())
+}
+
+fn hold_fragments(fmfi: f64, seed: u64, seconds: u64) -> anyhow::Result<bool> {
+    let mut fragments = fragment::Fragments::new(seed)?;
+    let most = Duration::from_secs(seconds);
+    let reached = fragments.add(fragment::Until::Index(fmfi), most)?;
+    let index = gemini_guest::buddy::read()?.fmfi;
+    println!(
+        "index {index:.3}, {} blocks broken; they are whole again at the end",
+        fragments.blocks()
+    );
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    Ok(reached)
 }
 
 fn restart(common: &Common, fault_daemon: Option<&Path>) -> anyhow::Result<bool> {

@@ -299,11 +299,22 @@ impl Pipe {
     /// # Errors
     /// Those of `pipe2`.
     pub fn new() -> io::Result<Self> {
+        Self::with_room(16)
+    }
+
+    /// An empty pipe that takes so many pages; beyond 256 for the superuser alone.
+    ///
+    /// # Errors
+    /// Those of `pipe2` and of resizing it.
+    pub fn with_room(pages: u64) -> io::Result<Self> {
         let mut ends = [-1; 2];
         // SAFETY: room for two descriptors.
         check(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) })?;
         // SAFETY: both were just created and nobody else owns them.
         let [reader, writer] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let room = libc::c_int::try_from(pages * PAGE_SIZE).map_err(io::Error::other)?;
+        // SAFETY: a call on a descriptor that we own; no pointers.
+        check(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, room) })?;
         Ok(Pipe { _reader: reader, writer })
     }
 }
