@@ -16,8 +16,8 @@
 //! (the wire format), [`shares`]
 //! (what several VMs have of the host), [`settings`] (each declared once), [`configuration`] (where
 //! they come from), [`control`] (the control socket and metrics), [`ctl`] (its client,
-//! `geminictl`), [`config`] (the command line), [`logging`] and [`fault`] (places for tests to
-//! kill the daemon).
+//! `geminictl`), [`config`] (the command line), [`logging`], [`notify`] (the service manager) and
+//! [`fault`] (places for tests to kill the daemon).
 
 #![deny(unsafe_code)]
 
@@ -36,6 +36,7 @@ pub mod engine;
 pub mod fault;
 pub mod fmfi;
 pub mod logging;
+pub mod notify;
 pub mod policy;
 pub mod pressure;
 pub mod protocol;

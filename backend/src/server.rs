@@ -7,6 +7,7 @@ use crate::control;
 use crate::device::{say, Device, GuestMemory};
 use crate::engine::{Engine, Port, Threads};
 use crate::logging;
+use crate::notify;
 use crate::shares;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -250,6 +251,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let control = args.control_socket.as_deref();
     let control = control.map(|path| listen(path, crate::backing::bind_private)).transpose()?;
     let metrics = args.metrics_address.map(listen_metrics).transpose()?;
+    notify::ready();
     let threads = Engine::start(settings.engine(BLOCK_SHIFT)).map_err(system("start a thread"))?;
     let configuration = Arc::new(Configuration::new(
         args.config.clone(),
