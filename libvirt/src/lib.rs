@@ -5,6 +5,7 @@
 //! changed is noted in the domain's `<metadata>`, which libvirt keeps, so that
 //! [`remove`] puts back what was there before and no more.
 
+pub mod args;
 mod edit;
 mod pci;
 

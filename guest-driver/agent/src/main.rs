@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use gemini_guestd::Args;
 
 use crate::budget::Debt;
 use crate::kernel::Geometry;
@@ -44,56 +45,6 @@ const SHORTAGE: Duration = Duration::from_secs(10);
 
 /// How often the log tells what was done.
 const LOG_PERIOD: Duration = Duration::from_secs(60);
-
-/// Promotes base pages of processes in this guest to huge pages: ranges on host
-/// huge pages first, then the densest.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Args {
-    /// CPU time for all of it, in percent of one CPU
-    #[arg(long, value_name = "PERCENT", default_value_t = 5,
-          value_parser = clap::value_parser!(u32).range(1..=100))]
-    cpu_share: u32,
-    /// Bytes promoted a second at most, with K, M or G
-    #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = parse_size)]
-    rate: u64,
-    /// Seconds between two looks at all processes
-    #[arg(long, value_name = "SECONDS", default_value_t = 2,
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    interval: u64,
-    /// Only this process; may be given several times
-    #[arg(long = "pid", value_name = "PID",
-          value_parser = clap::value_parser!(i32).range(1..))]
-    pids: Vec<i32>,
-    /// Looks and promotes once, then ends
-    #[arg(long)]
-    once: bool,
-    /// Only shows what would be promoted
-    #[arg(long)]
-    dry_run: bool,
-    /// Prints what each pass found and did as one line of JSON
-    #[arg(long)]
-    json: bool,
-    /// error, warn, info, debug or trace
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: log::LevelFilter,
-}
-
-/// A number with K, M or G, at least 1 MiB.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K') => (&text[..text.len() - 1], 10),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .filter(|size| (1 << 20..=1 << 50).contains(size))
-        .ok_or_else(|| "a size from 1M to 1048576G, such as 64M".to_owned())
-}
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -195,28 +146,5 @@ impl Summary {
             log::info!("{} ranges promoted, {} failed{why}", self.promoted, self.failed);
         }
         (self.promoted, self.failed) = (0, 0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::CommandFactory;
-
-    #[test]
-    fn command_line_is_consistent() {
-        Args::command().debug_assert();
-        let args = Args::parse_from(["gemini-guestd", "--pid", "3", "--pid", "4", "--once"]);
-        assert_eq!((args.pids, args.rate, args.cpu_share), (vec![3, 4], 64 << 20, 5));
-    }
-
-    #[test]
-    fn sizes_have_suffixes_and_bounds() {
-        assert_eq!(parse_size("64M"), Ok(64 << 20));
-        assert_eq!(parse_size("1048576"), Ok(1 << 20));
-        assert_eq!(parse_size("2048K"), Ok(2 << 20));
-        for text in ["", "M", "0", "1", "-1M", "1T", "99999999999G", "1Ö"] {
-            assert!(parse_size(text).is_err(), "{text}");
-        }
     }
 }
