@@ -165,6 +165,33 @@ cargo_build() {
 	(cd "$GEMINI_ROOT" && cargo build --locked --release "${arguments[@]}") >&2
 }
 
+install_mmdebstrap() {
+	! have mmdebstrap || return 0
+	step "installing mmdebstrap"
+	quiet apt-install-mmdebstrap env DEBIAN_FRONTEND=noninteractive \
+		apt-get -c "$APT_CONFIG_PRIVATE" install -y --no-install-recommends mmdebstrap
+}
+
+# overlay_on ROOT: mounts a copy of ROOT at /mnt/root, where changes go to memory,
+# and with the mount namespace.
+overlay_on() {
+	mount -t tmpfs -o mode=755 overlay /mnt
+	mkdir /mnt/upper /mnt/work /mnt/root
+	mount -t overlay overlay -o "lowerdir=$1,upperdir=/mnt/upper,workdir=/mnt/work" /mnt/root
+}
+
+# firmware_of_debian FILE: where Debian's packages have it.
+firmware_of_debian() {
+	local dir
+	for dir in /usr/share/seabios /usr/share/qemu /usr/lib/ipxe/qemu; do
+		if [[ -e $dir/$1 ]]; then
+			printf '%s' "$dir/$1"
+			return
+		fi
+	done
+	die "$1 is in none of the packages seabios, qemu-system-data, ipxe-qemu"
+}
+
 # Builds everything that a real guest needs and tells the programs of tests/e2e
 # where it is (see tests/e2e/src/assets.rs).  LAB_KERNEL and LAB_VERSION are what
 # the guest runs, as scripts/build-guest --kernel and --version name it.

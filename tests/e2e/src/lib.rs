@@ -9,6 +9,7 @@
 
 pub mod accel;
 pub mod assets;
+pub mod attached;
 pub mod bench;
 pub mod cgroup;
 pub mod compare;

@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context};
 use clap::Args;
-use gemini_guest::protocol::{PageSize, PORT_NAME};
+use gemini_guest::protocol::PORT_NAME;
 
 use crate::accel::AccelChoice;
-use crate::compare;
+use crate::attached;
 use crate::daemon::{Daemon, DaemonConfig};
 use crate::guest::Guest;
 use crate::lab::{Bench, Place, SYNC_TIMEOUT};
@@ -25,14 +25,9 @@ use crate::process::{self, Guarded};
 use crate::qmp::Qmp;
 use crate::vm::log_directory;
 
-const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 1 << 30;
-const FILLED: u64 = 128 * MIB;
-/// Of the 64 blocks that [`FILLED`] has, those that must become aligned.
-const ALIGNED_AT_LEAST: u64 = 60;
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
-const SETTLE: Duration = Duration::from_secs(90);
 const DOMAIN: &str = "gemini-test";
 
 /// Where scripts/test-libvirt puts the patched QEMU, as docs/libvirt.md says.
@@ -341,21 +336,9 @@ impl Running {
     /// Fills memory, and looks from outside and from inside whether both have
     /// huge pages in the same places.
     fn expect_aligned(&self, when: &str) -> anyhow::Result<()> {
-        process::wait_for("both sides know each other", SYNC_TIMEOUT, || {
-            let status = self.daemon.status()?;
-            Ok((status.connected && status.guest_synced && status.host_synced).then_some(()))
-        })?;
-        self.guest.fill("kept", FILLED, 1, PageSize::Huge)?;
-        process::wait_for("the host follows the guest", SETTLE, || {
-            let view = compare::View::take(&self.guest, &self.memory)?;
-            Ok((view.counts().aligned >= ALIGNED_AT_LEAST).then_some(()))
-        })?;
-        let (view, _) =
-            compare::three_sides(&self.guest, &self.memory, self.daemon.control(), SETTLE)?;
-        let counts = view.counts();
-        ensure!(counts.aligned >= ALIGNED_AT_LEAST, "{when}: {counts:?}");
-        self.guest.verify("kept")?;
-        step(&format!("{when}: {} blocks aligned", counts.aligned));
+        let aligned = attached::become_aligned(&self.guest, &self.memory, self.daemon.control())
+            .with_context(|| when.to_owned())?;
+        step(&format!("{when}: {aligned} blocks aligned"));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use gemini_e2e::{bench, demo, libvirt, shell, taker};
+use gemini_e2e::{attached, bench, demo, libvirt, shell, taker};
 
 #[derive(Parser)]
 #[command(version, about = "Real guests under vhost-device-gemini")]
@@ -22,6 +22,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Take one domain through its life under a real libvirtd; see scripts/test-libvirt
     Libvirt(libvirt::LibvirtArgs),
+    /// Look whether a guest that runs already becomes aligned; see scripts/test-packages
+    Attached(attached::AttachedArgs),
     /// Make one document of the two halves of a scenario
     Join(bench::JoinArgs),
     /// Take memory, as many bytes as each line of the input says
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Command::Vm(args) => shell::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args),
         Command::Libvirt(args) => libvirt::run(&args).map(|()| true),
+        Command::Attached(args) => attached::run(&args).map(|()| true),
         Command::Join(args) => bench::join(&args).map(|()| true),
         Command::TakeMemory => taker::run().map(|()| true),
     };
