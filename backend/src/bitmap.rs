@@ -59,6 +59,33 @@ impl Bitmap {
         }
     }
 
+    /// All elements, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        std::iter::successors(self.next(0), |last| self.next(last + 1))
+    }
+
+    /// The smallest element that is in `other` as well.
+    pub fn next_common(&self, other: &Self) -> Option<usize> {
+        if self.ones == 0 || other.ones == 0 {
+            return None;
+        }
+        let mut both = self.words.iter().zip(&other.words).map(|(a, b)| a & b);
+        let (at, word) = both.by_ref().enumerate().find(|(_, word)| *word != 0)?;
+        Some(at * 64 + word.trailing_zeros() as usize)
+    }
+
+    /// Adds all of `other`, a set of the same size, which is empty afterwards.
+    pub fn take_all(&mut self, other: &mut Self) {
+        if other.ones == 0 {
+            return;
+        }
+        for (mine, theirs) in self.words.iter_mut().zip(&mut other.words) {
+            self.ones += (*theirs & !*mine).count_ones() as usize;
+            *mine |= std::mem::take(theirs);
+        }
+        other.ones = 0;
+    }
+
     /// The smallest element at or after `from`, else the smallest of all: a fair cursor.
     pub fn next_wrapping(&self, from: usize) -> Option<usize> {
         self.next(from).or_else(|| self.next(0))
@@ -72,6 +99,23 @@ mod tests {
     use std::collections::BTreeSet;
 
     proptest! {
+        #[test]
+        fn two_bitmaps_agree_with_two_sets(
+            a in prop::collection::btree_set(0usize..190, 0..30),
+            b in prop::collection::btree_set(0usize..190, 0..30),
+        ) {
+            let of = |set: &BTreeSet<usize>| {
+                let mut bitmap = Bitmap::new(190);
+                set.iter().for_each(|index| bitmap.assign(*index, true));
+                bitmap
+            };
+            let (mut one, mut other) = (of(&a), of(&b));
+            prop_assert_eq!(one.next_common(&other), a.intersection(&b).next().copied());
+            one.take_all(&mut other);
+            prop_assert_eq!((one.ones(), other.ones()), (a.union(&b).count(), 0));
+            prop_assert!((0..190).all(|i| one.get(i) == (a.contains(&i) || b.contains(&i))));
+        }
+
         #[test]
         fn bitmap_agrees_with_a_set(
             ops in prop::collection::vec((0usize..200, any::<bool>()), 0..300),

@@ -17,6 +17,8 @@ pub struct Block {
     pub host: HostState,
     /// Base pages in use in the guest, where counted.
     pub used: u16,
+    /// Base pages that are resident in the host where it has no huge page, when last looked at.
+    pub resident: u16,
     /// Failed attempts of the host since the last success.
     pub failures: u8,
 }
@@ -225,6 +227,12 @@ impl BlockMap {
     /// Sets the host's state; returns the block if it changed.
     pub fn set_host(&mut self, index: usize, state: HostState) -> Option<Block> {
         self.change(index, |b| b.host = state)
+    }
+
+    /// Sets the number of base pages that are resident in the host; whether it was another.
+    pub fn set_resident(&mut self, index: usize, pages: u16) -> bool {
+        let resident = self.blocks.get_mut(index).map(|block| &mut block.resident);
+        resident.is_some_and(|resident| std::mem::replace(resident, pages) != pages)
     }
 
     /// Sets the number of failed attempts.

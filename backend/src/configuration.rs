@@ -176,7 +176,12 @@ impl Configuration {
     pub fn change(&self, given: &Given) -> Settings {
         let mut inner = lock(&self.inner);
         let settings = given.apply(&inner.settings);
+        // Given again, a policy begins again: some do what they do once.
+        let again = settings.policy == inner.settings.policy && given.has("policy");
         self.put(&mut inner, settings.clone(), "the control socket");
+        if again {
+            self.engine.set_policy(settings.policy);
+        }
         settings
     }
 

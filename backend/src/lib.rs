@@ -8,7 +8,7 @@
 //! | [`server`] | the daemon's life: sockets, signals, one VMM after the other |
 //! | [`device`] | virtio: features, queues, wire records and their validation |
 //! | [`engine`] | what is known, what to do next, what it may cost |
-//! | [`policy`] | which blocks the host should make huge: pure functions |
+//! | [`policy`] | which blocks the host should make huge, and in which order: pure functions |
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
 //! Beside them: [`adapt`] (Algorithm 1), [`block_map`] (both states of every block), [`bitmap`],

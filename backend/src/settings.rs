@@ -428,6 +428,11 @@ impl Given {
         Ok(())
     }
 
+    /// Whether a setting is among them, by its name with dashes.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// Reads the members of a request of the control socket.
     ///
     /// # Errors

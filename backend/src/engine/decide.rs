@@ -77,13 +77,6 @@ impl State {
         self.scan.done(look, took, news, now);
     }
 
-    /// Lets time pass: what has rested is considered again.
-    pub fn wake(&mut self, now: Instant) {
-        for index in self.repair.wake(now) {
-            self.reconsider(index);
-        }
-    }
-
     /// Takes the next action that the budgets allow, and the bytes that were taken from the copy
     /// budget for it, to be settled when it ends; else how long to sleep at most. Only for when no
     /// action is under way.

@@ -5,8 +5,8 @@
 //! only one that was of no use in two sweeps is taken; the time between them is the caller's.
 
 use crate::backing::HostState;
-use crate::bitmap::Bitmap;
 use crate::block_map::{Block, BlockMap};
+use crate::policy::{Ages, AGES};
 use crate::protocol::GuestState;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -17,9 +17,9 @@ const MOST: usize = 256;
 /// The search for such blocks.
 #[derive(Debug)]
 pub struct Demotion {
-    /// Of no use at the last sweep.
-    unused: Bitmap,
-    /// Indices that are to be demoted, free ones first.
+    /// Of no use at the last sweep, by the number of sweeps.
+    unused: Ages,
+    /// Indices that are to be demoted, free ones first, and of these what was of no use for longest.
     victims: VecDeque<usize>,
     /// The same where huge pages have to be given back, with how much they are missed.
     surplus: VecDeque<(u8, usize)>,
@@ -45,7 +45,7 @@ impl Demotion {
     /// Nothing is known of `len` blocks.
     pub fn new(len: usize, now: Instant) -> Self {
         let (victims, surplus) = (VecDeque::new(), VecDeque::new());
-        Self { unused: Bitmap::new(len), victims, surplus, next_sweep: now }
+        Self { unused: Ages::new(len), victims, surplus, next_sweep: now }
     }
 
     /// When the next sweep is due.
@@ -99,20 +99,22 @@ impl Demotion {
     }
 
     fn sweep(&mut self, map: &BlockMap, rests: impl Fn(usize) -> bool) {
-        let mut base = Vec::new();
+        self.unused.pass(1);
         for index in 0..map.len() {
-            let block = map.get(index).filter(|block| is_unused(block));
-            let again = self.unused.get(index);
-            self.unused.assign(index, block.is_some());
-            match block {
-                Some(block) if again && !rests(index) => {
-                    if block.guest == GuestState::Free {
-                        self.victims.push_back(index);
-                    } else {
-                        base.push(index);
-                    }
+            self.unused.assign(index, map.get(index).is_some_and(is_unused));
+        }
+        let mut base = Vec::new();
+        // But for the youngest: those were of use at the last sweep.
+        for age in self.unused.oldest_first().take(AGES - 1) {
+            for index in age.iter().filter(|index| !rests(*index)) {
+                if map.get(index).is_some_and(|block| block.guest == GuestState::Free) {
+                    self.victims.push_back(index);
+                } else if base.len() < MOST {
+                    base.push(index);
                 }
-                _ => {}
+                if self.victims.len() == MOST {
+                    return;
+                }
             }
         }
         self.victims.extend(base);
@@ -157,6 +159,29 @@ mod tests {
         assert_eq!(demotion.next(&map, resting, SWEEP, now), None);
         now += SWEEP;
         assert_eq!(demotion.next(&map, resting, SWEEP, now), Some(15));
+    }
+
+    #[test]
+    fn what_was_of_no_use_for_longest_goes_first() {
+        let mut now = Instant::now();
+        let mut map = BlockMap::new(&[0..10]);
+        for index in 0..10 {
+            map.set_host(index, HostState::Huge);
+        }
+        let mut demotion = Demotion::new(map.len(), now);
+        for index in [5, 8, 2] {
+            map.set_guest(index, GuestState::Free, 0);
+            // All that is of no use goes round the sweeps without being taken: it rests.
+            for _ in 0..8 {
+                demotion.next(&map, |_| true, SWEEP, now);
+                now += SWEEP;
+            }
+        }
+        let mut order = Vec::new();
+        while let Some(block) = demotion.next(&map, |_| false, SWEEP, now) {
+            order.push(block);
+        }
+        assert_eq!(order, [5, 8, 2]);
     }
 
     #[test]

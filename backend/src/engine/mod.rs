@@ -28,7 +28,7 @@ use crate::backing::{
 use crate::budget::{CopyBudget, CpuBudget};
 use crate::fault;
 use crate::fmfi;
-use crate::policy::Policy;
+use crate::policy::{Policy, FRAGMENTED};
 use crate::pressure::{View, Watch};
 use crate::protocol::{
     Advice, Batch, GuestState, Record, Request, Stats, ADVICE_MOVE, ADVICE_RETURN, ADVICE_SCARCE,
@@ -48,6 +48,8 @@ use worker::Job;
 pub const RELEASE_MAX: u32 = 32;
 /// Longest sleep of the deciding thread; it is woken for everything that matters.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
+/// Time between two looks how fragmented the host is, for a policy that goes by it.
+const FRAGMENTATION_PERIOD: Duration = Duration::from_secs(5);
 /// Pause of whoever serves the guest while the CPU budget is overdrawn.
 const THROTTLE: Duration = Duration::from_millis(10);
 
@@ -614,6 +616,19 @@ impl Engine {
         inner.state.update_moving(now, sleep);
     }
 
+    /// Looks how fragmented the host is, where the policy goes by it.
+    fn tell_fragmentation(&self, due: &mut Instant, now: Instant, sleep: &mut Duration) {
+        if !self.inspect(|state| state.policy.minds_fragmentation()) {
+            return;
+        }
+        if *due <= now {
+            *due = now + FRAGMENTATION_PERIOD;
+            let fragmented = self.fmfi().is_some_and(|index| index >= FRAGMENTED);
+            self.lock().state.set_fragmented(fragmented);
+        }
+        *sleep = (*sleep).min(due.saturating_duration_since(now));
+    }
+
     /// Looks at the pools that the guest's hugetlb memory comes from, and lets the promises follow.
     fn watch_pools(&self, now: Instant, sleep: &mut Duration) {
         let mut pools = lock(&self.pools);
@@ -656,6 +671,7 @@ impl Engine {
     /// The deciding thread.
     fn run(&self, look: &SyncSender<Job>, act: &SyncSender<Job>) {
         let mut tlb = None;
+        let mut fragmentation_due = Instant::now();
         loop {
             let now = Instant::now();
             lock(&self.cpu).update(process_cpu_time(), now);
@@ -664,6 +680,7 @@ impl Engine {
             self.watch_pools(now, &mut sleep);
             self.watch_timeout(&mut tlb, now, &mut sleep);
             self.watch_fragmentation(now, &mut sleep);
+            self.tell_fragmentation(&mut fragmentation_due, now, &mut sleep);
             {
                 let mut inner = self.lock();
                 if inner.stopping {
@@ -711,7 +728,9 @@ impl Engine {
         sleep: &mut Duration,
     ) {
         let Inner { state, acting, .. } = inner;
-        state.wake(now);
+        if state.wake(now) {
+            *sleep = Duration::ZERO;
+        }
         if let Some(memory) = state.memory.clone().filter(|_| !*acting) {
             let mut budgets = Budgets {
                 copy: &mut lock(&self.copy),

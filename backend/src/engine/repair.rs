@@ -3,6 +3,7 @@
 use crate::backing::HostState;
 use crate::bitmap::Bitmap;
 use crate::block_map::BlockMap;
+use crate::policy::{Agenda, Policy};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
@@ -120,8 +121,7 @@ pub struct Allowance {
 /// The work at hand for one guest.
 #[derive(Debug)]
 pub struct Repair {
-    wanted: Bitmap,
-    cursor: usize,
+    agenda: Agenda,
     /// Renewed blocks that are to be made huge.
     fill: Bitmap,
     resting: Bitmap,
@@ -136,11 +136,10 @@ pub struct Repair {
 }
 
 impl Repair {
-    /// Nothing to do for `len` blocks.
-    pub fn new(len: usize) -> Self {
+    /// Nothing to do for `len` blocks of a guest that boots.
+    pub fn new(policy: Policy, len: usize) -> Self {
         Self {
-            wanted: Bitmap::new(len),
-            cursor: 0,
+            agenda: Agenda::new(policy, len),
             fill: Bitmap::new(len),
             resting: Bitmap::new(len),
             rests: BinaryHeap::new(),
@@ -154,7 +153,17 @@ impl Repair {
 
     /// Notes whether the policy wants a block collapsed.
     pub fn consider(&mut self, index: usize, wanted: bool) {
-        self.wanted.assign(index, wanted && !self.resting.get(index));
+        self.agenda.consider(index, wanted && !self.resting.get(index));
+    }
+
+    /// Another order of what the policy wants, of which every block is to be considered.
+    pub fn set_agenda(&mut self, agenda: Agenda) {
+        self.agenda = agenda;
+    }
+
+    /// What the policy wants.
+    pub fn agenda(&mut self) -> &mut Agenda {
+        &mut self.agenda
     }
 
     /// Notes a renewed block.
@@ -226,17 +235,19 @@ impl Repair {
 
     /// Whether something is to be done that the policy wants, and may be tried.
     pub fn wants(&self) -> bool {
-        self.wanted.ones() > 0 && self.tired_until.is_none() && self.paused_until.is_none()
+        self.agenda.wanted() > 0 && self.tired_until.is_none() && self.paused_until.is_none()
     }
 
     /// When resting blocks, or the engine, wake up next.
     pub fn wakes_at(&self) -> Option<Instant> {
         let block = self.rests.peek().map(|Reverse((at, _))| *at);
-        [block, self.tired_until, self.paused_until].into_iter().flatten().min()
+        let agenda = self.agenda.wakes_at();
+        [block, self.tired_until, self.paused_until, agenda].into_iter().flatten().min()
     }
 
     /// Wakes what has rested; returns the indices to reconsider.
     pub fn wake(&mut self, now: Instant) -> Vec<usize> {
+        self.agenda.pass_time(now);
         if self.tired_until.is_some_and(|until| until <= now) {
             self.tired_until = None;
         }
@@ -336,10 +347,11 @@ impl Repair {
         if !self.wants() || !(allowance.background || turn) {
             return None;
         }
-        let start = self.wanted.next_wrapping(self.cursor)?;
+        let start = self.agenda.peek()?;
         let most = BATCH.min(allowance.pages);
-        let (first, count) = take_run(&mut self.wanted, map, start, most, allowance.copies)?;
-        self.cursor = start + count as usize;
+        let wanted = self.agenda.wanted_mut();
+        let (first, count) = take_run(wanted, map, start, most, allowance.copies)?;
+        self.agenda.taken(start, count);
         Some(Work::Collapse { first, count })
     }
 
@@ -352,7 +364,7 @@ impl Repair {
             Outcome::Idle | Outcome::Failed | Outcome::Lacking => failures.saturating_add(1),
         };
         // After success too: until the next look tells the result there is nothing to do.
-        self.wanted.assign(index, false);
+        self.agenda.consider(index, false);
         if !self.resting.get(index) {
             self.resting.assign(index, true);
             let rest = REST * (1 << failures.min(REST_SHIFT_MAX));
@@ -426,7 +438,7 @@ mod tests {
     fn failed_block_rests_longer_each_time() {
         let map = resident(8);
         let mut now = Instant::now();
-        let mut repair = Repair::new(8);
+        let mut repair = Repair::new(Policy::Always, 8);
         let mut failures = 0;
         for attempt in 1..5u32 {
             repair.consider(3, true);
@@ -444,7 +456,7 @@ mod tests {
     #[test]
     fn a_skipped_prepare_is_settled_without_any_allowance() {
         let map = resident(8);
-        let mut repair = Repair::new(8);
+        let mut repair = Repair::new(Policy::Always, 8);
         repair.prepare(7, vec![(0, 3), (5, 1)]);
         assert_eq!(repair.next(&map, &Allowance::default()), None);
         repair.skip_prepare();
@@ -457,7 +469,7 @@ mod tests {
     fn many_failures_in_a_row_quiet_the_engine_and_one_success_ends_it() {
         let map = resident(100);
         let now = Instant::now();
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         for index in 0..TIRED as usize {
             repair.ended(index, Outcome::Failed, 0, now);
         }
@@ -473,7 +485,7 @@ mod tests {
     #[test]
     fn prepare_comes_first_and_is_settled_after_its_last_block() {
         let map = resident(100);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.consider(50, true);
         repair.prepare(9, vec![(7, 9), (20, 1)]);
         assert_eq!(repair.next(&map, &copies(0)), None);
@@ -492,7 +504,7 @@ mod tests {
     #[test]
     fn wanted_blocks_are_served_in_turn() {
         let map = resident(100);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         for index in [10, 11, 12, 13, 14, 90] {
             repair.consider(index, true);
         }
@@ -510,7 +522,7 @@ mod tests {
         let map = resident(100);
         let now = Instant::now();
         let ms = Duration::from_millis;
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.consider(10, true);
         repair.pause(ms(5), now);
         assert_eq!(repair.wakes_at(), Some(now + ms(5)));
@@ -528,7 +540,7 @@ mod tests {
     fn prepare_passes_over_what_rests_after_failures() {
         let mut map = resident(100);
         let now = Instant::now();
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         let failures = repair.ended(11, Outcome::Failed, 0, now);
         map.set_failures(11, failures);
         repair.ended(12, Outcome::Done, 0, now);
@@ -546,7 +558,7 @@ mod tests {
     #[test]
     fn prepare_comes_back_to_what_was_deferred() {
         let map = resident(100);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.prepare(9, vec![(20, 2), (10, 2)]);
         for first in [20, 10] {
             assert_eq!(repair.next(&map, &copies(2)), Some(Work::Populate { first, count: 2 }));
@@ -563,7 +575,7 @@ mod tests {
     fn prepare_passes_over_what_is_beyond_the_supply() {
         let mut map = resident(100);
         map.set_host(12, HostState::Huge);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.prepare(9, vec![(10, 4)]);
         let two = Allowance { prepared: 2, ..copies(9) };
         assert_eq!(repair.next(&map, &two), Some(Work::Populate { first: 10, count: 3 }));
@@ -574,7 +586,7 @@ mod tests {
     #[test]
     fn what_the_guest_asked_for_comes_first_and_starves_nothing() {
         let map = resident(100);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.consider(99, true);
         (0..90).for_each(|index| repair.fill(index));
         let now = Allowance { background: false, ..copies(9) };
@@ -588,7 +600,7 @@ mod tests {
     #[test]
     fn nothing_is_done_for_which_there_is_no_huge_page() {
         let map = resident(100);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.consider(50, true);
         let none = Allowance { pages: 0, prepared: 0, ..copies(9) };
         assert_eq!(repair.next(&map, &none), None);
@@ -608,7 +620,7 @@ mod tests {
     fn absent_blocks_need_no_leave_to_copy() {
         let mut map = resident(100);
         map.set_host(60, HostState::Absent);
-        let mut repair = Repair::new(100);
+        let mut repair = Repair::new(Policy::Always, 100);
         repair.fill(60);
         repair.fill(61);
         assert_eq!(repair.next(&map, &copies(0)), Some(Work::Populate { first: 60, count: 1 }));

@@ -80,6 +80,11 @@ impl ScanPlan {
         self.first_pass >= self.len && !self.first_pass_out
     }
 
+    /// Whether everything was seen that was to be looked at, but for what comes round and round.
+    pub fn is_at_rest(&self) -> bool {
+        self.complete() && self.touched.ones() == 0 && !self.out
+    }
+
     /// Something happened to a block.
     pub fn look_at(&mut self, index: usize) {
         if index < self.first_pass {

@@ -11,7 +11,7 @@ use super::GiveBack;
 use crate::backing::{HostRun, HostState, Memory};
 use crate::bitmap::Bitmap;
 use crate::block_map::BlockMap;
-use crate::policy::Policy;
+use crate::policy::{Agenda, Policy};
 use crate::pressure::Wish;
 use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
 use std::collections::hash_map::RandomState;
@@ -85,6 +85,8 @@ pub fn random_generation() -> u64 {
 pub struct State {
     /// In force now.
     pub policy: Policy,
+    /// Whether huge pages are hard to find in the host.
+    fragmented: bool,
     /// Whether the operator wants nothing made huge for now.
     pub paused: bool,
     /// Names everything that was said since the last start or memory table.
@@ -134,6 +136,7 @@ impl State {
     pub fn new(policy: Policy, huge_max: u64, now: Instant) -> Self {
         Self {
             policy,
+            fragmented: false,
             paused: false,
             generation: random_generation(),
             memory: None,
@@ -141,7 +144,7 @@ impl State {
             guest_sync: GuestSync::default(),
             hints: Hints::default(),
             scan: ScanPlan::new(0, now),
-            repair: Repair::new(0),
+            repair: Repair::new(policy, 0),
             demotion: Demotion::new(0, now),
             huge_max,
             share: u64::MAX,
@@ -174,7 +177,7 @@ impl State {
         self.generation = random_generation();
         self.guest_sync = GuestSync::Waiting;
         self.hints = Hints::new(self.map.len());
-        self.repair = Repair::new(self.map.len());
+        self.repair = Repair::new(self.policy, self.map.len());
         self.acted_on = Bitmap::new(self.map.len());
         self.forget_guest();
     }
@@ -188,7 +191,9 @@ impl State {
 
     /// Asks the policy about a block again.
     pub fn reconsider(&mut self, index: usize) {
-        let wanted = self.map.get(index).is_some_and(|b| self.policy.wants_collapse(b));
+        let Some(block) = self.map.get(index) else { return };
+        let wanted = self.policy.wants_collapse(block, self.fragmented);
+        self.repair.agenda().note_huge(index, block.guest == GuestState::Huge);
         self.repair.consider(index, wanted);
     }
 
@@ -241,6 +246,7 @@ impl State {
         }
         if batch.flags & SYNC_END != 0 {
             self.guest_sync = GuestSync::Done;
+            self.repair.agenda().booted();
         }
         self.totals.report_batches += 1;
         refused
@@ -290,7 +296,18 @@ impl State {
         for run in runs {
             let ranges: Vec<_> = self.map.index_ranges(run.first, run.count).collect();
             for index in ranges.into_iter().flatten() {
-                if !counts(self, index) || self.map.set_host(index, run.state).is_none() {
+                if !counts(self, index) {
+                    continue;
+                }
+                let resident = u16::try_from(run.resident).unwrap_or(u16::MAX);
+                if run.state == HostState::Base {
+                    self.repair.agenda().note_resident(index, resident);
+                }
+                let more_or_less = self.map.set_resident(index, resident);
+                if self.map.set_host(index, run.state).is_none() {
+                    if more_or_less {
+                        self.reconsider(index);
+                    }
                     continue;
                 }
                 if run.state.is_huge() {
@@ -310,13 +327,43 @@ impl State {
         self.policy.prepares() && !self.paused
     }
 
-    /// Asks another policy about every block.
+    /// Asks another policy about every block, or the same one again.
     pub fn set_policy(&mut self, policy: Policy) {
         self.policy = policy;
-        for index in 0..self.map.len() {
+        self.repair.set_agenda(Agenda::on_demand(policy, self.map.len()));
+        self.reconsider_all();
+        self.drop_requests_unless_served();
+    }
+
+    /// Notes whether huge pages are hard to find in the host.
+    pub fn set_fragmented(&mut self, fragmented: bool) {
+        if std::mem::replace(&mut self.fragmented, fragmented) != fragmented
+            && self.policy.minds_fragmentation()
+        {
+            self.reconsider_all();
+        }
+    }
+
+    fn reconsider_all(&mut self) {
+        (0..self.map.len()).for_each(|index| self.reconsider(index));
+    }
+
+    /// Lets time pass: what has rested is considered again, and a pass over all that is resident
+    /// begins, with a look at it, or has seen everything. Whether there is something new to look at.
+    pub fn wake(&mut self, now: Instant) -> bool {
+        for index in self.repair.wake(now) {
             self.reconsider(index);
         }
-        self.drop_requests_unless_served();
+        if !self.scan.is_at_rest() {
+            return false;
+        }
+        self.repair.agenda().close();
+        let opened = self.repair.agenda().open();
+        if opened {
+            (0..self.map.len()).for_each(|index| self.scan.look_at(index));
+            self.reconsider_all();
+        }
+        opened
     }
 
     /// Stops making blocks huge, or goes on.
@@ -650,6 +697,42 @@ mod tests {
         assert!(state.repair.wants() && !state.serves_requests());
         state.set_policy(Policy::Gemini);
         assert!(state.repair.wants() && state.serves_requests());
+    }
+
+    #[test]
+    fn a_pass_looks_at_everything_and_ends() {
+        let now = Instant::now();
+        let mut state = state_of(8);
+        let run = |host| [HostRun { first: 0, count: 8, state: host, resident: 1 }];
+        let look = |state: &mut State, host| {
+            let look = state.scan.next(&state.map, now).unwrap();
+            state.take_look(&look, &run(host), std::time::Duration::ZERO, now);
+        };
+        look(&mut state, HostState::Absent);
+        state.set_policy(Policy::KubevirtLike);
+        assert!(state.wake(now), "there is something to look at");
+        assert!(!state.wake(now) && !state.repair.wants());
+        look(&mut state, HostState::Base);
+        assert!(!state.wake(now) && state.repair.wants());
+        state.apply_look(&run(HostState::Huge));
+        state.apply_look(&run(HostState::Base));
+        assert!(!state.repair.wants(), "what comes later does not join");
+    }
+
+    #[test]
+    fn a_host_that_becomes_fragmented_changes_what_ingens_wants() {
+        let mut state = state_of(8);
+        state.set_policy(Policy::IngensLike);
+        let runs = [
+            HostRun { first: 0, count: 7, state: HostState::Base, resident: 400 },
+            HostRun { first: 7, count: 1, state: HostState::Base, resident: 500 },
+        ];
+        state.apply_look(&runs);
+        assert_eq!(state.repair.agenda().wanted(), 8);
+        state.set_fragmented(true);
+        assert_eq!(state.repair.agenda().wanted(), 1);
+        state.apply_look(&[HostRun { resident: 460, ..runs[0] }]);
+        assert_eq!(state.repair.agenda().wanted(), 8, "more pages, no other state");
     }
 
     #[test]

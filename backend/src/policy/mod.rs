@@ -1,6 +1,14 @@
-//! Which blocks the host should make huge: pure functions of a block's two states.
+//! Which blocks the host should make huge, and in which order: functions of what is known of a
+//! block, and of the time and the state of the host, which are passed in.
 //!
 //! A policy decides, it never acts; the engine spends the budget and the backing does the work.
+
+mod agenda;
+mod ages;
+mod coverage;
+
+pub use agenda::Agenda;
+pub use ages::{Ages, AGES};
 
 use crate::backing::HostState;
 use crate::block_map::Block;
@@ -8,7 +16,7 @@ use crate::protocol::GuestState;
 
 /// The policies that one binary offers, so that a comparison differs in nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// Leave the memory as the host's kernel backs it: the baseline.
     None,
@@ -17,18 +25,32 @@ pub enum Policy {
     /// Put host huge pages under guest huge pages (Gemini paper, section 4), and prepare what
     /// the guest asks for.
     Gemini,
+    /// After the manner of KubeVirt's THP backing: once after the guest has booted, and each time
+    /// that the policy is set, collapse what is resident then, in ascending order, each block once.
+    KubevirtLike,
+    /// After the manner of Ingens: collapse blocks of which nine tenths are resident, those first
+    /// that came to be so first; all that are resident while the host is not fragmented.
+    IngensLike,
+    /// After the manner of `HawkEye`: collapse everything, those first that have most pages.
+    HawkeyeLike,
 }
+
+/// Base pages of a block from which on Ingens makes it huge: 90 % of 512.
+const INGENS_PAGES: u16 = 460;
+/// Fragmentation index of the host, in thousandths, from which on it looks at them.
+pub const FRAGMENTED: u32 = 500;
 
 impl Policy {
     /// Whether the host should collapse the block now.
     ///
     /// Absent blocks are never wanted: nothing that another device gave back is filled again
-    /// unasked.
-    pub fn wants_collapse(self, block: &Block) -> bool {
+    /// unasked. `fragmented` tells whether huge pages are hard to find in the host.
+    pub fn wants_collapse(self, block: &Block, fragmented: bool) -> bool {
         block.host == HostState::Base
             && match self {
                 Self::None => false,
-                Self::Always => true,
+                Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
+                Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
                 Self::Gemini => block.guest == GuestState::Huge,
             }
     }
@@ -37,11 +59,17 @@ impl Policy {
     pub fn prepares(self) -> bool {
         self == Self::Gemini
     }
+
+    /// Whether it goes by how fragmented the host is.
+    pub fn minds_fragmentation(self) -> bool {
+        self == Self::IngensLike
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::ValueEnum;
 
     fn block(guest: GuestState, host: HostState) -> Block {
         Block { guest, host, ..Block::default() }
@@ -50,19 +78,32 @@ mod tests {
     #[test]
     fn gemini_collapses_only_under_guest_huge_pages() {
         for guest in GuestState::ALL {
-            let wanted = Policy::Gemini.wants_collapse(&block(guest, HostState::Base));
+            let wanted = Policy::Gemini.wants_collapse(&block(guest, HostState::Base), false);
             assert_eq!(wanted, guest == GuestState::Huge, "{guest:?}");
         }
     }
 
     #[test]
     fn no_policy_touches_absent_or_huge_blocks() {
-        for policy in [Policy::None, Policy::Always, Policy::Gemini] {
+        for policy in Policy::value_variants() {
             for guest in GuestState::ALL {
                 for host in [HostState::Absent, HostState::Huge, HostState::Hugetlb] {
-                    assert!(!policy.wants_collapse(&block(guest, host)), "{policy:?} {host:?}");
+                    assert!(
+                        !policy.wants_collapse(&block(guest, host), false),
+                        "{policy:?} {host:?}"
+                    );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn ingens_wants_full_blocks_where_the_host_is_fragmented_and_else_all() {
+        for (resident, fragmented, wanted) in
+            [(1, false, true), (459, true, false), (460, true, true), (512, true, true)]
+        {
+            let block = Block { resident, ..block(GuestState::Base, HostState::Base) };
+            assert_eq!(Policy::IngensLike.wants_collapse(&block, fragmented), wanted);
         }
     }
 }

@@ -19,7 +19,7 @@ const PICTURE_ROW: u64 = 32;
 /// The figures of merit of one workload under one policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunFigures {
-    /// Policy of the daemon: `none`, `always` or `gemini`.
+    /// Policy of the daemon.
     pub policy: String,
     /// Blocks that are huge at both layers.
     pub aligned: u64,

@@ -93,6 +93,10 @@ pub fn run(plan: &Plan, policy: &str) -> anyhow::Result<Outcome> {
     workload(&mut machine, &mut rng, plan.reads)?;
     let workload_seconds = start.elapsed().as_secs_f64();
 
+    if policy == "kubevirt-like" {
+        // What it does when the guest has booted, once there is something to do it to.
+        daemon.control(&serde_json::json!({"cmd": "set", "policy": policy}))?;
+    }
     let settled = settle(&mut machine, &mut daemon)?;
     let (map, host) = agreed_map(&mut machine, &daemon)?;
     machine.guest.ensure_intact().context("after the workload")?;
