@@ -49,7 +49,7 @@ const COMMANDS: [&str; 12] = [
 
 /// Changes a setting, gives a command, or reads everything.
 pub fn poke(worker: &mut Worker) {
-    match worker.random.below(6) {
+    match worker.random.below(8) {
         0 => {
             for device in devices(Path::new(DEBUG)) {
                 let made = make_ready(&device.join("command"), 1 + worker.random.below(16));
@@ -71,6 +71,8 @@ pub fn poke(worker: &mut Worker) {
                 try_write(worker, &device.join("command"), &command);
             }
         }
+        5 => on_some(worker, "move", "huge"),
+        6 => on_some(worker, "trim", "base"),
         _ => {
             for device in devices(Path::new(DRIVER)) {
                 read_all(&device.join("gemini"));
@@ -94,6 +96,29 @@ fn make_ready(command: &Path, count: usize) -> io::Result<()> {
         file.write_all(format!("renew {block}").as_bytes())?;
     }
     Ok(())
+}
+
+/// Gives a command for a few neighbours of the blocks that the guest has in `state`: chosen blindly,
+/// hardly any would be such.
+fn on_some(worker: &mut Worker, command: &str, state: &str) {
+    for device in devices(Path::new(DEBUG)) {
+        let map = fs::read_to_string(device.join("blocks")).unwrap_or_default();
+        let runs: Vec<(u64, u64)> = map.lines().filter_map(|line| run_in(line, state)).collect();
+        if runs.is_empty() {
+            worker.tally.add(Count::Refused);
+            continue;
+        }
+        let (first, count) = *worker.random.pick(&runs);
+        let line = format!("{command} {first} {}", count.min(4));
+        try_write(worker, &device.join("command"), &line);
+    }
+}
+
+/// First block and length of a run of the map, if it is in `state`.
+fn run_in(line: &str, state: &str) -> Option<(u64, u64)> {
+    let mut words = line.split_whitespace();
+    let run = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    (words.next()? == state).then_some(run)
 }
 
 /// The end of the last address range of memory.
@@ -128,7 +153,7 @@ fn read_all(directory: &Path) {
 
 /// Counters of the driver that tell whether its parts were at work. A driver
 /// may have none of one name.
-const COUNTERS: [&str; 14] = [
+const COUNTERS: [&str; 17] = [
     "placed",
     "placement_misses",
     "placement_declined",
@@ -136,6 +161,9 @@ const COUNTERS: [&str; 14] = [
     "booked_exact",
     "evacuated_blocks",
     "evacuation_failures",
+    "moved",
+    "move_failures",
+    "trimmed_pages",
     "prepared",
     "renewed",
     "rebooked",
