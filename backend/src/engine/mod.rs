@@ -861,8 +861,8 @@ impl State {
         }
     }
 
-    /// Notes whether huge pages are scarce.
-    fn update_supply(&mut self, now: Instant, sleep: &mut Duration) {
+    /// Notes whether huge pages are scarce, and shortens `sleep` to when that may change by itself.
+    pub fn update_supply(&mut self, now: Instant, sleep: &mut Duration) {
         let before = self.supply.is_scarce();
         let (scarce, wakes_at) = self.supply.update(self.huge_or_promised(), now);
         if let Some(at) = wakes_at {

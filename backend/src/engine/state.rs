@@ -163,8 +163,15 @@ impl State {
 
     /// Takes a new memory table (or none): everything is learnt anew in a new generation.
     pub fn set_memory(&mut self, memory: Option<Arc<Memory>>, now: Instant) {
-        self.map = memory.as_ref().map_or_else(BlockMap::default, |m| BlockMap::new(m.spans()));
+        let spans = memory.as_ref().map_or_else(Vec::new, |memory| memory.spans().to_vec());
         self.memory = memory;
+        self.manage(&spans, now);
+    }
+
+    /// Learns everything of these spans of blocks, which are ascending, disjoint and not empty, in
+    /// a new generation.
+    pub fn manage(&mut self, spans: &[Range<u64>], now: Instant) {
+        self.map = BlockMap::new(spans);
         self.scan = ScanPlan::new(self.map.len(), now);
         self.demotion = Demotion::new(self.map.len(), now);
         self.timeout.changed(now);
