@@ -4,7 +4,7 @@
 use crate::config::Args;
 use crate::configuration::{self, Configuration};
 use crate::control;
-use crate::device::{say, Device, GuestMemory};
+use crate::device::{say, Device, GuestMap, GuestMemory};
 use crate::engine::{Engine, Port, Threads};
 use crate::logging;
 use crate::notify;
@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::event::{new_event_consumer_and_notifier, EventConsumer, EventFlag};
 
@@ -329,7 +329,7 @@ fn serve_one(
     said: &Arc<Mutex<Vec<crate::backing::Finding>>>,
     ending: &Ending,
 ) {
-    let memory: GuestMemory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let memory: GuestMemory = GuestMemoryAtomic::new(GuestMap::new());
     let device = Arc::new(Device::new(memory.clone(), Arc::clone(engine), Arc::clone(said)));
     let queues = Arc::clone(device.queues());
     // Before the first message is read, which may be a memory table.

@@ -1,7 +1,7 @@
 //! Surviving a VMM that truncates its memory file.
 //!
 //! Touching a mapped page behind the end of its file, or one for which its filesystem has no
-//! room, raises SIGBUS. Rings and buffers are accessed through such mappings by crates that
+//! room, raises SIGBUS. Rings, buffers and the dirty log are accessed through such mappings by crates that
 //! expect memory to be there, and nothing keeps a VMM from shrinking the file. The handler puts a
 //! page of our own in the place of the missing one, so that the access completes, and the thread
 //! is told; whoever serves the rings then gives them up.
@@ -65,8 +65,9 @@ fn replace(addr: usize) -> bool {
         let page = addr & !(size - 1);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
         // SAFETY: the page lies in a mapping of a file that has no memory there: the only such
-        // mappings of this process are of guest memory, to which no reference exists. A size
-        // that does not fit a hugetlb mapping is refused without effect.
+        // mappings of this process are of guest memory, to which no reference exists, and of the
+        // VMM's dirty log, whose bytes are atomics that others change as well. A size that does not
+        // fit a hugetlb mapping is refused without effect.
         let mapped = unsafe {
             libc::mmap(
                 ptr::without_provenance_mut(page),

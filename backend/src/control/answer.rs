@@ -142,6 +142,7 @@ fn status(subject: &Subject) -> Value {
             "scarce": state.supply.is_scarce(),
             "shares": shares,
             "paused": state.paused,
+            "migrating": state.logging,
             "acting": acting,
             "pressure": pressure,
             "hugetlb": pools,

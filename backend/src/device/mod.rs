@@ -1,21 +1,23 @@
 //! The virtio device: features, configuration, queues and memory tables, in the frame of
 //! vhost-user-backend. It validates and carries; it decides nothing.
 
+mod dirty_log;
 mod queues;
 mod vring;
 mod wire;
 
 pub use queues::Queues;
-pub use vring::GuestMemory;
+pub use vring::{GuestMap, GuestMemory};
 
 use crate::backing::{close_abandoned, Finding, Memory, RegionDesc, Severity};
 use crate::engine::{lock, Engine, RELEASE_MAX};
 use crate::protocol::{Config, F_PREPARE, F_RELEASE, F_STATS, VERSION, VQ_COUNT, VQ_RELEASE};
+use dirty_log::{DirtyLog, DirtyPages};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -35,6 +37,10 @@ const RELEASE_THREAD: usize = 1;
 pub struct Device {
     queues: Arc<Queues>,
     engine: Arc<Engine>,
+    memory: GuestMemory,
+    log: DirtyLog,
+    /// The VMM wants to know what we write: the guest is being migrated.
+    logging: AtomicBool,
     /// What was said of the memory last, so that the same is not said at every memory table.
     said: Arc<Mutex<Vec<Finding>>>,
     /// Ends of exit events that the frame turned into numbers and never closes.
@@ -52,8 +58,16 @@ impl Drop for Device {
 impl Device {
     /// A device for a new connection. `said` outlives connections.
     pub fn new(memory: GuestMemory, engine: Arc<Engine>, said: Arc<Mutex<Vec<Finding>>>) -> Self {
-        let queues = Arc::new(Queues::new(memory, Arc::clone(&engine)));
-        Self { queues, engine, said, abandoned: Mutex::default() }
+        let queues = Arc::new(Queues::new(memory.clone(), Arc::clone(&engine)));
+        Self {
+            queues,
+            engine,
+            memory,
+            log: DirtyLog::default(),
+            logging: AtomicBool::new(false),
+            said,
+            abandoned: Mutex::default(),
+        }
     }
 
     /// The queues, for the engine's way to the driver.
@@ -99,7 +113,7 @@ pub fn say(said: &Mutex<Vec<Finding>>, findings: Vec<Finding>) {
 }
 
 impl VhostUserBackend for Device {
-    type Bitmap = BitmapMmapRegion;
+    type Bitmap = DirtyPages;
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
@@ -117,6 +131,7 @@ impl VhostUserBackend for Device {
             | (1 << VIRTIO_RING_F_EVENT_IDX)
             | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
             | (1 << F_PREPARE)
             | (1 << F_RELEASE)
             | (1 << F_STATS)
@@ -124,6 +139,18 @@ impl VhostUserBackend for Device {
 
     fn acked_features(&self, features: u64) {
         self.queues.set_features(features);
+        let logging = features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0;
+        if self.logging.swap(logging, Ordering::Relaxed) == logging {
+            return;
+        }
+        log::info!("the guest's migration {}", if logging { "begins" } else { "is over" });
+        // No discard is in flight when the VMM goes on: it copies what is there from now on.
+        self.queues.quiesced(|| {
+            self.engine.set_logging(logging);
+            if !logging {
+                self.log.end(&self.memory.memory());
+            }
+        });
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -132,6 +159,7 @@ impl VhostUserBackend for Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {
@@ -157,6 +185,7 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
+        self.log.follow(&memory.memory())?;
         let regions = Self::regions(&memory)?;
         let block_shift = self.engine.settings().block_shift;
         let memory = Memory::new(regions, block_shift).map_err(|error| {

@@ -5,15 +5,17 @@
 //! the connection stays up. Here both are made non-blocking, and a kick descriptor that cannot
 //! be read is let go.
 
+use super::dirty_log::DirtyPages;
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
-use virtio_queue::Error;
+use virtio_queue::{Error, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-/// The guest's memory, as the frame maps it.
-pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
+/// The guest's memory by one memory table, as the frame maps it.
+pub type GuestMap = GuestMemoryMmap<DirtyPages>;
+/// The guest's memory by the memory table in force.
+pub type GuestMemory = GuestMemoryAtomic<GuestMap>;
 
 /// A virtqueue.
 #[derive(Clone)]
@@ -93,7 +95,12 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_next_used(&self, idx: u16) {
-        self.0.set_queue_next_used(idx);
+        let mut state = self.0.get_mut();
+        // The frame reads the index from the ring whenever it is told the ring's addresses; so it is
+        // when a migration begins or ends, while the ring runs, and buffers may have been used since.
+        if !(state.is_enabled() && state.get_queue().ready()) {
+            state.get_queue_mut().set_next_used(idx);
+        }
     }
 
     fn queue_used_idx(&self) -> Result<u16, Error> {

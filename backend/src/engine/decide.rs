@@ -93,7 +93,7 @@ impl State {
         let Budgets { copy, cpu, block_size } = budgets;
         let block_size = *block_size;
         let left = self.huge_pages_left();
-        let allowance = if self.paused {
+        let allowance = if self.makes_nothing() {
             Allowance::default()
         } else {
             Allowance {
@@ -113,7 +113,7 @@ impl State {
             copy.advance(advance, now);
             return Some((work, advance));
         }
-        if self.paused {
+        if self.makes_nothing() {
             return None;
         }
         // If it is no budget that is missing, what could help wakes us.
@@ -159,7 +159,7 @@ impl State {
 
     /// What to demote, where the limit alone keeps the policy from what it wants.
     fn next_demotion(&mut self, allowance: &Allowance, now: Instant) -> Option<Work> {
-        if self.is_beyond_share() && (allowance.requested || self.paused) {
+        if self.is_beyond_share() && (allowance.requested || self.makes_nothing()) {
             let rests = |index| self.repair.rests(index);
             let block = self.demotion.next_of_all(&self.map, rests)?;
             return Some(Work::Demote { block });

@@ -7,6 +7,7 @@ mod demotion;
 mod hints;
 mod moving;
 mod pools;
+mod refill;
 mod repair;
 mod scan;
 mod state;
@@ -239,6 +240,7 @@ impl Engine {
         let mut inner = self.lock();
         inner.state.connected = port.is_some();
         inner.port = port;
+        inner.state.forget_migration();
         inner.state.set_memory(None, Instant::now());
         drop(inner);
         lock(&self.pools).changed(Instant::now());
@@ -359,6 +361,15 @@ impl Engine {
         self.wake();
     }
 
+    /// The VMM began (or ended) to log what is written: the guest is being migrated. Meanwhile
+    /// nothing is made huge, since the copy starts with base pages again, and nothing is dropped: the
+    /// VMM would fill it again, and whoever drops would have to log it. The caller has made sure
+    /// that no request is in flight.
+    pub fn set_logging(&self, logging: bool) {
+        self.lock().state.set_logging(logging, Instant::now());
+        self.wake();
+    }
+
     /// Whether an action is under way, which may be one that a pause did not stop.
     pub fn is_acting(&self) -> bool {
         self.lock().acting
@@ -413,7 +424,7 @@ impl Engine {
         let id = inner.next_prepare;
         inner.next_prepare += 1;
         inner.state.repair.prepare(id, ranges.to_vec());
-        if inner.state.paused {
+        if inner.state.makes_nothing() {
             // Answered with what is there.
             inner.state.repair.skip_prepare();
         }
@@ -456,6 +467,9 @@ impl Engine {
             let Some(memory) = state.memory.clone() else { return S_BUSY };
             if !memory.may_discard() {
                 return S_UNSUPPORTED;
+            }
+            if state.logging {
+                return S_BUSY;
             }
             if renew && state.policy.prepares() {
                 if state.paused || !state.may_renew(ranges) {
@@ -517,13 +531,13 @@ impl Engine {
         // Who prepares nothing has nothing to give, however much there is.
         let scarce = state.supply.is_scarce() || !state.serves_requests();
         let mut flags = if scarce { ADVICE_SCARCE } else { 0 };
-        if state.give_back == GiveBack::Always {
+        if state.give_back == GiveBack::Always && !state.logging {
             flags |= ADVICE_RETURN;
         }
-        if state.moving.is_wanted() {
+        if state.moving.is_wanted() && !state.logging {
             flags |= ADVICE_MOVE;
         }
-        let wanted = state.wish.blocks();
+        let wanted = if state.logging { 0 } else { state.wish.blocks() };
         let booking_timeout_ms = state.timeout.wish_ms();
         Advice { booking_timeout_ms, release_max: RELEASE_MAX, flags, wanted, ..Advice::default() }
     }
@@ -544,11 +558,15 @@ impl Engine {
                 (memory.vmm(), inner.state.give_back == GiveBack::Never)
             };
             let missing = watch.look(&View::read(vmm), now);
-            let missing = if never { 0 } else { missing };
             let mut inner = self.lock();
             let before = inner.state.wish.blocks();
-            inner.state.want(missing.div_ceil(1 << self.settings.block_shift), now);
+            let owed = inner.state.owed(now);
+            let wanted = missing.div_ceil(1 << self.settings.block_shift).max(owed);
+            inner.state.want(if never { 0 } else { wanted }, now);
             match (before, inner.state.wish.blocks()) {
+                (0, 1..) if owed > 0 => {
+                    log::info!("the guest is asked for what a migration filled")
+                }
                 (0, 1..) => log::info!("the host is short of memory: the guest is asked for some"),
                 (1.., 0) => log::info!("the guest is not asked for memory any more"),
                 _ => {}

@@ -3,6 +3,7 @@
 use super::demotion::Demotion;
 use super::hints::Hints;
 use super::moving::{Moving, Situation};
+use super::refill::Refill;
 use super::repair::Repair;
 use super::scan::ScanPlan;
 use super::supply::Supply;
@@ -89,6 +90,10 @@ pub struct State {
     fragmented: bool,
     /// Whether the operator wants nothing made huge for now.
     pub paused: bool,
+    /// Whether the guest is being migrated: the VMM logs what is written.
+    pub logging: bool,
+    /// Blocks that migrations have filled.
+    refill: Refill,
     /// Names everything that was said since the last start or memory table.
     pub generation: u64,
     /// The memory table in force.
@@ -138,6 +143,8 @@ impl State {
             policy,
             fragmented: false,
             paused: false,
+            logging: false,
+            refill: Refill::Nothing,
             generation: random_generation(),
             memory: None,
             map: BlockMap::default(),
@@ -329,9 +336,14 @@ impl State {
         news
     }
 
+    /// Whether nothing is made huge for now, whoever wants it.
+    pub fn makes_nothing(&self) -> bool {
+        self.paused || self.logging
+    }
+
     /// Whether blocks are made huge because the guest asks for it.
     pub fn serves_requests(&self) -> bool {
-        self.policy.prepares() && !self.paused
+        self.policy.prepares() && !self.makes_nothing()
     }
 
     /// Asks another policy about every block, or the same one again.
@@ -377,6 +389,40 @@ impl State {
     pub fn set_paused(&mut self, paused: bool) {
         self.paused = paused;
         self.drop_requests_unless_served();
+    }
+
+    /// A migration begins, or is over.
+    pub fn set_logging(&mut self, logging: bool, now: Instant) {
+        self.logging = logging;
+        if logging {
+            if self.scan.complete() {
+                self.refill = Refill::During { before: self.resident() };
+            }
+            self.drop_requests_unless_served();
+        } else {
+            self.refill.over();
+            // Everything was touched.
+            self.scan = ScanPlan::new(self.map.len(), now);
+        }
+    }
+
+    /// Another VMM: no migration is known of it.
+    pub fn forget_migration(&mut self) {
+        self.logging = false;
+        self.refill = Refill::Nothing;
+    }
+
+    /// Blocks that the guest is to be asked for, because a migration has filled as many.
+    pub fn owed(&mut self, now: Instant) -> u64 {
+        if self.scan.complete() && self.guest_sync == GuestSync::Done {
+            self.refill.seen(self.resident(), self.totals.released, now);
+        }
+        self.refill.owed(self.totals.released, now)
+    }
+
+    /// Blocks with memory.
+    fn resident(&self) -> u64 {
+        self.map.len() as u64 - self.map.counters().host[HostState::Absent as usize]
     }
 
     /// What was asked for and is not served any more: a PREPARE is answered with what was done

@@ -174,6 +174,24 @@ impl Lab {
         Ok(Lab { vm, memory, daemon, daemon_config, place, bench: bench.clone() })
     }
 
+    /// A daemon, and a QEMU that waits for a guest made like `model`.
+    pub(crate) fn await_guest(
+        bench: &Bench,
+        name: &str,
+        daemon_config: &DaemonConfig,
+        model: &VmConfig,
+    ) -> anyhow::Result<Self> {
+        let place = Place::new(name)?;
+        let daemon = place.start(daemon_config)?;
+        let config =
+            VmConfig { name: name.to_owned(), device: Some(place.socket()), ..model.clone() };
+        let size = config.memory;
+        let mut vm = Vm::await_guest(&bench.assets, config)?;
+        let memory = GuestMemory::find(vm.process.pid(), size, &mut vm.qmp)?;
+        let daemon_config = daemon_config.clone();
+        Ok(Lab { vm, memory, daemon, daemon_config, place, bench: bench.clone() })
+    }
+
     /// All three views, once they agree on every block.
     ///
     /// # Errors

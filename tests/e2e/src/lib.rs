@@ -18,6 +18,7 @@ pub mod demo;
 pub mod guest;
 pub mod lab;
 pub mod libvirt;
+pub mod migration;
 pub mod outside;
 pub mod process;
 pub mod qmp;

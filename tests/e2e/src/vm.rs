@@ -135,7 +135,7 @@ impl VmConfig {
     }
 }
 
-/// A running QEMU whose guest is up.
+/// A running QEMU, and the guest in it.
 #[derive(Debug)]
 pub struct Vm {
     /// QEMU.
@@ -160,6 +160,32 @@ impl Vm {
     /// If QEMU ends or the guest does not come up in time; the error shows the
     /// end of both logs.
     pub fn boot(assets: &Assets, config: VmConfig) -> anyhow::Result<Self> {
+        let start = Instant::now();
+        let mut vm = Self::start(assets, config)?;
+        if let Err(error) = vm.wait_ready() {
+            bail!("{error:#}\n{}", vm.process.log_tail());
+        }
+        vm.boot_time = start.elapsed();
+        Ok(vm)
+    }
+
+    /// Starts QEMU for a guest that migrates into it: nothing runs in it until
+    /// then.
+    ///
+    /// # Errors
+    /// If QEMU ends.
+    pub fn await_guest(assets: &Assets, mut config: VmConfig) -> anyhow::Result<Self> {
+        config.qemu_arguments.extend(["-incoming".to_owned(), "defer".to_owned()]);
+        let vm = Self::start(assets, config);
+        vm.map(|mut vm| {
+            // Its own copies are to boot.
+            vm.config.qemu_arguments.truncate(vm.config.qemu_arguments.len() - 2);
+            vm
+        })
+    }
+
+    /// Starts QEMU and connects to it.
+    fn start(assets: &Assets, config: VmConfig) -> anyhow::Result<Self> {
         let directory = RunDirectory::new()?;
         let logs = log_directory(&config.name)?;
         let serial_log = logs.join("serial.log");
@@ -178,7 +204,6 @@ impl Vm {
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", qmp_path.display()));
 
-        let start = Instant::now();
         let log = logs.join("qemu.log");
         std::fs::write(&log, "")?;
         let mut process = Guarded::start("QEMU", command, &log)?;
@@ -191,11 +216,8 @@ impl Vm {
             Ok(Qmp::connect(&qmp_path).ok())
         })?;
         let guest = Guest::connect(&channel_path)?;
-        let ready = guest.wait_ready(config.boot_timeout, || process.expect_running());
-        if let Err(error) = ready {
-            bail!("{error:#}\n{}\n{}", process.log_tail(), process::tail(&serial_log));
-        }
-        Ok(Vm { process, guest, qmp, config, boot_time: start.elapsed(), serial_log, directory })
+        let boot_time = Duration::ZERO;
+        Ok(Vm { process, guest, qmp, config, boot_time, serial_log, directory })
     }
 
     /// Resets the machine and waits until the guest is up again.

@@ -254,6 +254,12 @@ impl Driver {
         self.ctrl.iter().chain(&self.release)
     }
 
+    /// All queues.
+    #[must_use]
+    pub fn queues(&self) -> &[Queue] {
+        &self.queues
+    }
+
     /// A queue, for those who want to misuse it.
     pub fn queue_mut(&mut self, index: usize) -> &mut Queue {
         &mut self.queues[index]

@@ -1,6 +1,7 @@
 //! A vhost-user session of a well-behaved monitor, on the front end of the vhost
 //! crate.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,15 +11,21 @@ use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
+use crate::log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingLayout};
 use crate::wire::{self, Config};
 
 /// Feature bit of virtio 1.x devices.
 pub const F_VERSION_1: u64 = 1 << 32;
+
+/// Feature bit of a daemon that can log what it writes.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+/// Flag of a queue's addresses: its used ring is logged.
+const VRING_LOG: u32 = 1;
 
 /// Longest wait for the answer to a message. A stopping queue may have to wait
 /// for a discard in flight, and nothing longer.
@@ -92,7 +99,8 @@ impl Session {
             "daemon offers protocol features {protocol:?}, not all of {needed:?}"
         );
         let optional = VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD;
         frontend
             .set_protocol_features(needed | (protocol & optional))
             .context("SET_PROTOCOL_FEATURES")?;
@@ -161,26 +169,75 @@ impl Session {
         memory: &GuestMemory,
         base: u16,
     ) -> anyhow::Result<()> {
-        let RingLayout { size, desc, avail, used } = queue.ring.layout();
-        let address = |gpa| memory.host_address(memory.offset(gpa));
         let frontend = &mut self.frontend;
-        frontend.set_vring_num(index, size).context("SET_VRING_NUM")?;
+        frontend.set_vring_num(index, queue.ring.layout().size).context("SET_VRING_NUM")?;
         frontend.set_vring_base(index, base).context("SET_VRING_BASE")?;
-        let config = VringConfigData {
-            queue_max_size: size,
-            queue_size: size,
-            flags: 0,
-            desc_table_addr: address(desc),
-            used_ring_addr: address(used),
-            avail_ring_addr: address(avail),
-            log_addr: None,
-        };
-        frontend.set_vring_addr(index, &config).context("SET_VRING_ADDR")?;
+        self.tell_addresses(index, queue, memory)?;
+        let frontend = &mut self.frontend;
         frontend.set_vring_call(index, &queue.call).context("SET_VRING_CALL")?;
         frontend.set_vring_kick(index, &queue.kick).context("SET_VRING_KICK")?;
         frontend.set_vring_enable(index, true).context("SET_VRING_ENABLE")?;
         // What was offered before the start has been kicked in vain.
         queue.kick.write(1)?;
+        Ok(())
+    }
+
+    /// Tells where queue `index` is, as a monitor also does while it runs.
+    fn tell_addresses(
+        &self,
+        index: usize,
+        queue: &Queue,
+        memory: &GuestMemory,
+    ) -> anyhow::Result<()> {
+        let RingLayout { size, desc, avail, used } = queue.ring.layout();
+        let address = |gpa| memory.host_address(memory.offset(gpa));
+        let logging = self.features & LOG_ALL != 0;
+        let config = VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: u32::from(logging) * VRING_LOG,
+            desc_table_addr: address(desc),
+            used_ring_addr: address(used),
+            avail_ring_addr: address(avail),
+            log_addr: logging.then_some(used),
+        };
+        self.frontend.set_vring_addr(index, &config).context("SET_VRING_ADDR")
+    }
+
+    /// Hands a log over, in which the daemon is to note what it writes if it was
+    /// told to log.
+    ///
+    /// # Errors
+    /// If the daemon refuses it.
+    pub fn set_log(&mut self, log: &DirtyLog) -> anyhow::Result<()> {
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: log.size(),
+            mmap_offset: 0,
+            mmap_handle: log.file().as_raw_fd(),
+        };
+        // The header of this message asks for no acknowledgement: its answer is one.
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
+        let result = self.frontend.set_log_base(0, Some(region)).context("SET_LOG_BASE");
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        result
+    }
+
+    /// Has the daemon log what it writes, or not any more, while the queues run,
+    /// as a monitor does that begins or ends to migrate its guest.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn set_logging(
+        &mut self,
+        on: bool,
+        queues: &[Queue],
+        memory: &GuestMemory,
+    ) -> anyhow::Result<()> {
+        self.features = if on { self.features | LOG_ALL } else { self.features & !LOG_ALL };
+        self.frontend.set_features(self.features).context("SET_FEATURES")?;
+        for (index, queue) in queues.iter().enumerate() {
+            self.tell_addresses(index, queue, memory)?;
+        }
         Ok(())
     }
 

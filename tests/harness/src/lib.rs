@@ -15,6 +15,7 @@ pub mod give_back;
 pub mod guest;
 pub mod hostile;
 pub mod hugetlb_short;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod outside;

@@ -9,6 +9,7 @@ use anyhow::{bail, ensure, Context};
 use crate::driver::{Driver, Request, AREA_BLOCKS};
 use crate::frontend::Session;
 use crate::guest::Guest;
+use crate::log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::wire::{self, Range};
 
@@ -200,6 +201,23 @@ impl Machine {
         self.session.stop_queues()?;
         self.driver.reset()?;
         self.driver.start(&mut self.session)
+    }
+
+    /// Has the daemon log what it writes in `log`, from here on.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn start_log(&mut self, log: &DirtyLog) -> anyhow::Result<()> {
+        self.session.set_log(log)?;
+        self.session.set_logging(true, self.driver.queues(), &self.memory)
+    }
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// If the daemon refuses a step of it.
+    pub fn end_log(&mut self) -> anyhow::Result<()> {
+        self.session.set_logging(false, self.driver.queues(), &self.memory)
     }
 
     /// Closes the connection without a word, as a monitor that is killed does.

@@ -1,10 +1,12 @@
 //! Guest memory: a memory file, its regions of guest physical addresses, and
 //! the mapping that stands for the virtual machine monitor's.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::{Mutex, PoisonError};
 
 use crate::sys::{self, Mapping, Pages};
 
@@ -53,6 +55,8 @@ pub struct GuestMemory {
     file: File,
     mapping: Mapping,
     regions: Vec<Region>,
+    /// Pages that the guest wrote to, as a hypervisor sees it.
+    written: Mutex<BTreeSet<u64>>,
 }
 
 impl GuestMemory {
@@ -72,7 +76,8 @@ impl GuestMemory {
     /// Those of mapping it.
     pub fn of_file(file: File, size: u64) -> io::Result<Self> {
         let mapping = Mapping::new(&file, size, BLOCK_SIZE, 0, true)?;
-        Ok(GuestMemory { file, mapping, regions: vec![Region { gpa: 0, size, offset: 0 }] })
+        let regions = vec![Region { gpa: 0, size, offset: 0 }];
+        Ok(GuestMemory { file, mapping, regions, written: Mutex::default() })
     }
 
     /// Memory of `size` bytes of which `regions` are the guest's.
@@ -95,7 +100,7 @@ impl GuestMemory {
             Placement::Reserved => Mapping::reserving(&file, size, align)?,
             _ => Mapping::new(&file, size, align, skew, shared)?,
         };
-        Ok(GuestMemory { file, mapping, regions })
+        Ok(GuestMemory { file, mapping, regions, written: Mutex::default() })
     }
 
     /// The regions, in the order given.
@@ -162,6 +167,7 @@ impl GuestMemory {
     /// # Panics
     /// If they do not lie in guest memory.
     pub fn write(&self, gpa: u64, bytes: &[u8]) {
+        self.note(gpa, bytes.len() as u64);
         self.mapping.write(self.offset(gpa), bytes);
     }
 
@@ -187,7 +193,20 @@ impl GuestMemory {
     /// # Panics
     /// If it is not in guest memory.
     pub fn store_u16(&self, gpa: u64, value: u16) {
+        self.note(gpa, 2);
         self.mapping.store_u16(self.offset(gpa), value);
+    }
+
+    /// Notes pages that the guest writes to.
+    fn note(&self, gpa: u64, len: u64) {
+        let pages = gpa / sys::PAGE_SIZE..(gpa + len).div_ceil(sys::PAGE_SIZE);
+        self.written.lock().unwrap_or_else(PoisonError::into_inner).extend(pages);
+    }
+
+    /// Numbers of the pages that the guest wrote to since this was called last.
+    #[must_use]
+    pub fn take_written(&self) -> BTreeSet<u64> {
+        std::mem::take(&mut self.written.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Reads the file without touching the mapping: looking must not fill holes

@@ -1,0 +1,155 @@
+//! Live migration between two QEMUs of this machine.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{bail, ensure, Context};
+use serde_json::{json, Value};
+
+use crate::lab::Lab;
+use crate::process;
+use crate::qmp::Qmp;
+use crate::vm::Vm;
+
+/// How long a migration may take.
+pub const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How a migration stands, as the source tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It goes on.
+    Active,
+    /// The guest is the destination's.
+    Completed,
+    /// It was cancelled; the guest is the source's.
+    Cancelled,
+    /// It failed; the guest is the source's.
+    Failed,
+}
+
+/// A migration that has begun.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    /// Time that the guest stood still, once it is over.
+    pub downtime: Duration,
+    /// Bytes of pages that were sent.
+    pub sent: u64,
+    /// Times that the dirty pages were collected.
+    pub rounds: u64,
+}
+
+/// The socket that the guest of `to` comes through.
+fn uri(to: &Vm) -> String {
+    format!("unix:{}", path(to).display())
+}
+
+fn path(to: &Vm) -> PathBuf {
+    to.directory().join("migration")
+}
+
+fn set_capability(qmp: &mut Qmp, capability: &str) -> anyhow::Result<()> {
+    let on = json!({"capabilities": [{"capability": capability, "state": true}]});
+    qmp.execute("migrate-set-capabilities", on).map(drop)
+}
+
+/// Whether the waiting QEMU `to` would take a guest by postcopy.
+///
+/// # Errors
+/// What QEMU says against it.
+pub fn allow_postcopy(to: &mut Vm) -> anyhow::Result<()> {
+    set_capability(&mut to.qmp, "postcopy-ram")
+}
+
+/// Begins to migrate the guest of `from` into `to`, which waits for it.
+///
+/// # Errors
+/// If either refuses.
+pub fn begin(from: &mut Vm, to: &mut Vm) -> anyhow::Result<()> {
+    // The source keeps its guest until the destination has said that it runs.
+    for qmp in [&mut to.qmp, &mut from.qmp] {
+        set_capability(qmp, "return-path")?;
+    }
+    to.qmp.execute("migrate-incoming", json!({"uri": uri(to)}))?;
+    let parameters = json!({"max-bandwidth": 0, "downtime-limit": 500});
+    from.qmp.execute("migrate-set-parameters", parameters)?;
+    from.qmp.execute("migrate", json!({"uri": uri(to)})).map(drop)
+}
+
+/// How the migration out of `from` stands.
+///
+/// # Errors
+/// If QEMU is gone, or says what nobody knows.
+pub fn state(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
+    let told = from.qmp.execute("query-migrate", json!({}))?;
+    let state = match told["status"].as_str().unwrap_or_default() {
+        "completed" => State::Completed,
+        "cancelled" => State::Cancelled,
+        "failed" => State::Failed,
+        "setup" | "active" | "device" | "cancelling" | "pre-switchover" | "wait-unplug" => {
+            State::Active
+        }
+        other => bail!("the migration is {other:?}: {told}"),
+    };
+    let number = |value: &Value| value.as_u64().unwrap_or_default();
+    let progress = Progress {
+        downtime: Duration::from_millis(number(&told["downtime"])),
+        sent: number(&told["ram"]["transferred"]),
+        rounds: number(&told["ram"]["dirty-sync-count"]),
+    };
+    Ok((state, progress))
+}
+
+/// Waits until the migration out of `from` is over, in whatever way.
+///
+/// # Errors
+/// If it is not in time, or QEMU is gone.
+pub fn wait_over(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
+    process::wait_for("the migration is over", TIMEOUT, || {
+        from.process.expect_running()?;
+        let (state, progress) = state(from)?;
+        Ok((state != State::Active).then_some((state, progress)))
+    })
+}
+
+/// Takes the guest of `from` into `to`, where it runs when this returns.
+///
+/// # Errors
+/// If it does not.
+pub fn migrate(from: &mut Vm, to: &mut Vm) -> anyhow::Result<Progress> {
+    begin(from, to)?;
+    let (state, progress) = wait_over(from)?;
+    ensure!(state == State::Completed, "{state:?}\n{}", to.process.log_tail());
+    wait_running(to)?;
+    Ok(progress)
+}
+
+/// Waits until the guest runs in `to`.
+///
+/// # Errors
+/// If it does not in time.
+pub fn wait_running(to: &mut Vm) -> anyhow::Result<()> {
+    process::wait_for("the guest runs at the destination", TIMEOUT, || {
+        to.process.expect_running()?;
+        Ok(to.qmp.is_running()?.then_some(()))
+    })
+}
+
+/// Cancels the migration out of `from`; where it was over already nothing is
+/// changed.
+///
+/// # Errors
+/// If QEMU is gone.
+pub fn cancel(from: &mut Vm) -> anyhow::Result<()> {
+    from.qmp.execute("migrate_cancel", json!({})).map(drop)
+}
+
+impl Lab {
+    /// A place for the guest to migrate to: another QEMU with another daemon.
+    ///
+    /// # Errors
+    /// If one of them does not come up.
+    pub fn destination(&self, name: &str) -> anyhow::Result<Lab> {
+        Lab::await_guest(&self.bench, name, &self.daemon_config, &self.vm.config)
+            .with_context(|| format!("no destination {name}"))
+    }
+}
