@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context};
+use gemini_harness::report::ratio;
 use serde_json::{json, Value};
 
 use crate::lab::Lab;
@@ -32,10 +33,8 @@ pub enum State {
 pub struct Progress {
     /// Time that the guest stood still, once it is over.
     pub downtime: Duration,
-    /// Bytes of pages that were sent.
-    pub sent: u64,
-    /// Times that the dirty pages were collected.
-    pub rounds: u64,
+    /// Share of the memory that is still to be looked at, or sent again.
+    pub left: f64,
 }
 
 /// The socket that the guest of `to` comes through.
@@ -91,10 +90,10 @@ pub fn state(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
         other => bail!("the migration is {other:?}: {told}"),
     };
     let number = |value: &Value| value.as_u64().unwrap_or_default();
+    let ram = &told["ram"];
     let progress = Progress {
         downtime: Duration::from_millis(number(&told["downtime"])),
-        sent: number(&told["ram"]["transferred"]),
-        rounds: number(&told["ram"]["dirty-sync-count"]),
+        left: ratio(number(&ram["remaining"]), number(&ram["total"])),
     };
     Ok((state, progress))
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 use gemini_guest::protocol::PORT_NAME;
+use serde_json::json;
 
 use crate::accel::Accel;
 use crate::assets::{self, Assets};
@@ -229,6 +230,22 @@ impl Vm {
         // Let the reset happen before the first ping, or the old agent answers.
         std::thread::sleep(Duration::from_millis(500));
         self.wait_ready()
+    }
+
+    /// Stops the guest's CPUs.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn pause(&mut self) -> anyhow::Result<()> {
+        self.qmp.execute("stop", json!({})).map(drop)
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn resume(&mut self) -> anyhow::Result<()> {
+        self.qmp.execute("cont", json!({})).map(drop)
     }
 
     /// Waits until the agent answers.

@@ -15,14 +15,14 @@ use gemini_harness::sys::PAGE_SIZE;
 use gemini_harness::wire::{self, host_state};
 
 /// A page of guest memory.
-type Page = [u8; PAGE_SIZE as usize];
+type Page = [u8; 4096];
 
 /// All of guest memory, as a monitor copies it.
 fn copy(memory: &GuestMemory) -> Result<Vec<Page>> {
     let pages = memory.mapping().len() / PAGE_SIZE;
     (0..pages)
         .map(|page| {
-            let mut bytes = [0; PAGE_SIZE as usize];
+            let mut bytes: Page = [0; 4096];
             memory.peek(page * PAGE_SIZE, &mut bytes)?;
             Ok(bytes)
         })

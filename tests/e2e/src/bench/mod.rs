@@ -7,6 +7,7 @@ pub mod first_touch;
 pub mod fragmented;
 pub mod give_back;
 pub mod host_pressure;
+pub mod migrate;
 pub mod pressure;
 pub mod restart;
 pub mod reuse;
@@ -69,6 +70,8 @@ enum Name {
     GiveBack,
     /// A program of the host takes what a guest can spare
     HostPressure,
+    /// A guest moves from QEMU to QEMU, and parts of that die
+    Migrate,
     /// Base pages become aligned through the promoter in the guest
     BasePages,
     /// What the driver's hooks cost page faults
@@ -100,6 +103,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         }
         Name::GiveBack => give_back::measure(&bench, args.seed, args.quick)?,
         Name::HostPressure => host_pressure::measure(&bench, args.seed, args.quick)?,
+        Name::Migrate => migrate::measure(&bench, args.seed, args.quick)?,
         Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
         Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
         Name::GuestPressure => pressure::measure(&bench, args.quick)?,
