@@ -1,10 +1,10 @@
 //! Surviving a VMM that truncates its memory file.
 //!
 //! Touching a mapped page behind the end of its file, or one for which its filesystem has no
-//! room, raises SIGBUS. Rings, buffers and the dirty log are accessed through such mappings by crates that
-//! expect memory to be there, and nothing keeps a VMM from shrinking the file. The handler puts a
-//! page of our own in the place of the missing one, so that the access completes, and the thread
-//! is told; whoever serves the rings then gives them up.
+//! room, raises SIGBUS. Rings, buffers and the dirty log are accessed through such mappings by
+//! crates that expect memory to be there, and nothing keeps a VMM from shrinking the file. The
+//! handler puts a page of our own in the place of the missing one, so that the access completes,
+//! and the thread is told; whoever serves the rings then gives them up.
 
 use super::sys::{check, page_size};
 use std::cell::Cell;

@@ -3,7 +3,9 @@
 //! The frame gives every region of its map a part of the log when the VMM hands the log over, and
 //! marks what is written through that map. Two things are left for us: regions of a memory table
 //! that comes while the log is on have no part yet (a guest that reboots during a migration gets
-//! several), and a migration that ends without the guest leaving has the log taken away.
+//! several), and a migration that ends without the guest leaving has the log taken away. The frame
+//! puts a new table in force before it tells us, while queues run: so a new region remembers what was
+//! written to it until then.
 
 use super::vring::GuestMap;
 use crate::engine::lock;
@@ -31,36 +33,91 @@ impl MemRegionBitmap for Part {
     }
 }
 
+/// Writes that a new region remembers one by one; after more than these all of it counts as written.
+const REMEMBERED_MAX: usize = 1024;
+
+/// What becomes of a write to a region.
+#[derive(Debug)]
+enum Writes {
+    /// The region is new: they are remembered, as offset and length.
+    Remembered(Mutex<Vec<(usize, usize)>>),
+    /// Nobody wants to know.
+    Ignored,
+    /// They are logged.
+    Logged(Part),
+}
+
 /// The pages of one region, or of a slice of it, as far as somebody wants to know of them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct DirtyPages {
     /// Shared by all slices of the region.
-    part: Arc<RwLock<Option<Part>>>,
+    writes: Arc<RwLock<Writes>>,
     /// Where the slice begins in the region.
     start: usize,
 }
 
+impl Default for DirtyPages {
+    fn default() -> Self {
+        let remembered = Writes::Remembered(Mutex::default());
+        Self { writes: Arc::new(RwLock::new(remembered)), start: 0 }
+    }
+}
+
 impl DirtyPages {
-    fn read<T>(&self, read: impl FnOnce(&Part) -> T) -> Option<T> {
-        self.part.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(read)
+    fn read<T>(&self, read: impl FnOnce(&Writes) -> T) -> T {
+        read(&self.writes.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn set(&self, part: Option<Part>) {
-        *self.part.write().unwrap_or_else(PoisonError::into_inner) = part;
+    /// From now on writes are treated so; those that were remembered are as well.
+    fn set(&self, new: Writes) {
+        let mut writes = self.writes.write().unwrap_or_else(PoisonError::into_inner);
+        if let (Writes::Remembered(remembered), Writes::Logged(part)) = (&*writes, &new) {
+            for &(offset, len) in lock(remembered).iter() {
+                part.pages.mark_dirty(offset, len);
+            }
+        }
+        *writes = new;
+    }
+
+    fn is_new(&self) -> bool {
+        self.read(|writes| matches!(writes, Writes::Remembered(_)))
+    }
+
+    /// The log, if there is one.
+    fn log(&self) -> Option<Arc<MmapLogReg>> {
+        self.read(|writes| match writes {
+            Writes::Logged(part) => Some(Arc::clone(&part.log)),
+            Writes::Remembered(_) | Writes::Ignored => None,
+        })
     }
 }
 
 impl Bitmap for DirtyPages {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        self.read(|part| part.pages.mark_dirty(self.start.saturating_add(offset), len));
+        let offset = self.start.saturating_add(offset);
+        self.read(|writes| match writes {
+            Writes::Remembered(remembered) => {
+                let mut remembered = lock(remembered);
+                match remembered.len() {
+                    0..REMEMBERED_MAX => remembered.push((offset, len)),
+                    _ => *remembered = vec![(0, usize::MAX)],
+                }
+            }
+            Writes::Ignored => {}
+            Writes::Logged(part) => part.pages.mark_dirty(offset, len),
+        });
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.read(|part| part.pages.dirty_at(self.start.saturating_add(offset))).unwrap_or(false)
+        let offset = self.start.saturating_add(offset);
+        self.read(|writes| match writes {
+            Writes::Logged(part) => part.pages.dirty_at(offset),
+            Writes::Remembered(_) | Writes::Ignored => false,
+        })
     }
 
     fn slice_at(&self, offset: usize) -> Self {
-        Self { part: Arc::clone(&self.part), start: self.start.saturating_add(offset) }
+        Self { writes: Arc::clone(&self.writes), start: self.start.saturating_add(offset) }
     }
 }
 
@@ -80,7 +137,7 @@ impl BitmapReplace for DirtyPages {
     type InnerBitmap = Part;
 
     fn replace(&self, part: Part) {
-        self.set(Some(part));
+        self.set(Writes::Logged(part));
     }
 }
 
@@ -98,10 +155,12 @@ impl DirtyLog {
     /// If the log is too short for it.
     pub fn follow(&self, memory: &GuestMap) -> io::Result<()> {
         let mut last = lock(&self.last);
-        if let Some(log) = last.read(|part| Arc::clone(&part.log)) {
-            for region in memory.iter().filter(|region| region.bitmap().read(|_| ()).is_none()) {
-                region.bitmap().replace(Part::new(region, Arc::clone(&log))?);
-            }
+        let log = last.log();
+        for region in memory.iter().filter(|region| region.bitmap().is_new()) {
+            region.bitmap().set(match &log {
+                Some(log) => Writes::Logged(Part::new(region, Arc::clone(log))?),
+                None => Writes::Ignored,
+            });
         }
         *last = memory.iter().next().map(GuestMemoryRegion::bitmap).unwrap_or_default();
         Ok(())
@@ -109,6 +168,30 @@ impl DirtyLog {
 
     /// The VMM reads the log no more.
     pub fn end(&self, memory: &GuestMap) {
-        memory.iter().for_each(|region| region.bitmap().set(None));
+        memory.iter().for_each(|region| region.bitmap().set(Writes::Ignored));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_region_remembers_what_is_written_to_any_slice_of_it() {
+        let pages = DirtyPages::default();
+        pages.slice_at(0x2000).slice_at(0x800).mark_dirty(8, 4);
+        let remembered = |pages: &DirtyPages| {
+            pages.read(|writes| match writes {
+                Writes::Remembered(remembered) => lock(remembered).clone(),
+                _ => Vec::new(),
+            })
+        };
+        assert_eq!(remembered(&pages), [(0x2808, 4)]);
+        for offset in 0..REMEMBERED_MAX {
+            pages.mark_dirty(offset, 1);
+        }
+        assert_eq!(remembered(&pages), [(0, usize::MAX)], "all of it");
+        pages.set(Writes::Ignored);
+        assert!(!pages.is_new() && pages.log().is_none());
     }
 }

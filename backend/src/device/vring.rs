@@ -96,8 +96,8 @@ impl VringT<GuestMemory> for Vring {
 
     fn set_queue_next_used(&self, idx: u16) {
         let mut state = self.0.get_mut();
-        // The frame reads the index from the ring whenever it is told the ring's addresses; so it is
-        // when a migration begins or ends, while the ring runs, and buffers may have been used since.
+        // The frame reads the index from the ring whenever it is told the ring's addresses. It is
+        // when a migration begins or ends, while the ring runs: buffers may have been used since.
         if !(state.is_enabled() && state.get_queue().ready()) {
             state.get_queue_mut().set_next_used(idx);
         }

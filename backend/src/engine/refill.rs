@@ -1,9 +1,9 @@
 //! What a migration that was cancelled has cost the host, and how it comes back.
 //!
-//! Before QEMU sends a page it looks whether there is anything in it, and looking at a hole fills it:
-//! afterwards the whole guest is resident, also where nothing ever was. Of that the guest is asked
-//! for as much as it does not use, once: by then the daemon may be wrong about who touched what, and
-//! a guest that uses the memory itself owes nothing.
+//! Before QEMU sends a page it looks whether there is anything in it, and looking at a hole fills
+//! it: afterwards the whole guest is resident, also where nothing ever was. Of that the guest is
+//! asked for as much as it does not use, once: by then the daemon may be wrong about who touched
+//! what, and a guest that uses the memory itself owes nothing.
 
 use std::time::{Duration, Instant};
 
