@@ -18,6 +18,8 @@ pub const F_RELEASE: u32 = 1;
 pub const F_STATS: u32 = 2;
 /// A released block may be used again only after a successful PREPARE (bit number).
 pub const F_REACQUIRE: u32 = 3;
+/// TRIM is understood on `releaseq` (bit number).
+pub const F_TRIM: u32 = 4;
 
 /// Queue index of `hintq` (device to driver: host states).
 pub const VQ_HINT: usize = 0;
@@ -34,6 +36,8 @@ pub const VQ_COUNT: usize = 4;
 pub const MAX_RECORDS: u32 = 4096;
 /// Most ranges in one request.
 pub const MAX_RANGES: u32 = 256;
+/// log2 of the size of a base page in bytes, the unit of TRIM.
+pub const PAGE_SHIFT: u32 = 12;
 
 /// A batch of [`Record`]s.
 pub const BATCH_STATE: u16 = 0;
@@ -54,6 +58,8 @@ pub const REQ_STATS: u16 = 3;
 pub const REQ_RELEASE: u16 = 16;
 /// Request: drop the contents, then make host-huge.
 pub const REQ_RENEW: u16 = 17;
+/// Request: drop the contents of base pages.
+pub const REQ_TRIM: u16 = 18;
 
 /// Everything asked for was done.
 pub const S_OK: u32 = 0;
@@ -235,11 +241,11 @@ wire_struct! {
 }
 
 wire_struct! {
-    /// A range of blocks in a request.
+    /// A range of blocks in a request, or of base pages in a TRIM.
     Range, 16 {
-        /// First block number.
+        /// First block, or base page, by its number.
         first: u64 = 0,
-        /// Number of blocks, never 0.
+        /// How many, never 0.
         count: u32 = 8,
     }
 }

@@ -197,6 +197,50 @@ bool gemini_census_free(struct gemini *gemini, u64 block)
 	return seen.guest == VIRTIO_GEMINI_GUEST_FREE;
 }
 
+/**
+ * gemini_census_run() - the next run of free base pages in a block
+ * @gemini: the device
+ * @block: a block
+ * @at: from which page of it on, and where the run begins
+ * @min: how long it is at least
+ *
+ * As gemini_census_free(), old news at once.
+ *
+ * Return: number of pages; 0 if there is none, or if all of the block is free.
+ */
+unsigned int gemini_census_run(struct gemini *gemini, u64 block,
+			       unsigned int *at, unsigned int min)
+{
+	unsigned int pages = 1U << gemini->block_order;
+	unsigned int start = *at, length = 0, used = 0;
+	unsigned int i = 0;
+	struct page *page;
+
+	mutex_lock(&gemini->census.lock);
+	page = pfn_to_online_page(gemini_block_pfn(gemini, block));
+	while (page && i < pages) {
+		int order = buddy_order_of(page + i);
+		unsigned int end;
+
+		if (order >= 0 || in_transit(page + i)) {
+			i = min(i + (1U << max(order, 0)), pages);
+			continue;
+		}
+		if (i > start && i - start >= min && !length)
+			length = i - start;
+		end = i + (1U << compound_order_of(page + i));
+		used += end - i;
+		i = min(end, pages);
+		if (!length)
+			start = max(start, i);
+	}
+	mutex_unlock(&gemini->census.lock);
+	if (!length && i > start && i - start >= min)
+		length = i - start;
+	*at = start;
+	return used ? length : 0;
+}
+
 static bool host_huge(const struct gemini_block *entry)
 {
 	struct gemini_block copy;

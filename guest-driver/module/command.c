@@ -194,6 +194,21 @@ static int dropping(struct gemini *gemini, struct words *words, u16 type,
 	return ret;
 }
 
+static int trim(struct gemini *gemini, struct words *words,
+		struct seq_buf *result)
+{
+	u64 first, count, pages, i;
+	int ret;
+
+	ret = blocks(gemini, words, &first, &count);
+	for (i = 0; !ret && i < count; i++) {
+		ret = gemini_trim_block(gemini, first + i, &pages);
+		seq_buf_printf(result, "%llu %llu\n", first + i, pages);
+		ret = ret ?: interrupted();
+	}
+	return ret;
+}
+
 static int stats(struct gemini *gemini, struct seq_buf *result)
 {
 	struct virtio_gemini_stats *stats;
@@ -320,6 +335,8 @@ int gemini_command(struct gemini *gemini, char *line, struct seq_buf *result)
 	if (!strcmp(word, "renew"))
 		return dropping(gemini, &words, VIRTIO_GEMINI_REQ_RENEW,
 				result);
+	if (!strcmp(word, "trim"))
+		return trim(gemini, &words, result);
 	if (!strcmp(word, "fill"))
 		return contents(gemini, &words, true, result);
 	if (!strcmp(word, "check"))

@@ -124,6 +124,26 @@ static inline int gemini_alloc_contig(unsigned long pfn, unsigned int order,
 #endif
 }
 
+/**
+ * gemini_alloc_contig_pages() - allocate exactly these page frames, as base pages
+ * @pfn: the first
+ * @count: their number, not 0
+ * @gfp: reclaim modifiers
+ *
+ * Return: 0 with @count pages of one reference each; -EBUSY if something in
+ * their page block cannot be moved now; another negative error code.
+ */
+static inline int gemini_alloc_contig_pages(unsigned long pfn,
+					    unsigned long count, gfp_t gfp)
+{
+#if defined(ACR_FLAGS_NONE)				/* 6.16 */
+	return alloc_contig_range_noprof(pfn, pfn + count, ACR_FLAGS_NONE, gfp);
+#else
+	return alloc_contig_range_noprof(pfn, pfn + count, MIGRATE_MOVABLE,
+					 gfp);
+#endif
+}
+
 #ifdef GEMINI_HAVE_HOOKS
 static inline struct folio *gemini_vma_alloc_folio(gfp_t gfp, int order,
 						   struct vm_area_struct *vma,

@@ -7,6 +7,7 @@
  *   sync_lock      generation and report state; held while a report is made
  *   requests.lock  one for each request queue: its ring and what is unanswered
  *   map.lock       contents of the map; see block.h
+ *   trim.lock      pages that are held for a trim; innermost, like map.lock
  *
  * exact_lock is outside of all these: it is held over an allocation.
  */
@@ -323,6 +324,8 @@ struct gemini_booking {
  * @looked: when the last look at all of them began, in jiffies
  * @huge_seen: the look that is under way has seen a host-huge one
  * @huge_first: there may be host-huge ones, others have to wait
+ * @trimming: nothing else is left, and there may be more to be trimmed
+ * @odd_pages: base pages that were given back and make no whole block
  * @released: blocks released
  */
 struct gemini_giving {
@@ -333,6 +336,8 @@ struct gemini_giving {
 	unsigned long looked;
 	bool huge_seen;
 	bool huge_first;
+	bool trimming;
+	u64 odd_pages;
 	u64 released;
 };
 
@@ -370,6 +375,44 @@ struct gemini_move {
 	atomic64_t failures;
 };
 
+/* Blocks that are trimmed at a time, a run of each in one request. */
+#define GEMINI_TRIM_BLOCKS	16
+
+/**
+ * struct gemini_trim_job - a block that is trimmed
+ * @block: which one
+ * @used: base pages in use when it was chosen
+ * @next: the page of it from which on it is to be trimmed
+ */
+struct gemini_trim_job {
+	u64 block;
+	u16 used;
+	u16 next;
+};
+
+/**
+ * struct gemini_trim - free base pages of blocks in use go back to the host
+ * @lock: protects @taken and what is in it; taken in the reclaim path
+ * @taken: what is held and in no request yet
+ * @job: blocks that are trimmed, the sparsest first; this and what follows are
+ *	of giving.work, but for @pages
+ * @count: number of them
+ * @next: the block where the next look begins
+ * @asked: the request that the device has
+ * @rest_until: nothing is taken before this time, in jiffies
+ * @pages: pages that the host dropped
+ */
+struct gemini_trim {
+	spinlock_t lock;	/* see above */
+	struct list_head taken;
+	struct gemini_trim_job job[GEMINI_TRIM_BLOCKS];
+	unsigned int count;
+	u64 next;
+	struct gemini_request *asked;
+	unsigned long rest_until;
+	atomic64_t pages;
+};
+
 /**
  * struct gemini - one device
  * @vdev: the virtio device
@@ -405,6 +448,7 @@ struct gemini_move {
  * @booking: see struct gemini_booking
  * @giving: see struct gemini_giving
  * @move: see struct gemini_move
+ * @trim: see struct gemini_trim
  * @placement: see struct gemini_placement
  * @bucket: see struct gemini_bucket
  * @isolation: see struct gemini_isolation
@@ -451,6 +495,7 @@ struct gemini {
 	struct gemini_booking booking;
 	struct gemini_giving giving;
 	struct gemini_move move;
+	struct gemini_trim trim;
 	struct gemini_placement placement;
 	struct gemini_bucket bucket;
 	struct gemini_isolation isolation;
@@ -536,6 +581,8 @@ void gemini_census_stop(struct gemini *gemini);
 void gemini_census_kick(struct gemini *gemini);
 int gemini_census_wait(struct gemini *gemini);
 bool gemini_census_free(struct gemini *gemini, u64 block);
+unsigned int gemini_census_run(struct gemini *gemini, u64 block,
+			       unsigned int *at, unsigned int min);
 
 /* hints.c */
 int gemini_hints_init(struct gemini *gemini);
@@ -578,6 +625,8 @@ int gemini_hold_moved(struct gemini *gemini, u64 block,
 		      struct gemini_target *target);
 struct folio *gemini_hold_target(struct gemini *gemini, int nid);
 void gemini_hold_give(struct gemini *gemini, u64 block, bool used);
+int gemini_hold_pages(struct gemini *gemini, unsigned long pfn,
+		      unsigned long count);
 int gemini_hold_free(struct gemini *gemini, u64 block);
 u64 gemini_hold_free_all(struct gemini *gemini);
 void gemini_hold_idle(struct gemini *gemini, u64 first, u64 count, bool zero);
@@ -619,6 +668,16 @@ u64 gemini_move_need(struct gemini *gemini, int nid);
 bool gemini_move_some(struct gemini *gemini, int nid);
 int gemini_move_block(struct gemini *gemini, u64 block, u64 *to);
 const char *gemini_move_state(struct gemini *gemini);
+
+/* trim.c */
+void gemini_trim_init(struct gemini *gemini);
+void gemini_trim_start(struct gemini *gemini);
+void gemini_trim_stop(struct gemini *gemini);
+bool gemini_trim(struct gemini *gemini, u64 *gained);
+int gemini_trim_block(struct gemini *gemini, u64 block, u64 *pages);
+void gemini_trim_answered(struct gemini_request *request);
+u64 gemini_trim_recall(struct gemini *gemini, u64 first, u64 count);
+unsigned long gemini_trim_held(struct gemini *gemini);
 
 /* bucket.c */
 int gemini_bucket_init(struct gemini *gemini);

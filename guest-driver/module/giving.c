@@ -7,9 +7,10 @@
  * anything of the next:
  *   1. held blocks that are of no use: the host has base pages there;
  *   2. free blocks, first those that the host backs with a huge page;
- *   3. ready blocks, whose time is over the sooner the more the host wants.
- * Blocks in use are never touched, so nothing that is aligned and in use goes,
- * and no huge page in use is split.
+ *   3. free base pages in sparsely used blocks, see trim.c;
+ *   4. ready blocks, whose time is over the sooner the more the host wants.
+ * What is aligned and in use stays, and no huge page is split but those that
+ * are of little use.
  *
  * Without a wish, where the host asks for whatever is unused (RETURN): the same
  * blocks after nobody came for them within the booking timeout, but for the
@@ -358,14 +359,36 @@ bool gemini_giving_surplus(struct gemini *gemini, int nid)
 	return false;
 }
 
+/* The host got so many base pages of its wish. */
+static void credit_pages(struct gemini *gemini, u64 pages)
+{
+	struct gemini_giving *giving = &gemini->giving;
+	u64 owed = gemini_giving_owed(gemini);
+	u64 blocks;
+
+	giving->odd_pages += pages;
+	blocks = giving->odd_pages >> gemini->block_order;
+	giving->odd_pages -= blocks << gemini->block_order;
+	/* A new wish may have come: at worst it gets less. */
+	atomic64_set(&giving->owed, owed - min(owed, blocks));
+}
+
 /* The host waits for it. */
 static void pick_wanted(struct gemini *gemini, struct batch *batch)
 {
+	u64 pages;
+
 	pick_held(gemini, GEMINI_STOCK_IDLE, false, 0, false, batch);
 	hold_free(gemini, true, batch);
 	/* Not while others are left, which a whole look has to tell. */
-	if (!batch->count && !gemini->giving.huge_first)
+	if (batch->count || gemini->giving.huge_first)
+		return;
+	if (gemini_trim(gemini, &pages)) {
+		gemini->giving.trimming = true;
+		credit_pages(gemini, pages);
+	} else {
 		pick_ready(gemini, batch);
+	}
 }
 
 /* Nobody waits for it. What is held already costs nothing, so it comes first. */
@@ -423,12 +446,13 @@ static void giving_work(struct work_struct *work)
 	unsigned int given = 0, now;
 	u64 open;
 
+	gemini->giving.trimming = false;
 	open = take_answers(gemini);
 	while (possible(gemini) && (now = give(gemini)))
 		given += now;
 	if (given)
 		gemini_report_kick(gemini);
-	if (given)
+	if (given || gemini->giving.trimming)
 		delay = gemini_giving_owed(gemini) ? PERIOD_WANTED :
 						     PERIOD_FOUND;
 	if (open || given || gemini_giving_active(gemini))

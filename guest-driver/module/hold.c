@@ -94,6 +94,33 @@ int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
 	return keep(gemini, page);
 }
 
+/* The page at @pfn, NULL if it must not be taken at its address. */
+static struct page *exact_page(struct gemini *gemini, unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	if (!page || !gemini_pageblock_movable(pfn) ||
+	    (zone_idx(page_zone(page)) == ZONE_MOVABLE &&
+	     !gemini_isolation_active(gemini)))
+		return NULL;
+	return page;
+}
+
+/* One at a time, and who it is can be told from others who isolate pages. */
+static void exact_begin(struct gemini *gemini, struct gemini_target *target)
+{
+	mutex_lock(&gemini->exact_lock);
+	gemini->exact_target = target;
+	WRITE_ONCE(gemini->exact_task, current);
+}
+
+static void exact_end(struct gemini *gemini)
+{
+	WRITE_ONCE(gemini->exact_task, NULL);
+	gemini->exact_target = NULL;
+	mutex_unlock(&gemini->exact_lock);
+}
+
 /* Takes a block's page frames; a huge page in it goes to @target. */
 static int take_exact(struct gemini *gemini, u64 block,
 		      struct gemini_target *target)
@@ -127,19 +154,13 @@ static int take_exact(struct gemini *gemini, u64 block,
 		/* Not to be moved. */
 		return -EINVAL;
 	}
-	page = pfn_to_online_page(pfn);
-	if (!page || !gemini_pageblock_movable(pfn) ||
-	    (zone_idx(page_zone(page)) == ZONE_MOVABLE &&
-	     !gemini_isolation_active(gemini)))
+	page = exact_page(gemini, pfn);
+	if (!page)
 		return -EINVAL;
-	mutex_lock(&gemini->exact_lock);
-	gemini->exact_target = target;
-	WRITE_ONCE(gemini->exact_task, current);
+	exact_begin(gemini, target);
 	ret = gemini_alloc_contig(pfn, gemini->block_order,
 				  GFP_KERNEL | __GFP_NOWARN);
-	WRITE_ONCE(gemini->exact_task, NULL);
-	gemini->exact_target = NULL;
-	mutex_unlock(&gemini->exact_lock);
+	exact_end(gemini);
 	return ret ?: keep(gemini, page);
 }
 
@@ -204,10 +225,35 @@ struct folio *gemini_hold_target(struct gemini *gemini, int nid)
 }
 
 /**
+ * gemini_hold_pages() - take these base pages, of one block that is in use
+ * @gemini: the device
+ * @pfn: the first of them, all free when the caller looked
+ * @count: number of pages, not 0
+ *
+ * As slow as gemini_hold_exact().  The map does not know of them: the caller has
+ * to give them back when it must, each by itself.
+ *
+ * Return: 0; -EINVAL if they cannot ever be; -EBUSY if something in the block
+ * cannot be moved now; -ENOMEM.
+ */
+int gemini_hold_pages(struct gemini *gemini, unsigned long pfn,
+		      unsigned long count)
+{
+	int ret;
+
+	if (!exact_page(gemini, pfn))
+		return -EINVAL;
+	exact_begin(gemini, NULL);
+	ret = gemini_alloc_contig_pages(pfn, count, GFP_KERNEL | __GFP_NOWARN);
+	exact_end(gemini);
+	return ret;
+}
+
+/**
  * gemini_hold_is_exact_caller() - is it us who isolate page frames now?
  * @gemini: the device
  *
- * Return: true in gemini_hold_exact().
+ * Return: true in gemini_hold_exact() and gemini_hold_pages().
  */
 bool gemini_hold_is_exact_caller(struct gemini *gemini)
 {
@@ -358,14 +404,19 @@ static u64 free_some(struct gemini *gemini, u64 most)
 	return freed;
 }
 
-/* What memory is short of is not to be taken at once again. */
+/*
+ * What memory is short of is not to be taken at once again.  Returns the number
+ * of pages.
+ */
 static u64 free_for_others(struct gemini *gemini, u64 most)
 {
 	u64 freed = free_some(gemini, most);
 
 	gemini_booking_pause(gemini);
 	atomic64_add(freed, &gemini->returned_pressure);
-	return freed + gemini_bucket_pressure(gemini);
+	freed += gemini_bucket_pressure(gemini);
+	return (freed << gemini->block_order) +
+	       gemini_trim_recall(gemini, 0, U64_MAX);
 }
 
 /**
@@ -387,7 +438,8 @@ static unsigned long count_pages(struct shrinker *shrinker,
 	u64 idle = READ_ONCE(gemini->map.held) - READ_ONCE(gemini->map.busy) +
 		   gemini_bucket_parked(gemini);
 
-	return idle << gemini->block_order ?: SHRINK_EMPTY;
+	return (idle << gemini->block_order) + gemini_trim_held(gemini) ?:
+	       SHRINK_EMPTY;
 }
 
 static unsigned long free_pages_of(struct shrinker *shrinker,
@@ -395,9 +447,8 @@ static unsigned long free_pages_of(struct shrinker *shrinker,
 {
 	struct gemini *gemini = shrinker->private_data;
 	u64 most = DIV_ROUND_UP(sc->nr_to_scan, 1UL << gemini->block_order);
-	u64 freed = free_for_others(gemini, most);
 
-	return freed << gemini->block_order ?: SHRINK_STOP;
+	return free_for_others(gemini, most) ?: SHRINK_STOP;
 }
 
 static int memory_gone(struct notifier_block *nb, unsigned long unused,
@@ -406,7 +457,7 @@ static int memory_gone(struct notifier_block *nb, unsigned long unused,
 	struct gemini *gemini = container_of(nb, struct gemini, oom);
 	unsigned long *freed = data;
 
-	*freed += free_for_others(gemini, U64_MAX) << gemini->block_order;
+	*freed += free_for_others(gemini, U64_MAX);
 	return NOTIFY_OK;
 }
 

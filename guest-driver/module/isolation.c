@@ -74,6 +74,7 @@ static void about_to_isolate(unsigned long ip, unsigned long parent_ip,
 	/* Before the others are freed, or one could become idle in between. */
 	gemini_map_recall(&gemini->map, first, end - first);
 	freed = gemini_hold_free_range(gemini, first, end - first);
+	gemini_trim_recall(gemini, first, end - first);
 	gemini_booking_pause(gemini);
 	atomic64_add(freed, &isolation->returned);
 	trace_gemini_isolate(gemini, first, end - first, freed);

@@ -73,6 +73,7 @@ static void stop(struct gemini *gemini)
 	gemini->stopped = true;
 	gemini_hold_close(gemini);
 	gemini_giving_stop(gemini);
+	gemini_trim_stop(gemini);
 	gemini_booking_stop(gemini);
 	gemini_census_stop(gemini);
 	gemini_hints_stop(gemini);
@@ -116,6 +117,7 @@ static int start(struct gemini *gemini)
 	}
 	gemini_hold_open(gemini);
 	gemini_booking_start(gemini);
+	gemini_trim_start(gemini);
 	gemini_giving_start(gemini);
 	virtio_device_ready(vdev);
 	virtqueue_kick(gemini->vq[VIRTIO_GEMINI_VQ_HINT]);
@@ -169,6 +171,10 @@ static int gemini_validate(struct virtio_device *vdev)
 	/* Private memory comes back only if the guest accepts it anew. */
 	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT))
 		__virtio_clear_bit(vdev, VIRTIO_GEMINI_F_RELEASE);
+	/* It counts in pages of one size, and goes with RELEASE. */
+	if (!virtio_has_feature(vdev, VIRTIO_GEMINI_F_RELEASE) ||
+	    VIRTIO_GEMINI_PAGE_SHIFT != PAGE_SHIFT)
+		__virtio_clear_bit(vdev, VIRTIO_GEMINI_F_TRIM);
 	return 0;
 }
 
@@ -213,6 +219,7 @@ static int gemini_probe(struct virtio_device *vdev)
 	gemini_requests_init(gemini);
 	gemini_booking_init(gemini);
 	gemini_giving_init(gemini);
+	gemini_trim_init(gemini);
 
 	ret = gemini_map_init(&gemini->map);
 	ret = ret ?: read_config(gemini);
@@ -316,6 +323,7 @@ static const unsigned int gemini_features[] = {
 	VIRTIO_GEMINI_F_PREPARE,
 	VIRTIO_GEMINI_F_RELEASE,
 	VIRTIO_GEMINI_F_STATS,
+	VIRTIO_GEMINI_F_TRIM,
 };
 
 static struct virtio_driver gemini_driver = {

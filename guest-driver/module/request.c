@@ -17,7 +17,14 @@
 static bool drops(u16 type)
 {
 	return type == VIRTIO_GEMINI_REQ_RELEASE ||
-	       type == VIRTIO_GEMINI_REQ_RENEW;
+	       type == VIRTIO_GEMINI_REQ_RENEW ||
+	       type == VIRTIO_GEMINI_REQ_TRIM;
+}
+
+/* Are its ranges blocks that are held, and not base pages? */
+static bool drops_blocks(u16 type)
+{
+	return drops(type) && type != VIRTIO_GEMINI_REQ_TRIM;
 }
 
 static unsigned int queue_of(u16 type)
@@ -45,6 +52,8 @@ static bool negotiated(struct gemini *gemini, u16 type)
 	case VIRTIO_GEMINI_REQ_RENEW:
 		return virtio_has_feature(gemini->vdev,
 					  VIRTIO_GEMINI_F_RELEASE);
+	case VIRTIO_GEMINI_REQ_TRIM:
+		return virtio_has_feature(gemini->vdev, VIRTIO_GEMINI_F_TRIM);
 	}
 	return false;
 }
@@ -90,7 +99,7 @@ void gemini_request_put(struct gemini_request *request)
  * gemini_request_new() - make a request
  * @gemini: the device
  * @type: VIRTIO_GEMINI_REQ_*
- * @ranges: the blocks
+ * @ranges: the blocks; of a TRIM base pages, each range in a block of its own
  * @nr_ranges: number of ranges, at most VIRTIO_GEMINI_MAX_RANGES
  *
  * Return: the request, with a reference for the caller, or an ERR_PTR().
@@ -124,7 +133,9 @@ struct gemini_request *gemini_request_new(struct gemini *gemini, u16 type,
 	for (i = 0; i < nr_ranges; i++) {
 		out[i].first = cpu_to_le64(ranges[i].first);
 		out[i].count = cpu_to_le32(ranges[i].count);
-		request->blocks += ranges[i].count;
+		/* A TRIM counts as all of the blocks that its runs are in. */
+		request->blocks += type == VIRTIO_GEMINI_REQ_TRIM ?
+				   1 : ranges[i].count;
 	}
 	room = answer_room(type, request->blocks, &element);
 	request->in_size = sizeof(*request->in) + room * element;
@@ -242,7 +253,7 @@ static int add(struct gemini_requests *requests, struct gemini_request *request)
  * @request: a request that was not submitted yet
  *
  * Blocks of a release or renew must be held; from here to the answer they are
- * busy.
+ * busy.  Pages of a trim must be held likewise, and on success are the request's.
  *
  * Return: 0; -ENOENT if a block to be dropped is not held; -EBUSY if one of
  * them is busy, or too much is unanswered; -EAGAIN if the device has not told
@@ -255,7 +266,7 @@ int gemini_request_submit(struct gemini_request *request)
 	bool notify = false;
 	int ret;
 
-	if (drops(request->type)) {
+	if (drops_blocks(request->type)) {
 		ret = make_busy(request);
 		if (ret)
 			return ret;
@@ -271,7 +282,7 @@ int gemini_request_submit(struct gemini_request *request)
 			virtqueue_notify(vq);
 	}
 	spin_unlock(&requests->lock);
-	if (ret && drops(request->type))
+	if (ret && drops_blocks(request->type))
 		make_idle(request, false);
 	return ret;
 }
@@ -343,8 +354,10 @@ static void finish(struct gemini_request *request)
 
 	take_records(request);
 	trace_gemini_answer(request);
-	if (drops(request->type))
+	if (drops_blocks(request->type))
 		make_idle(request, !request->error);
+	else if (drops(request->type))
+		gemini_trim_answered(request);
 
 	spin_lock(&requests->lock);
 	/* Only now: what is being finished still counts as unanswered. */
@@ -361,7 +374,8 @@ static void finish(struct gemini_request *request)
 	/* Blocks that were free are to be held before somebody breaks them. */
 	if (request->type == VIRTIO_GEMINI_REQ_PREPARE)
 		gemini_booking_kick(gemini);
-	else if (request->type == VIRTIO_GEMINI_REQ_RELEASE)
+	else if (request->type == VIRTIO_GEMINI_REQ_RELEASE ||
+		 request->type == VIRTIO_GEMINI_REQ_TRIM)
 		gemini_giving_kick(gemini);
 	gemini_request_put(request);
 }

@@ -69,7 +69,8 @@ TRACE_EVENT(gemini_advice,
 			 { VIRTIO_GEMINI_REQ_QUERY, "query" },		\
 			 { VIRTIO_GEMINI_REQ_STATS, "stats" },		\
 			 { VIRTIO_GEMINI_REQ_RELEASE, "release" },	\
-			 { VIRTIO_GEMINI_REQ_RENEW, "renew" })
+			 { VIRTIO_GEMINI_REQ_RENEW, "renew" },		\
+			 { VIRTIO_GEMINI_REQ_TRIM, "trim" })
 
 /* A request was made available to the device. */
 TRACE_EVENT(gemini_request,
@@ -175,6 +176,30 @@ TRACE_EVENT(gemini_move,
 	),
 	TP_printk("virtio%d block=%llu to=%llu error=%d", __entry->device,
 		  __entry->block, __entry->to, __entry->error)
+);
+
+/* A run of free pages in a block that is in use was to be held. */
+TRACE_EVENT(gemini_trim,
+	TP_PROTO(struct gemini *gemini, u64 block, u64 pfn, u32 pages,
+		 int error),
+	TP_ARGS(gemini, block, pfn, pages, error),
+	TP_STRUCT__entry(
+		__field(int, device)
+		__field(u64, block)
+		__field(u64, pfn)
+		__field(u32, pages)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->device = gemini->vdev->index;
+		__entry->block = block;
+		__entry->pfn = pfn;
+		__entry->pages = pages;
+		__entry->error = error;
+	),
+	TP_printk("virtio%d block=%llu pfn=%#llx pages=%u error=%d",
+		  __entry->device, __entry->block, __entry->pfn,
+		  __entry->pages, __entry->error)
 );
 
 /* Blocks that nobody came for were given back. */

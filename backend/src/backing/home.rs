@@ -35,6 +35,11 @@ impl Home {
         self.file_offset + self.distance(block)
     }
 
+    /// Offset of a guest physical address of the region in the file.
+    pub fn offset_of(&self, addr: u64) -> u64 {
+        self.file_offset + (addr - self.guest_addr)
+    }
+
     /// Bytes of the file that blocks occupy.
     pub fn bytes(&self, blocks: &Range<u64>) -> u64 {
         (blocks.end - blocks.start) << self.block_shift

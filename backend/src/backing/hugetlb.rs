@@ -224,7 +224,7 @@ impl Backing for Hugetlb {
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 
-    fn discard(&self, _blocks: Range<u64>) -> io::Result<()> {
+    fn discard(&self, _bytes: Range<u64>) -> io::Result<()> {
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 }

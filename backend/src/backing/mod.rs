@@ -2,7 +2,7 @@
 //!
 //! This is the only place of the daemon with `unsafe`, with mappings and with advice to the
 //! kernel. It knows blocks, files and the VMM's process; it decides nothing. No action here
-//! stores a byte into guest memory, and only [`Memory::discard`] drops any.
+//! stores a byte into guest memory, and only [`Memory::discard`] and [`Memory::trim`] drop any.
 
 #[allow(unsafe_code)]
 mod counters;
@@ -265,12 +265,15 @@ trait Backing: Send + Sync {
     fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
     fn populate(&self, blocks: Range<u64>, leave: &mut u64, results: &mut Vec<(u64, Outcome)>);
     fn demote(&self, block: u64) -> io::Result<()>;
-    fn discard(&self, blocks: Range<u64>) -> io::Result<()>;
+    /// Drops a range of guest physical addresses: whole pages of the host, all of this region.
+    fn discard(&self, bytes: Range<u64>) -> io::Result<()>;
 }
 
 /// The memory of one memory table.
 pub struct Memory {
     layout: Layout,
+    /// log2 of the size of a block in bytes.
+    block_shift: u32,
     /// By index of the region in the table; `None` for regions without managed blocks.
     regions: Vec<Option<Box<dyn Backing>>>,
     findings: Vec<Finding>,
@@ -315,7 +318,7 @@ impl Memory {
         regions.resize_with(table.len(), || None);
         let homes: Vec<usize> = layout.pieces(0, u64::MAX).map(|(region, _)| region).collect();
         if homes.is_empty() {
-            return Ok(Self { layout, regions, findings: said, vmm: None });
+            return Ok(Self { layout, block_shift, regions, findings: said, vmm: None });
         }
         let mut vmm = find_vmm(&table, &homes, block_shift, &mut said)?;
         let own_pagemap = open_own_pagemap(&mut said).map(Arc::new);
@@ -371,7 +374,7 @@ impl Memory {
             }
         }
         let vmm = vmm.map(|(vmm, _)| vmm.pid());
-        Ok(Self { layout, regions, findings, vmm })
+        Ok(Self { layout, block_shift, regions, findings, vmm })
     }
 
     /// The process that runs the guest, if it was found. It may have ended since.
@@ -497,13 +500,45 @@ impl Memory {
         if !self.is_managed(first, count) {
             return Err(Error::NotManaged { first, count });
         }
-        let mut pieces = self.pieces(first, count);
-        if let Some((_, blocks)) = pieces.find(|(region, _)| !region.may_discard()) {
+        let shift = self.block_shift;
+        self.drop_bytes(first << shift..(first + count) << shift)
+    }
+
+    /// Drops a range of guest physical addresses, of whole pages of the host: afterwards they read
+    /// as zeros. Blocks that hold more than that keep the rest, in base pages.
+    ///
+    /// # Errors
+    /// As [`Self::discard`], and for a part of a page.
+    pub fn trim(&self, bytes: Range<u64>) -> Result<(), Error> {
+        let blocks = self.blocks_of(&bytes);
+        let (first, count) = (blocks.start, blocks.end.saturating_sub(blocks.start));
+        if bytes.is_empty() || !self.is_managed(first, count) {
+            return Err(Error::NotManaged { first, count });
+        }
+        if (bytes.start | bytes.end) & (page_size() - 1) != 0 {
+            let error = io::Error::from_raw_os_error(libc::EINVAL);
+            return Err(system_error("trim", &blocks)(error));
+        }
+        self.drop_bytes(bytes)
+    }
+
+    /// The blocks that a range of addresses touches.
+    fn blocks_of(&self, bytes: &Range<u64>) -> Range<u64> {
+        bytes.start >> self.block_shift..bytes.end.div_ceil(1 << self.block_shift)
+    }
+
+    /// Drops bytes of managed blocks.
+    fn drop_bytes(&self, bytes: Range<u64>) -> Result<(), Error> {
+        let all = self.blocks_of(&bytes);
+        let pieces = || self.pieces(all.start, all.end - all.start);
+        if let Some((_, blocks)) = pieces().find(|(region, _)| !region.may_discard()) {
             let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
             return Err(system_error("drop", &blocks)(error));
         }
-        for (region, blocks) in self.pieces(first, count) {
-            region.discard(blocks.clone()).map_err(system_error("drop", &blocks))?;
+        for (region, blocks) in pieces() {
+            let start = bytes.start.max(blocks.start << self.block_shift);
+            let end = bytes.end.min(blocks.end << self.block_shift);
+            region.discard(start..end).map_err(system_error("drop", &blocks))?;
         }
         Ok(())
     }

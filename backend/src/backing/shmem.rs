@@ -495,11 +495,12 @@ impl Backing for Shmem {
         }
     }
 
-    fn discard(&self, blocks: Range<u64>) -> io::Result<()> {
+    fn discard(&self, bytes: Range<u64>) -> io::Result<()> {
         if !self.may_discard() {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        sys::punch_hole(&self.home.file, self.home.offset(blocks.start), self.home.bytes(&blocks))
+        let from = self.home.offset_of(bytes.start);
+        sys::punch_hole(&self.home.file, from, bytes.end - bytes.start)
     }
 }
 

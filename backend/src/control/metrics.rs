@@ -5,7 +5,7 @@ use super::Subject;
 use crate::backing::{process_cpu_time, Finding, HostState, PoolState, Severity};
 use crate::block_map::Counters;
 use crate::engine::{GuestSync, Source, Totals};
-use crate::protocol::GuestState;
+use crate::protocol::{GuestState, PAGE_SHIFT};
 use crate::settings::Settings;
 use std::fmt::{Display, Write};
 use std::time::{Duration, Instant};
@@ -301,6 +301,7 @@ fn totals(out: &mut Exposition, totals: &Totals, of: impl Fn(u64) -> u64) {
         demoted,
         released,
         renewed,
+        trimmed_pages,
         bad_records,
         hint_batches,
         report_batches,
@@ -315,6 +316,7 @@ fn totals(out: &mut Exposition, totals: &Totals, of: impl Fn(u64) -> u64) {
         ("demoted_bytes", "Huge pages split because the guest was at its limit.", of(demoted)),
         ("released_bytes", "Memory that the guest gave back.", of(released)),
         ("renewed_bytes", "Memory that the guest gave back to have it huge.", of(renewed)),
+        ("trimmed_bytes", "Free base pages that the guest gave back.", trimmed_pages << PAGE_SHIFT),
         ("bad_records", "Records, requests and chains of the guest refused.", bad_records),
         ("hint_batches", "Batches sent to the driver.", hint_batches),
         ("report_batches", "Batches received from the driver.", report_batches),

@@ -9,9 +9,11 @@ mod wire;
 pub use queues::Queues;
 pub use vring::{GuestMap, GuestMemory};
 
-use crate::backing::{close_abandoned, Finding, Memory, RegionDesc, Severity};
+use crate::backing::{close_abandoned, page_size, Finding, Memory, RegionDesc, Severity};
 use crate::engine::{lock, Engine, RELEASE_MAX};
-use crate::protocol::{Config, F_PREPARE, F_RELEASE, F_STATS, VERSION, VQ_COUNT, VQ_RELEASE};
+use crate::protocol::{
+    Config, F_PREPARE, F_RELEASE, F_STATS, F_TRIM, PAGE_SHIFT, VERSION, VQ_COUNT, VQ_RELEASE,
+};
 use dirty_log::{DirtyLog, DirtyPages};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -125,6 +127,8 @@ impl VhostUserBackend for Device {
     }
 
     fn features(&self) -> u64 {
+        // Not where the host's pages are larger than what it counts in.
+        let trim = u64::from(page_size() == 1 << PAGE_SHIFT) << F_TRIM;
         // The same under every policy: a daemon that is started anew under another one would
         // otherwise be refused by a driver that counts on PREPARE.
         (1 << VIRTIO_F_VERSION_1)
@@ -135,6 +139,7 @@ impl VhostUserBackend for Device {
             | (1 << F_PREPARE)
             | (1 << F_RELEASE)
             | (1 << F_STATS)
+            | trim
     }
 
     fn acked_features(&self, features: u64) {

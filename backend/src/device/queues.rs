@@ -10,8 +10,9 @@ use crate::backing::{memory_was_truncated, signal_event};
 use crate::engine::{lock, Answer, Engine, HintBatch, Port};
 use crate::fault;
 use crate::protocol::{
-    Batch, Record, Response, REQ_PREPARE, REQ_QUERY, REQ_RELEASE, REQ_RENEW, REQ_STATS, S_BUSY,
-    S_INVALID, S_UNSUPPORTED, S_VOID, VQ_COUNT, VQ_CTRL, VQ_HINT, VQ_RELEASE, VQ_REPORT,
+    Batch, Record, Response, F_RELEASE, F_TRIM, REQ_PREPARE, REQ_QUERY, REQ_RELEASE, REQ_RENEW,
+    REQ_STATS, REQ_TRIM, S_BUSY, S_INVALID, S_UNSUPPORTED, S_VOID, VQ_COUNT, VQ_CTRL, VQ_HINT,
+    VQ_RELEASE, VQ_REPORT,
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -119,6 +120,7 @@ impl Queues {
     /// The driver accepted these feature bits.
     pub fn set_features(&self, features: u64) {
         self.features.store(features, Ordering::Relaxed);
+        self.engine.set_trims(self.has(F_TRIM));
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -290,7 +292,10 @@ impl Queues {
             // never learn that its memory was dropped.
             _ if !matches!(wire::room(&chain, Response::SIZE), Ok(Some(_))) => (0, S_INVALID),
             Ok((request, ranges)) => match request.kind {
-                REQ_RELEASE | REQ_RENEW if self.has(crate::protocol::F_RELEASE) => {
+                REQ_RELEASE | REQ_RENEW if self.has(F_RELEASE) => {
+                    (request.kind, self.engine.release(&request, &ranges))
+                }
+                REQ_TRIM if self.has(F_TRIM) => {
                     (request.kind, self.engine.release(&request, &ranges))
                 }
                 _ => (0, S_UNSUPPORTED),
@@ -304,6 +309,7 @@ impl Queues {
         fault::point(match kind {
             REQ_RELEASE => "release.published",
             REQ_RENEW => "renew.published",
+            REQ_TRIM => "trim.published",
             _ => "",
         });
         true

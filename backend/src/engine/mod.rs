@@ -13,6 +13,7 @@ mod scan;
 mod state;
 mod supply;
 mod timeout;
+mod trim;
 mod worker;
 
 pub use decide::{Budgets, PrepareAnswer, Standing};
@@ -33,7 +34,7 @@ use crate::policy::{Policy, FRAGMENTED};
 use crate::pressure::{View, Watch};
 use crate::protocol::{
     Advice, Batch, GuestState, Record, Request, Stats, ADVICE_MOVE, ADVICE_RETURN, ADVICE_SCARCE,
-    REQ_RENEW, S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
+    PAGE_SHIFT, REQ_RENEW, REQ_TRIM, S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
 };
 use crate::shares::{Limits, Shares, Usage};
 use pools::{Pools, Word};
@@ -380,6 +381,12 @@ impl Engine {
         read(&self.lock().state)
     }
 
+    /// Whether the driver trims blocks, as it said when it started.
+    pub fn set_trims(&self, trims: bool) {
+        let pages = 1 << (self.settings.block_shift - PAGE_SHIFT);
+        self.lock().state.block_pages = trims.then_some(pages);
+    }
+
     /// Counts a chain that could not be understood.
     pub fn refuse(&self) {
         self.lock().state.totals.bad_records += 1;
@@ -453,11 +460,16 @@ impl Engine {
         self.lock().state.stats()
     }
 
-    /// Does a RELEASE or a RENEW, on the release queue's thread: returns its status. Never
+    /// Does a RELEASE, a RENEW or a TRIM, on the release queue's thread: returns its status. Never
     /// waits for a collapse. The caller holds the release queue, so that a stop of it, and a
     /// new memory table, wait for the end of this.
     pub fn release(&self, request: &Request, ranges: &[(u64, u32)]) -> u32 {
         let renew = request.kind == REQ_RENEW;
+        let trim = request.kind == REQ_TRIM;
+        // What is named is dropped; what becomes of it is looked at by blocks.
+        let named = ranges;
+        let touched = trim.then(|| trim::blocks_of(named, self.settings.block_shift));
+        let ranges = touched.as_deref().unwrap_or(named);
         let memory = {
             let mut inner = self.lock();
             let state = &mut inner.state;
@@ -481,23 +493,35 @@ impl Engine {
             state.begin_drop();
             memory
         };
-        fault::point(if renew { "renew.fetched" } else { "release.fetched" });
+        let [fetched, done] = match request.kind {
+            REQ_RENEW => ["renew.fetched", "renew.done"],
+            REQ_TRIM => ["trim.fetched", "trim.done"],
+            _ => ["release.fetched", "release.done"],
+        };
+        fault::point(fetched);
         let mut status = S_OK;
         let mut dropped = 0;
         let mut runs = Vec::new();
         let mut seen = true;
-        for &(first, count) in ranges {
-            match memory.discard(first, u64::from(count)) {
-                Ok(()) => dropped += u64::from(count),
-                Err(error) => {
-                    log::warn!("cannot drop {count} block(s) from {first:#x} on: {error}");
-                    status = S_FAILED;
-                    break;
-                }
+        for &(first, count) in named {
+            let count = u64::from(count);
+            let result = if trim {
+                memory.trim(first << PAGE_SHIFT..(first + count) << PAGE_SHIFT)
+            } else {
+                memory.discard(first, count)
+            };
+            if let Err(error) = result {
+                let what = if trim { "page(s)" } else { "block(s)" };
+                log::warn!("cannot drop {count} {what} from {first:#x} on: {error}");
+                status = S_FAILED;
+                break;
             }
+            dropped += count;
+        }
+        for &(first, count) in ranges {
             seen &= worker::scan(&memory, first, count, &mut runs);
         }
-        fault::point(if renew { "renew.done" } else { "release.done" });
+        fault::point(done);
         let mut inner = self.lock();
         let state = &mut inner.state;
         state.apply_dropped(&runs);
@@ -516,10 +540,10 @@ impl Engine {
             }
         }
         state.renewing = 0;
-        if renew {
-            state.totals.renewed += dropped;
-        } else {
-            state.totals.released += dropped;
+        match request.kind {
+            REQ_RENEW => state.totals.renewed += dropped,
+            REQ_TRIM => state.totals.trimmed_pages += dropped,
+            _ => state.totals.released += dropped,
         }
         drop(inner);
         self.wake();
@@ -867,16 +891,22 @@ impl State {
     /// Asks the guest for as many blocks, or for what it has. What it reports as free is no leave
     /// to take it, but tells what there is to be asked for.
     fn want(&mut self, blocks: u64, now: Instant) {
+        let most = if blocks == 0 { 0 } else { self.spare_blocks() };
+        if self.wish.set(blocks, most, now) {
+            self.hints.repeat_advice();
+        }
+    }
+
+    /// Blocks' worth of memory that the guest could give back.
+    fn spare_blocks(&self) -> u64 {
         let unused = |index: &usize| {
             self.map.get(*index).is_some_and(|block| {
                 block.host != HostState::Absent
                     && matches!(block.guest, GuestState::Free | GuestState::Booked)
             })
         };
-        let most = if blocks == 0 { 0 } else { (0..self.map.len()).filter(unused).count() as u64 };
-        if self.wish.set(blocks, most, now) {
-            self.hints.repeat_advice();
-        }
+        let unused = (0..self.map.len()).filter(unused).count() as u64;
+        unused + self.block_pages.map_or(0, |pages| trim::spare_blocks(&self.map, pages))
     }
 
     /// Notes whether huge pages are scarce, and shortens `sleep` to when that may change by itself.

@@ -55,6 +55,8 @@ pub struct Totals {
     pub released: u64,
     /// Blocks dropped by RENEW.
     pub renewed: u64,
+    /// Base pages dropped by TRIM.
+    pub trimmed_pages: u64,
     /// Records, requests and chains refused.
     pub bad_records: u64,
     /// Batches sent on `hintq`.
@@ -124,11 +126,13 @@ pub struct State {
     pub wish: Wish,
     /// Whether the guest is asked to move its huge pages.
     pub moving: Moving,
+    /// Base pages in a block, where the driver gives back the free ones of blocks in use.
+    pub block_pages: Option<u64>,
     /// Blocks of the RENEW that is being carried out: their huge pages are promised.
     pub renewing: u64,
     /// Blocks that an action under way may make huge.
     pub acting: Range<u64>,
-    /// Blocks that actions ended on since the last RELEASE or RENEW began.
+    /// Blocks that actions ended on since the last request that drops began.
     acted_on: Bitmap,
     /// Totals since the daemon started.
     pub totals: Totals,
@@ -160,6 +164,7 @@ impl State {
             give_back: GiveBack::Pressure,
             wish: Wish::new(now),
             moving: Moving::new(now),
+            block_pages: None,
             renewing: 0,
             acting: 0..0,
             acted_on: Bitmap::new(0),
@@ -281,7 +286,7 @@ impl State {
         });
     }
 
-    /// A RELEASE or RENEW begins to drop blocks.
+    /// A RELEASE, RENEW or TRIM begins to drop.
     pub fn begin_drop(&mut self) {
         self.acted_on.clear();
     }

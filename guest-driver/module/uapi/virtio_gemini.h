@@ -27,6 +27,7 @@
 #define VIRTIO_GEMINI_F_REACQUIRE	3	/* a released block is usable only
 						 * after a successful PREPARE
 						 */
+#define VIRTIO_GEMINI_F_TRIM		4	/* TRIM on releaseq */
 
 /* Virtqueues; all of them are always present and used in ring order. */
 #define VIRTIO_GEMINI_VQ_HINT		0	/* device -> driver: host states */
@@ -38,6 +39,8 @@
 /* Limits that both sides check */
 #define VIRTIO_GEMINI_MAX_RECORDS	4096	/* records in one batch */
 #define VIRTIO_GEMINI_MAX_RANGES	256	/* ranges in one request */
+
+#define VIRTIO_GEMINI_PAGE_SHIFT	12	/* log2 of a base page's size */
 
 struct virtio_gemini_config {
 	__le32 version;			/* VIRTIO_GEMINI_VERSION */
@@ -125,6 +128,7 @@ struct virtio_gemini_req {
 	__le64 generation;
 };
 
+/* Blocks, by their numbers; of TRIM: base pages, by address >> PAGE_SHIFT. */
 struct virtio_gemini_range {
 	__le64 first;
 	__le32 count;			/* never 0 */
@@ -138,11 +142,12 @@ struct virtio_gemini_range {
 /* releaseq */
 #define VIRTIO_GEMINI_REQ_RELEASE	16	/* drop */
 #define VIRTIO_GEMINI_REQ_RENEW		17	/* drop, then make host-huge */
+#define VIRTIO_GEMINI_REQ_TRIM		18	/* drop base pages */
 
 /*
  * The answer: this header, then @count elements: host-state records for
  * PREPARE and QUERY (fewer where the buffer is too small), one struct
- * virtio_gemini_stats for STATS, nothing for RELEASE and RENEW.
+ * virtio_gemini_stats for STATS, nothing for those of releaseq.
  */
 struct virtio_gemini_resp {
 	__le32 status;
@@ -151,7 +156,7 @@ struct virtio_gemini_resp {
 };
 
 /*
- * For RELEASE and RENEW: after OK the blocks read as zeros; after FAILED some
+ * On releaseq: after OK the blocks (or pages) read as zeros; after FAILED some
  * were dropped and some not; any other status: this request dropped nothing.
  */
 #define VIRTIO_GEMINI_S_OK		0

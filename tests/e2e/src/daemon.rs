@@ -88,6 +88,8 @@ pub struct Status {
     pub demoted: u64,
     /// Blocks dropped.
     pub released: u64,
+    /// Base pages dropped.
+    pub trimmed_pages: u64,
     /// Records and requests refused.
     pub bad_records: u64,
     /// Batches sent to the guest.

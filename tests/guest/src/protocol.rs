@@ -61,6 +61,8 @@ pub enum Break {
     /// The second half is dropped (`MADV_DONTNEED`); the kernel splits the rest
     /// when it wants the memory.
     DropHalf,
+    /// Of every 64 base pages all but the first eight are dropped likewise.
+    DropScattered,
     /// The second half becomes read-only: two mappings of base pages, while the
     /// page itself stays whole.
     ProtectHalf,

@@ -11,6 +11,28 @@ use crate::pagemap::{whole_block, Pagemap};
 use crate::protocol::{Break, Broken, Churned, PageSize, Verified};
 
 const HALF: usize = HUGE / 2;
+/// Of so many bytes so many are kept where pages are dropped here and there.
+const STRIDE: usize = 64 * 4096;
+const STRIDE_KEPT: usize = 8 * 4096;
+
+/// What was dropped of a huge page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dropped {
+    Nothing,
+    Half,
+    Scattered,
+}
+
+impl Dropped {
+    /// Whether the byte at an offset was dropped.
+    fn has(self, offset: usize) -> bool {
+        match self {
+            Dropped::Nothing => false,
+            Dropped::Half => offset >= HALF,
+            Dropped::Scattered => offset % STRIDE >= STRIDE_KEPT,
+        }
+    }
+}
 
 /// The pattern's word number `index`: every word differs, and any word can be
 /// checked alone.
@@ -27,8 +49,8 @@ pub fn word(seed: u64, index: u64) -> u64 {
 pub struct Memory {
     mapping: Mapping,
     seed: u64,
-    /// Huge pages whose second half was dropped.
-    dropped: Vec<bool>,
+    /// By huge page.
+    dropped: Vec<Dropped>,
 }
 
 impl Memory {
@@ -79,7 +101,7 @@ impl Memory {
     /// Maps memory that nothing was written to.
     fn map(bytes: u64, seed: u64, pages: PageSize, sharing: Sharing) -> anyhow::Result<Self> {
         let mapping = Mapping::new(bytes, pages, sharing)?;
-        let dropped = vec![false; mapping.bytes() / HUGE];
+        let dropped = vec![Dropped::Nothing; mapping.bytes() / HUGE];
         Ok(Memory { mapping, seed, dropped })
     }
 
@@ -144,9 +166,8 @@ impl Memory {
     pub fn verify(&self) -> Verified {
         let mut result = Verified { words: 0, bad_words: 0, first_bad: None };
         for (page, dropped) in self.dropped.iter().enumerate() {
-            let kept = if *dropped { HALF } else { HUGE };
             let first = page * HUGE / 8;
-            for index in first..first + kept / 8 {
+            for index in (first..first + HUGE / 8).filter(|index| !dropped.has(index * 8 % HUGE)) {
                 let found = self.mapping.read(index);
                 result.words += 1;
                 if found != word(self.seed, index as u64) {
@@ -171,7 +192,14 @@ impl Memory {
                 Break::Split => self.split(offset)?,
                 Break::DropHalf => {
                     self.mapping.advise(offset + HALF, HALF, libc::MADV_DONTNEED)?;
-                    self.dropped[page] = true;
+                    self.dropped[page] = Dropped::Half;
+                }
+                Break::DropScattered => {
+                    for at in (0..HUGE).step_by(STRIDE) {
+                        let from = offset + at + STRIDE_KEPT;
+                        self.mapping.advise(from, STRIDE - STRIDE_KEPT, libc::MADV_DONTNEED)?;
+                    }
+                    self.dropped[page] = Dropped::Scattered;
                 }
                 Break::ProtectHalf => self.mapping.protect(offset + HALF, HALF)?,
             }
@@ -259,6 +287,16 @@ mod tests {
         let verified = memory.verify();
         assert_eq!(verified.bad_words, 0);
         assert_eq!(verified.words, (HUGE + HALF) as u64 / 8);
+    }
+
+    #[test]
+    fn scattered_pages_are_kept_and_compared() {
+        let mut memory = Memory::fill(HUGE as u64, 1, PageSize::System).expect("2 MiB");
+        memory.break_up(Break::DropScattered, 1).expect("own memory");
+        let verified = memory.verify();
+        assert_eq!((verified.bad_words, verified.words), (0, HUGE as u64 / 8 / 8));
+        memory.mapping.write(STRIDE / 8 + 1, 0);
+        assert_eq!(memory.verify().bad_words, 1);
     }
 
     #[test]

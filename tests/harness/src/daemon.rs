@@ -184,6 +184,8 @@ pub struct Status {
     pub released: u64,
     /// Blocks dropped and to be made huge.
     pub renewed: u64,
+    /// Base pages dropped.
+    pub trimmed_pages: u64,
     /// Records and requests refused.
     pub bad_records: u64,
     /// CPU time of the daemon in seconds.

@@ -543,7 +543,7 @@ impl Driver {
         kind: u16,
         ranges: &[Range],
     ) -> anyhow::Result<u64> {
-        let drops = matches!(kind, wire::REQ_RELEASE | wire::REQ_RENEW);
+        let drops = matches!(kind, wire::REQ_RELEASE | wire::REQ_RENEW | wire::REQ_TRIM);
         let free = if drops { &mut self.release_free } else { &mut self.ctrl_free };
         let slot = free.pop().context("all request slots are taken")?;
         let (queue, at, room) = if drops {

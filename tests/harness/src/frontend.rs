@@ -108,7 +108,7 @@ impl Session {
         let queues = frontend.get_queue_num().context("GET_QUEUE_NUM")?;
         ensure!(queues >= wire::QUEUES as u64, "daemon has {queues} queues, not {}", wire::QUEUES);
 
-        let device = wire::F_PREPARE | wire::F_RELEASE | wire::F_STATS;
+        let device = wire::F_PREPARE | wire::F_RELEASE | wire::F_STATS | wire::F_TRIM;
         let transport = F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let features = offered & ((device & wanted) | transport);
         frontend.set_features(features).context("SET_FEATURES")?;

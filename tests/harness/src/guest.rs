@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{ensure, Context};
@@ -327,6 +328,11 @@ impl Guest {
     /// Notes that a drop of `block` was answered with success.
     pub fn contents_dropped(&mut self, block: u64) {
         self.set_contents(block, Content::Zero);
+    }
+
+    /// Notes that base pages of a block, by their numbers, were dropped.
+    pub fn pages_dropped(&mut self, pages: Range<u64>) {
+        self.contents[index(pages.start)..index(pages.end)].fill(Content::Zero);
     }
 
     /// Notes that a drop of `block` was asked for, and returns what the block

@@ -20,6 +20,8 @@ pub const F_PREPARE: u64 = 1 << 0;
 pub const F_RELEASE: u64 = 1 << 1;
 /// Feature bit: STATS.
 pub const F_STATS: u64 = 1 << 2;
+/// Feature bit: TRIM.
+pub const F_TRIM: u64 = 1 << 4;
 
 /// Most records in one batch.
 pub const MAX_RECORDS: usize = 4096;
@@ -98,6 +100,8 @@ pub const REQ_STATS: u16 = 3;
 pub const REQ_RELEASE: u16 = 16;
 /// Request: drop, then make host-huge.
 pub const REQ_RENEW: u16 = 17;
+/// Request: drop base pages.
+pub const REQ_TRIM: u16 = 18;
 
 /// Status: done.
 pub const S_OK: u32 = 0;

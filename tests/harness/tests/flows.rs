@@ -219,6 +219,91 @@ fn a_renewed_block_reads_as_zeros_and_becomes_huge() -> Result {
     machine.guest.ensure_intact()
 }
 
+/// A block of which every eighth page is in use, huge in the host: TRIM of all the
+/// others leaves the host as many pages as are in use.
+#[test]
+fn a_trimmed_block_keeps_what_is_used_of_it() -> Result {
+    let lab = lab("gemini")?;
+    let mut machine = lab.boot(32)?;
+    scatter(&mut machine, 10)?;
+    let resident = machine.memory.resident_bytes()?;
+    let runs: Vec<Range> =
+        (0..64).map(|run| Range { first: 10 * 512 + run * 8 + 1, count: 7 }).collect();
+    let answer = machine.driver.request(wire::REQ_TRIM, &runs, PATIENCE)?;
+    ensure!(answer.response.status == wire::S_OK, "{answer:?}");
+    for run in &runs {
+        machine.guest.pages_dropped(run.first..run.first + u64::from(run.count));
+    }
+    machine.guest.ensure_intact()?;
+    let after = machine.memory.resident_bytes()?;
+    ensure!(
+        resident.abs_diff(after + 448 * 4096) <= 16 * 4096,
+        "{resident} bytes before, {after} after"
+    );
+    ensure!(outside::host_states(&machine.memory)?[10] == host_state::BASE);
+    machine.wait_host(&[10], |state| state == host_state::BASE, PATIENCE)?;
+    let status = lab.daemon.status()?;
+    ensure!((status.trimmed_pages, status.released) == (448, 0), "{status:?}");
+    machine.guest.ensure_intact()
+}
+
+/// A whole block, and pages of two blocks that lie together, in one range each.
+#[test]
+fn a_trim_may_reach_over_blocks() -> Result {
+    let lab = lab("gemini")?;
+    let mut machine = lab.boot(32)?;
+    for block in 10..14 {
+        use_and_free(&mut machine, block)?;
+    }
+    machine.talk()?;
+    let runs = [Range { first: 12 * 512 + 500, count: 24 }, Range { first: 10 * 512, count: 512 }];
+    let answer = machine.driver.request(wire::REQ_TRIM, &runs, PATIENCE)?;
+    ensure!(answer.response.status == wire::S_OK, "{answer:?}");
+    for run in &runs {
+        machine.guest.pages_dropped(run.first..run.first + u64::from(run.count));
+    }
+    machine.wait_host(&[10], |state| state == host_state::ABSENT, PATIENCE)?;
+    machine.guest.ensure_intact()
+}
+
+#[test]
+fn an_unsound_or_old_trim_drops_nothing() -> Result {
+    let lab = lab("gemini")?;
+    let mut machine = lab.boot(32)?;
+    scatter(&mut machine, 10)?;
+    let good = Range { first: 10 * 512 + 1, count: 7 };
+    for bad in [
+        Range { first: 32 * 512, count: 1 },
+        Range { first: 32 * 512 - 1, count: 2 },
+        Range { first: 11 * 512, count: 0 },
+        Range { first: u64::MAX, count: 1 },
+        Range { first: u64::MAX >> 12, count: 1 },
+        Range { first: 0, count: u32::MAX },
+    ] {
+        for ranges in [[good, bad], [bad, good]] {
+            let answer = machine.driver.request(wire::REQ_TRIM, &ranges, PATIENCE)?;
+            ensure!(answer.response.status == wire::S_INVALID, "{bad:?}: {answer:?}");
+        }
+    }
+    let old = machine.driver.generation().context("no generation")? ^ 1;
+    let ticket = machine.driver.submit_in(old, wire::REQ_TRIM, &[good])?;
+    let answer = machine.driver.answer(ticket, PATIENCE)?;
+    ensure!(answer.response.status == wire::S_VOID, "{answer:?}");
+    machine.guest.ensure_intact()
+}
+
+/// Has every eighth page of a block in use, and the host huge under it.
+fn scatter(machine: &mut Machine, block: u64) -> Result {
+    machine.guest.alloc_huge(block)?;
+    machine.talk()?;
+    machine.wait_host(&[block], |state| state == HUGE, PATIENCE)?;
+    machine.guest.split(block)?;
+    for page in (0..512).filter(|page| page % 8 != 0) {
+        machine.guest.free_base(block, page)?;
+    }
+    machine.talk()
+}
+
 #[test]
 fn a_new_generation_voids_older_releases() -> Result {
     let lab = lab("gemini")?;
@@ -271,7 +356,9 @@ fn features_that_were_not_negotiated_are_refused() -> Result {
     driver.start(&mut session)?;
     driver.wait_until("full host state", PATIENCE, Driver::host_synced)?;
     memory.write(10 << BLOCK_SHIFT, &[7; 4096]);
-    for kind in [wire::REQ_PREPARE, wire::REQ_STATS, wire::REQ_RELEASE, wire::REQ_RENEW] {
+    for kind in
+        [wire::REQ_PREPARE, wire::REQ_STATS, wire::REQ_RELEASE, wire::REQ_RENEW, wire::REQ_TRIM]
+    {
         let answer = driver.request(kind, &singles(&[10]), PATIENCE)?;
         ensure!(answer.response.status == wire::S_UNSUPPORTED, "{answer:?}");
     }

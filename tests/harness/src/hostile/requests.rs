@@ -31,8 +31,10 @@ struct Sent {
     response: Option<u64>,
     /// Whether it may be answered with OK.
     may_succeed: bool,
-    /// What is dropped if it is.
+    /// Blocks of which something is dropped if it is.
     stakes: Vec<Stake>,
+    /// The pages that a TRIM drops of them.
+    pages: Vec<Range>,
 }
 
 /// Sends `wanted` requests, then starts the driver anew.
@@ -66,6 +68,20 @@ fn ranges_in_memory(rng: &mut Rng, most: usize) -> Vec<Range> {
         .collect()
 }
 
+/// Some pages of each of these runs of blocks.
+fn pages_of(rng: &mut Rng, blocks: &[Range]) -> Vec<Range> {
+    blocks
+        .iter()
+        .map(|run| {
+            let pages = run.count * 512;
+            let skipped = u32::try_from(rng.below(u64::from(pages))).unwrap_or(0);
+            let count = 1 + u32::try_from(rng.below(u64::from(pages - skipped))).unwrap_or(0);
+            let count = count.min(pages - skipped);
+            Range { first: run.first * 512 + u64::from(skipped), count }
+        })
+        .collect()
+}
+
 fn range_out_of_memory(rng: &mut Rng) -> Range {
     match rng.below(5) {
         0 => Range { first: BLOCKS + rng.below(1000), count: 1 },
@@ -85,11 +101,13 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
     let at = SCRATCH + slot * SLOT_LEN;
     let drops = queue == RELEASEQ;
     let right = if drops {
-        rng.pick(&[wire::REQ_RELEASE, wire::REQ_RENEW])
+        rng.pick(&[wire::REQ_RELEASE, wire::REQ_RENEW, wire::REQ_TRIM])
     } else {
         rng.pick(&[wire::REQ_PREPARE, wire::REQ_QUERY])
     };
-    let inside = ranges_in_memory(rng, 3);
+    let blocks = ranges_in_memory(rng, 3);
+    // A TRIM names base pages, and any part of these blocks will do.
+    let inside = if right == wire::REQ_TRIM { pages_of(rng, &blocks) } else { blocks.clone() };
     let mut with_bad = inside.clone();
     let bad = range_out_of_memory(rng);
     with_bad.insert(rng.index(with_bad.len() + 1), bad);
@@ -122,7 +140,7 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
         5 => {
             let wrong = match right {
                 wire::REQ_PREPARE | wire::REQ_QUERY => {
-                    rng.pick(&[wire::REQ_RELEASE, wire::REQ_RENEW])
+                    rng.pick(&[wire::REQ_RELEASE, wire::REQ_RENEW, wire::REQ_TRIM])
                 }
                 _ => rng.pick(&[wire::REQ_PREPARE, wire::REQ_QUERY, wire::REQ_STATS]),
             };
@@ -130,7 +148,7 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
             ("request: on the wrong queue", bytes, false)
         }
         6 => {
-            let unknown = rng.pick(&[0, 4, 9, 15, 18, 255, 256 + 16, 0xffff]);
+            let unknown = rng.pick(&[0, 4, 9, 15, 19, 255, 256 + 16, 0xffff]);
             let bytes = wire::request(unknown, generation, &inside);
             ("request: unknown type", bytes, false)
         }
@@ -175,7 +193,7 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
         }
     };
     let stakes = if drops && may_succeed && choice == 0 {
-        let mut blocks: Vec<u64> = each(&inside).collect();
+        let mut blocks: Vec<u64> = each(&blocks).collect();
         blocks.sort_unstable();
         blocks.dedup();
         blocks.into_iter().map(|block| machine.guest.put_at_stake(block)).collect()
@@ -183,6 +201,7 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
         Vec::new()
     };
 
+    let pages = if right == wire::REQ_TRIM && !stakes.is_empty() { inside } else { Vec::new() };
     machine.memory.write(at, &bytes);
     machine.memory.write(at + RESPONSE_AT, &[0xff; 16]);
     let mut buffers = split(rng, at, u32::try_from(bytes.len())?);
@@ -191,7 +210,8 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
     }
     machine.driver.queue_mut(queue).ring.add(&buffers)?;
     tally.count(kind, 1);
-    Ok(Sent { kind, response: (room >= 16).then_some(at + RESPONSE_AT), may_succeed, stakes })
+    let response = (room >= 16).then_some(at + RESPONSE_AT);
+    Ok(Sent { kind, response, may_succeed, stakes, pages })
 }
 
 /// One buffer, or now and then two or three that hold the same bytes in pieces.
@@ -213,7 +233,7 @@ fn split(rng: &mut Rng, at: u64, len: u32) -> Vec<Buffer> {
 fn settle(arena: &mut Arena, queue: usize, sent: Vec<Sent>) -> anyhow::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut staked = Vec::new();
-    for Sent { kind, response, may_succeed, stakes } in sent {
+    for Sent { kind, response, may_succeed, stakes, pages } in sent {
         let machine = arena.machine()?;
         while machine.driver.queue_mut(queue).ring.take_used().context(kind)?.is_none() {
             ensure!(Instant::now() < deadline, "{kind}: not given back");
@@ -228,10 +248,16 @@ fn settle(arena: &mut Arena, queue: usize, sent: Vec<Sent>) -> anyhow::Result<()
         let succeeded = status == Some(wire::S_OK);
         for stake in &stakes {
             match status {
-                Some(wire::S_OK) => machine.guest.contents_dropped(stake.block),
+                Some(wire::S_OK) if pages.is_empty() => machine.guest.contents_dropped(stake.block),
+                Some(wire::S_OK) => machine.guest.put_back(stake),
                 Some(wire::S_FAILED) => {}
                 // Any other status says that nothing was dropped.
                 _ => machine.guest.put_back(stake),
+            }
+        }
+        if status == Some(wire::S_OK) {
+            for run in &pages {
+                machine.guest.pages_dropped(run.first..run.first + u64::from(run.count));
             }
         }
         staked.extend(stakes.iter().map(|stake| stake.block));
