@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::sandbox::Mode;
 use crate::settings::Given;
 use clap::Parser;
 use std::net::SocketAddr;
@@ -46,6 +47,12 @@ pub struct Args {
     /// of the vhost-user socket, without its suffix.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
+
+    /// What the daemon gives up before it serves: system calls, files and capabilities that it
+    /// has no use for. A call that is not allowed ends the daemon; with log it is made, and the
+    /// kernel logs it. Files are shut away only where the daemon has CAP_SYS_ADMIN.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub sandbox: Mode,
 
     /// What may also be changed while the daemon runs.
     #[command(flatten)]

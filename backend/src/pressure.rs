@@ -8,7 +8,9 @@
 //!
 //! [`View::read`] reads files; all else is a pure computation.
 
+use crate::backing::own_proc;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -52,7 +54,7 @@ impl View {
         let text = |path: &Path| fs::read_to_string(path).ok();
         let mut rooms: Vec<Room> =
             text(Path::new("/proc/meminfo")).as_deref().and_then(machine).into_iter().collect();
-        if let (Some(pid), Some(mounts)) = (vmm, text(Path::new("/proc/self/mountinfo"))) {
+        if let (Some(pid), Ok(mounts)) = (vmm, own("mountinfo")) {
             let groups = text(Path::new(&format!("/proc/{pid}/cgroup"))).unwrap_or_default();
             if let Some((dir, top, version)) = cgroup_of("memory", &groups, &mounts) {
                 let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
@@ -62,6 +64,11 @@ impl View {
         let stalled = text(Path::new("/proc/pressure/memory"));
         Self { rooms, stalled: stalled.as_deref().and_then(stalled_time).unwrap_or_default() }
     }
+}
+
+/// A file of /proc about this process.
+fn own(name: &str) -> io::Result<String> {
+    fs::read_to_string(own_proc()?.join(name))
 }
 
 /// The machine's room, from /proc/meminfo.
@@ -133,8 +140,8 @@ pub struct HugetlbCgroups(Vec<(PathBuf, Version)>);
 impl HugetlbCgroups {
     /// Those that it is in now; none where there are no such cgroups.
     pub fn find() -> Self {
-        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let groups = own("cgroup").unwrap_or_default();
+        let mounts = own("mountinfo").unwrap_or_default();
         let found = cgroup_of("hugetlb", &groups, &mounts).map(|(dir, top, version)| {
             let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
             chain.map(|dir| (dir.to_owned(), version)).collect()

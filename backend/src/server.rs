@@ -8,6 +8,7 @@ use crate::device::{say, Device, GuestMap, GuestMemory};
 use crate::engine::{Engine, Port, Threads};
 use crate::logging;
 use crate::notify;
+use crate::sandbox::{self, Sandbox};
 use crate::shares;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -66,6 +67,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The daemon cannot be shut in.
+    #[error("{0}")]
+    Sandbox(#[from] sandbox::Error),
     /// The inherited descriptor is none that can be listened on.
     #[error(
         "file descriptor {fd} is not a listening unix socket: {source}; pass one that is, \
@@ -112,7 +116,7 @@ fn listen(
 ) -> Result<(UnixListener, Created), Error> {
     let failed = |source, remedy| Error::Listen { path: path.to_owned(), source, remedy };
     match bind(path) {
-        Ok(listener) => return Ok((listener, Created(path.to_owned()))),
+        Ok(listener) => return Ok((listener, Created(sandbox::settled(path)))),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
         Err(error) => {
             return Err(failed(error, "check that its directory exists and may be written to"))
@@ -133,7 +137,7 @@ fn listen(
     }
     std::fs::remove_file(path)
         .and_then(|()| bind(path))
-        .map(|listener| (listener, Created(path.to_owned())))
+        .map(|listener| (listener, Created(sandbox::settled(path))))
         .map_err(|error| {
             failed(error, "a stale socket is there that cannot be replaced: remove it")
         })
@@ -192,11 +196,10 @@ impl Ending {
 
 /// Handles signals on a thread of its own. The consumer becomes readable when the end is asked
 /// for.
-fn handle_signals() -> Result<(Arc<Ending>, EventConsumer), Error> {
+fn handle_signals(mut signals: Signals) -> Result<(Arc<Ending>, EventConsumer), Error> {
     let (consumer, notifier) =
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
             .map_err(system("make an event descriptor"))?;
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(system("handle signals"))?;
     let ending = Arc::new(Ending {
         asked: AtomicBool::new(false),
         connection: Mutex::new(None),
@@ -229,10 +232,11 @@ fn handle_signals() -> Result<(Arc<Ending>, EventConsumer), Error> {
 pub fn run(args: &Args) -> Result<(), Error> {
     let started = Instant::now();
     crate::backing::survive_truncated_memory().map_err(system("handle SIGBUS"))?;
-    let (ending, end) = handle_signals()?;
+    // From here on they are noted, and none ends us where a socket would be left behind.
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(system("handle signals"))?;
     let settings = configuration::at_start(args.config.as_deref(), &args.settings)?;
     logging::set_level(settings.log_level);
-    let (listener, _created) = match (&args.socket_path, args.fd) {
+    let (listener, created) = match (&args.socket_path, args.fd) {
         (Some(path), _) => {
             let (listener, created) = listen(path, |path| UnixListener::bind(path))?;
             (listener, Some(created))
@@ -252,16 +256,31 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let control = control.map(|path| listen(path, crate::backing::bind_private)).transpose()?;
     let metrics = args.metrics_address.map(listen_metrics).transpose()?;
     notify::ready();
+    let config = args.config.as_deref().map(sandbox::settled);
+    let share_dir = args.share_dir.as_deref().map(settled_directory).transpose()?;
+    let sockets = created.as_ref().into_iter().chain(control.as_ref().map(|(_, made)| made));
+    let files = sandbox::Files {
+        read: config.as_deref().map(sandbox::directories_of).unwrap_or_default(),
+        written: sockets
+            .filter_map(|Created(path)| path.parent().map(Path::to_owned))
+            .chain(share_dir.clone())
+            .collect(),
+        creates: share_dir.is_some(),
+    };
+    // Whatever needs a socket, or a file that is not among these, was done before.
+    let sandbox = Sandbox::new(args.sandbox, files);
+    sandbox.enter()?;
+    let (ending, end) = handle_signals(signals)?;
     let threads = Engine::start(settings.engine(BLOCK_SHIFT)).map_err(system("start a thread"))?;
     let configuration = Arc::new(Configuration::new(
-        args.config.clone(),
+        config,
         args.settings.clone(),
         settings,
         Arc::clone(threads.engine()),
     ));
     // Ends with us; the kernel would end it as well.
     let (_sharing, sharing_ends) = channel();
-    if let Some(directory) = &args.share_dir {
+    if let Some(directory) = &share_dir {
         shares::start(directory, Arc::clone(threads.engine()), sharing_ends)
             .map_err(|source| Error::Shares { path: directory.clone(), source })?;
     }
@@ -279,7 +298,12 @@ pub fn run(args: &Args) -> Result<(), Error> {
     if let Some(listener) = metrics {
         control::serve_metrics(listener, subject).map_err(system("start a thread"))?;
     }
+    sandbox.seal()?;
     serve(listener, &threads, &ending, &end)
+}
+
+fn settled_directory(path: &Path) -> Result<PathBuf, Error> {
+    path.canonicalize().map_err(|source| Error::Shares { path: path.to_owned(), source })
 }
 
 fn listen_metrics(address: SocketAddr) -> Result<TcpListener, Error> {

@@ -1,4 +1,5 @@
-//! Who may collapse at the VMM, what happens to those who may not, and who pays.
+//! Who may collapse at the VMM, what happens to those who may not, and who pays: all of it inside
+//! the sandbox, as the daemon is.
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on must fail
 
@@ -50,6 +51,12 @@ fn scene(test: &str, daemon_rights: &str) -> Option<Scene> {
 }
 
 impl Scene {
+    /// Has the daemon shut itself in and look at the memory; the codes of what it finds.
+    fn open(&mut self) -> String {
+        self.daemon.ask("sandbox /nonexistent 0");
+        self.daemon.ask("open")
+    }
+
     fn collapse_all(&mut self) {
         let copied = vec!["Ok(Copied { bytes: 2097152 })"; usize::try_from(BLOCKS).unwrap() - 1];
         let answer = self.daemon.ask(&format!("collapse 0 {BLOCKS}"));
@@ -97,7 +104,7 @@ impl Scene {
 fn service_user_with_sys_nice_collapses_at_the_vmm_and_the_vmm_pays() {
     let test = "service_user_with_sys_nice_collapses_at_the_vmm_and_the_vmm_pays";
     let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
-    assert_eq!(scene.daemon.ask("open"), "[]");
+    assert_eq!(scene.open(), "[]");
     scene.collapse_all_charging(1, 0);
 }
 
@@ -106,7 +113,7 @@ fn vmm_pays_for_populated_blocks_where_faults_give_huge_pages() {
     let test = "vmm_pays_for_populated_blocks_where_faults_give_huge_pages";
     let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
     let _always = Setting::shmem_enabled(&scene.lock, "always");
-    assert_eq!(scene.daemon.ask("open"), "[]");
+    assert_eq!(scene.open(), "[]");
     scene.charging(Scene::populate_last, 1, 0);
     assert_eq!(scene.vmm.huge_blocks(), 1);
 }
@@ -115,7 +122,7 @@ fn vmm_pays_for_populated_blocks_where_faults_give_huge_pages() {
 fn service_user_without_rights_falls_back_and_says_who_pays() {
     let test = "service_user_without_rights_falls_back_and_says_who_pays";
     let Some(mut scene) = scene(test, &format!("become {SERVICE}")) else { return };
-    assert_eq!(scene.daemon.ask("open"), "[collapse-not-permitted]");
+    assert_eq!(scene.open(), "[collapse-not-permitted]");
     // The consequence that the finding announces.
     scene.collapse_all_charging(-15, 16);
 }
@@ -125,7 +132,7 @@ fn fallback_respects_a_vmm_that_declined_huge_pages() {
     let test = "fallback_respects_a_vmm_that_declined_huge_pages";
     let Some(mut scene) = scene(test, &format!("become {SERVICE}")) else { return };
     scene.vmm.ask(&format!("advise 0 {} nohuge", BLOCKS * BLOCK));
-    assert_eq!(scene.daemon.ask("open"), "[vmm-declines-huge-pages]");
+    assert_eq!(scene.open(), "[vmm-declines-huge-pages]");
     assert_eq!(scene.daemon.ask("collapse 0 1"), "Err(Unsupported)");
     assert_eq!(scene.daemon.ask(&format!("populate {}", BLOCKS - 1)), "Err(Unsupported)");
     assert_eq!(scene.vmm.resident(BLOCKS - 1), 0);
@@ -137,7 +144,7 @@ fn vmm_that_is_not_dumpable_needs_sys_ptrace() {
     let nice = format!("become {SERVICE} sys_nice");
     let Some(mut scene) = scene(test, &nice) else { return };
     scene.vmm.ask("dumpable 0");
-    assert_eq!(scene.daemon.ask("open"), "[vmm-not-found]");
+    assert_eq!(scene.open(), "[vmm-not-found]");
     scene.collapse_all_charging(-15, 16);
 }
 
@@ -148,7 +155,7 @@ fn vmm_that_is_not_dumpable_is_reached_with_sys_ptrace() {
     let Some(mut scene) = scene(test, &rights) else { return };
     scene.vmm.ask("dumpable 0");
     // Collapsing is permitted; the pagemap belongs to root and stays closed.
-    assert_eq!(scene.daemon.ask("open"), "[vmm-page-tables-hidden]");
+    assert_eq!(scene.open(), "[vmm-page-tables-hidden]");
     scene.collapse_all_charging(1, 0);
 }
 
@@ -157,8 +164,35 @@ fn daemon_of_another_user_falls_back() {
     let test = "daemon_of_another_user_falls_back";
     let rights = format!("become {} sys_nice", SERVICE + 1);
     let Some(mut scene) = scene(test, &rights) else { return };
-    assert_eq!(scene.daemon.ask("open"), "[vmm-not-found]");
+    assert_eq!(scene.open(), "[vmm-not-found]");
     scene.collapse_all_charging(-15, 16);
+}
+
+#[test]
+fn daemon_of_another_user_reaches_the_vmm_with_sys_ptrace() {
+    let test = "daemon_of_another_user_reaches_the_vmm_with_sys_ptrace";
+    let rights = format!("become {} sys_nice sys_ptrace", SERVICE + 1);
+    let Some(mut scene) = scene(test, &rights) else { return };
+    // The pagemap is a file of the VMM's user.
+    assert_eq!(scene.open(), "[vmm-page-tables-hidden]");
+    scene.collapse_all_charging(1, 0);
+}
+
+#[test]
+fn daemon_of_another_user_sees_the_page_tables_with_dac_read_search() {
+    let test = "daemon_of_another_user_sees_the_page_tables_with_dac_read_search";
+    let rights = format!("become {} sys_nice sys_ptrace dac_read_search", SERVICE + 1);
+    let Some(mut scene) = scene(test, &rights) else { return };
+    assert_eq!(scene.open(), "[]");
+    scene.collapse_all_charging(1, 0);
+}
+
+#[test]
+fn landlock_cuts_the_daemon_off() {
+    let test = "landlock_cuts_the_daemon_off";
+    let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
+    scene.daemon.ask("landlock");
+    assert_eq!(scene.open(), "[vmm-not-found]");
 }
 
 #[test]
@@ -167,6 +201,6 @@ fn daemon_that_is_not_dumpable_says_what_it_cannot_see() {
     let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };
     // As a program with file capabilities is.
     scene.daemon.ask("dumpable 0");
-    assert_eq!(scene.daemon.ask("open"), "[own-page-tables-hidden]");
+    assert_eq!(scene.open(), "[own-page-tables-hidden]");
     scene.collapse_all_charging(1, 0);
 }

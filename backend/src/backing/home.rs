@@ -8,8 +8,11 @@ use std::sync::Arc;
 /// One region and its way to the system calls. All blocks that come here lie wholly in the
 /// region (the layout has made sure of it), so that no sum overflows.
 pub struct Home {
-    /// The memory file, with a file position of our own.
+    /// The memory file, as the VMM gave it.
     pub file: File,
+    /// The same, to be searched for data: that moves the file position, and the one of `file` is
+    /// shared with the VMM.
+    pub searched: File,
     /// First guest physical address.
     pub guest_addr: u64,
     /// Where in the file the region begins.

@@ -2,6 +2,7 @@
 //! from where its own touch would have taken them: allocating in a hugetlb file follows the policy
 //! of the thread that does it, and knows nothing of the one that the VMM gave its mapping.
 
+use super::process::own_proc;
 use super::sys;
 use super::vmm::Vmm;
 use std::io;
@@ -182,7 +183,7 @@ pub fn of(vmm: &Vmm, addr: u64) -> io::Result<Policy> {
     let pid = vmm.pid();
     let maps = read(format!("/proc/{pid}/numa_maps"))?;
     let theirs = allowed(&read(format!("/proc/{pid}/status"))?);
-    let ours = allowed(&read("/proc/self/status".into())?);
+    let ours = allowed(&std::fs::read_to_string(own_proc()?.join("status"))?);
     // What was read was the VMM's only if it still runs.
     let policy = match (theirs, ours) {
         (Some(theirs), Some(ours)) if vmm.is_alive() => policy_for(&maps, addr, &theirs, &ours),

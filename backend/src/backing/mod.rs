@@ -31,9 +31,10 @@ pub use descriptor::{
 };
 pub use findings::{Finding, Severity};
 pub use pool::PoolState;
-pub use process::{kill_self, process_cpu_time, thread_cpu_time};
+pub use process::{kill_self, own_proc, process_cpu_time, thread_cpu_time};
 pub use ranges::LayoutError;
 pub use sys::page_size;
+pub(crate) use sys::{PAGEMAP_SCAN, SYS_CACHESTAT};
 pub use truncation::{memory_was_truncated, survive_truncated_memory};
 
 use home::Home;
@@ -337,7 +338,8 @@ impl Memory {
             let system = sys::file_system(&region.file).map_err(fail)?;
             let kind = kind_of(&system, place.as_ref().is_none_or(|(_, place)| place.shared));
             let home = Home {
-                file: reopen(region.file),
+                searched: reopened(&region.file).map_err(fail)?,
+                file: region.file,
                 guest_addr,
                 file_offset: region.file_offset,
                 block_shift,
@@ -579,24 +581,23 @@ fn kind_of(system: &sys::FileSystem, shared: bool) -> Kind {
     }
 }
 
-/// Opens the file anew, for a file position of our own: the one of the descriptor is shared with
-/// the VMM, and looking for data moves it. Where that is not permitted, theirs has to do.
-fn reopen(file: File) -> File {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // Not to wait for a lease on it.
-    let flags = libc::O_NONBLOCK;
-    match OpenOptions::new().read(true).write(true).custom_flags(flags).open(path) {
-        Ok(own) => own,
-        Err(error) => {
-            log::debug!("cannot open the memory file anew: {error}");
-            file
-        }
-    }
+/// The file opened anew, for a file position of our own. Only to read: the sandbox lets nothing be
+/// opened to be changed. Where that is not permitted, the VMM's file position has to do.
+fn reopened(file: &File) -> io::Result<File> {
+    let open = || {
+        let path = own_proc()?.join("fd").join(file.as_raw_fd().to_string());
+        // Not to wait for a lease on it.
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
+    };
+    open().or_else(|error| {
+        log::debug!("cannot open the memory file anew: {error}");
+        file.try_clone()
+    })
 }
 
 /// Our own page tables, as the kernel shows them.
 fn open_own_pagemap(said: &mut Vec<Finding>) -> Option<File> {
-    let pagemap = match File::open("/proc/self/pagemap") {
+    let pagemap = match own_proc().and_then(|own| File::open(own.join("pagemap"))) {
         Ok(pagemap) => pagemap,
         Err(error) => {
             log::debug!("cannot open our own pagemap: {error}");

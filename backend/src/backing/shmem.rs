@@ -179,7 +179,8 @@ impl Shmem {
         let mut found = Vec::new();
         let mut at = start;
         while at < end {
-            let Some(data) = sys::seek_data(&self.home.file, at)?.filter(|data| *data < end) else {
+            let Some(data) = sys::seek_data(&self.home.searched, at)?.filter(|data| *data < end)
+            else {
                 break;
             };
             let block = blocks.start + ((data.max(at) - start) >> self.home.block_shift);
@@ -198,7 +199,7 @@ impl Shmem {
         let (from, size) = (self.home.offset(block), self.home.block_size());
         match sys::cachestat(&self.home.file, from, size) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
-                residency_by_seeking(&self.home.file, from, size)
+                residency_by_seeking(&self.home.searched, from, size)
             }
             other => other,
         }

@@ -10,7 +10,7 @@ use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
 /// Not in libc for every target yet; the number is the same on all architectures but Alpha.
-const SYS_CACHESTAT: libc::c_long = 451;
+pub const SYS_CACHESTAT: libc::c_long = 451;
 
 /// The page is there.
 const PAGE_IS_PRESENT: u64 = 1 << 3;

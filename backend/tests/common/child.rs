@@ -1,6 +1,7 @@
 //! What a helper process does: it obeys lines that come through its standard input, which is a
 //! socket, and answers each with one line.
 
+use super::attempts;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
@@ -8,6 +9,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use vhost_device_gemini::backing::{Memory, RegionDesc};
+use vhost_device_gemini::sandbox::{Files, Mode, Sandbox};
 
 /// Set for helpers: the path of the memory file.
 pub const ROLE: &str = "GEMINI_TEST_HELPER_FILE";
@@ -52,11 +54,17 @@ fn number(word: &str) -> io::Result<usize> {
     word.parse().map_err(io::Error::other)
 }
 
-fn check(result: libc::c_long) -> io::Result<()> {
+/// The result of a system call.
+pub fn check(result: libc::c_long) -> io::Result<()> {
+    value(result).map(drop)
+}
+
+/// The same, where it is not only whether it succeeded that matters.
+pub fn value(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
-        Ok(())
+        Ok(result)
     }
 }
 
@@ -110,6 +118,19 @@ impl Helper {
                 let uid = uid.parse().map_err(io::Error::other)?;
                 become_service(uid, capabilities).map(done)
             }
+            ["landlock"] => enter_landlock().map(done),
+            ["sandbox", directory, creates] => {
+                let written = vec![directory.into()];
+                let creates = number(creates)? != 0;
+                let files = Files { read: Vec::new(), written, creates };
+                let sandbox = Sandbox::new(Mode::On, files);
+                sandbox.enter().and_then(|()| sandbox.seal()).map_err(io::Error::other)?;
+                Ok("ok".into())
+            }
+            ["try", attempt @ ..] => Ok(match attempts::make(attempt) {
+                Ok(()) => "done".into(),
+                Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+            }),
             ["open"] => {
                 let region = RegionDesc {
                     guest_addr: 0,
@@ -246,6 +267,18 @@ fn set_process(option: libc::c_int, value: usize) -> io::Result<()> {
     check(unsafe { libc::prctl(option, value, 0, 0, 0) }.into())
 }
 
+/// Enters a Landlock domain that forbids nothing but to execute.
+fn enter_landlock() -> io::Result<()> {
+    let execute = 1u64;
+    set_process(libc::PR_SET_NO_NEW_PRIVS, 1)?;
+    // SAFETY: the attributes are one number of this size.
+    let rules = value(unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const execute, size_of::<u64>(), 0)
+    })?;
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, rules, 0) })
+}
+
 /// Becomes an unprivileged user that keeps some capabilities, as a service manager would start
 /// it, and dumpable, as a program that was executed by that user is.
 fn become_service(uid: libc::uid_t, capabilities: &[&str]) -> io::Result<()> {
@@ -255,18 +288,19 @@ fn become_service(uid: libc::uid_t, capabilities: &[&str]) -> io::Result<()> {
         pid: libc::c_int,
     }
     #[repr(C)]
-    #[derive(Clone, Copy, Default)]
     struct Data {
         effective: u32,
         permitted: u32,
         inheritable: u32,
     }
-    let mut bits = 0u32;
+    let mut bits = 0u64;
     for capability in capabilities {
         bits |= 1
             << match *capability {
+                "dac_read_search" => 2,
                 "sys_ptrace" => 19,
                 "sys_nice" => 23,
+                "perfmon" => 38,
                 other => return Err(io::Error::other(format!("capability {other}?"))),
             };
     }
@@ -278,7 +312,12 @@ fn become_service(uid: libc::uid_t, capabilities: &[&str]) -> io::Result<()> {
         check(libc::setresuid(uid, uid, uid).into())?;
     }
     let header = Header { version: 0x2008_0522, pid: 0 };
-    let data = [Data { effective: bits, permitted: bits, inheritable: 0 }, Data::default()];
+    #[allow(clippy::cast_possible_truncation)] // halves
+    let data = [bits as u32, (bits >> 32) as u32].map(|bits| Data {
+        effective: bits,
+        permitted: bits,
+        inheritable: 0,
+    });
     // SAFETY: both have the layout of version 3 of the call, and outlive it.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })?;
     set_process(libc::PR_SET_DUMPABLE, 1)

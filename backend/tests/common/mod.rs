@@ -8,6 +8,7 @@
 #![allow(dead_code)]
 #![allow(clippy::unwrap_used)] // a test that cannot go on must fail
 
+pub mod attempts;
 pub mod child;
 pub mod host;
 
@@ -15,6 +16,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use vhost_device_gemini::backing::{Collapsed, HostRun, HostState, Memory, Refusal, RegionDesc};
 
@@ -162,12 +164,24 @@ impl Child {
         self.process.id()
     }
 
-    /// Has a command done; its answer.
-    pub fn ask(&mut self, command: &str) -> String {
+    fn answer(&mut self, command: &str) -> String {
         writeln!(self.channel.get_mut(), "{command}").unwrap();
         let mut answer = String::new();
         self.channel.read_line(&mut answer).unwrap();
-        let answer = answer.trim_end().to_owned();
+        answer.trim_end().to_owned()
+    }
+
+    /// The signal of which it dies when it has a command done; its answer if it does not.
+    pub fn dies_of(&mut self, command: &str) -> Result<i32, String> {
+        match self.answer(command) {
+            answer if !answer.is_empty() => Err(answer),
+            _ => Ok(self.process.wait().unwrap().signal().unwrap()),
+        }
+    }
+
+    /// Has a command done; its answer.
+    pub fn ask(&mut self, command: &str) -> String {
+        let answer = self.answer(command);
         assert!(!answer.is_empty(), "the helper died of {command:?}");
         assert!(!answer.starts_with("error"), "{command:?}: {answer}");
         answer

@@ -3,6 +3,7 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use gemini_harness::frontend::Session;
 use gemini_harness::machine::{Machine, PATIENCE};
 use gemini_harness::memory::{GuestMemory, Placement, BLOCK_SIZE};
 use gemini_harness::outside;
+use gemini_harness::scratch::Scratch;
 use gemini_harness::settings::Held;
 use gemini_harness::sys;
 use gemini_harness::wire::host_state;
@@ -179,6 +181,49 @@ fn capabilities_are_printed_as_json() -> Result {
     ensure!(output.status.success());
     let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     ensure!(capabilities.is_object(), "{capabilities}");
+    Ok(())
+}
+
+#[test]
+fn the_sandbox_holds_every_thread_and_can_be_left_out() -> Result {
+    // As the kernel calls it: a filter, or none.
+    for (mode, filter) in [(None, 2), (Some("log"), 2), (Some("off"), 0)] {
+        let mut options = options("gemini")?;
+        if let Some(mode) = mode {
+            options = options.arg("--sandbox", mode);
+        }
+        let mut lab = start(options)?;
+        let _machine = lab.boot(16)?;
+        for task in std::fs::read_dir(format!("/proc/{}/task", lab.daemon.pid()))? {
+            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            ensure!(status.contains(&format!("Seccomp:\t{filter}\n")), "{mode:?}: {status}");
+        }
+        let exit = lab.daemon.terminate()?;
+        ensure!(exit.success(), "{mode:?}: {exit}");
+        ensure!(!lab.daemon.socket().exists(), "{mode:?}: the socket is left behind");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_configuration_that_is_a_link_is_followed_at_each_load() -> Result {
+    let scratch = Scratch::new()?;
+    let (links, files) = (scratch.path().join("links"), scratch.path().join("files"));
+    std::fs::create_dir(&links)?;
+    std::fs::create_dir(&files)?;
+    let link = links.join("vm.toml");
+    let lead_to = |weight: u32| -> Result {
+        std::fs::write(files.join(format!("{weight}.toml")), format!("weight = {weight}\n"))?;
+        symlink(format!("../files/{weight}.toml"), links.join("new"))?;
+        Ok(std::fs::rename(links.join("new"), &link)?)
+    };
+    lead_to(1)?;
+    let lab = start(options("gemini")?.arg("--config", &link.to_string_lossy()))?;
+    for weight in [2, 3] {
+        lead_to(weight)?;
+        let settings = lab.daemon.control(&json!({"cmd": "reload"}))?;
+        ensure!(settings["weight"] == weight, "{settings}");
+    }
     Ok(())
 }
 
