@@ -1,0 +1,544 @@
+//! QEMU's plugin interface (version 4, QEMU 9.2 to 10.x), this process's memory
+//! map, and everything that is `unsafe` about them.
+
+use std::cell::RefCell;
+use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::OnceLock;
+
+use anyhow::{bail, ensure, Context};
+use gemini_tlbsim::decode::Instruction;
+use gemini_tlbsim::host::{HostMap, RamLayout};
+use gemini_tlbsim::paging::{ControlRegisters, GuestMemory, PageSize};
+
+use crate::plugin::Plugin;
+use crate::vcpu::Vcpu;
+
+/// Version of the interface; QEMU refuses a plugin of a version that it does not
+/// have.
+#[no_mangle]
+pub static qemu_plugin_version: c_int = 4;
+
+/// The head of `qemu_info_t`.
+#[repr(C)]
+pub struct Info {
+    target_name: *const c_char,
+    version_min: c_int,
+    version_current: c_int,
+    system_emulation: bool,
+}
+
+/// The head of `GArray` and `GByteArray`.
+#[repr(C)]
+struct Array {
+    data: *mut u8,
+    len: c_uint,
+}
+
+/// `qemu_plugin_reg_descriptor`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RegisterDescriptor {
+    handle: *mut c_void,
+    name: *const c_char,
+    feature: *const c_char,
+}
+
+// `enum qemu_plugin_cb_flags` and `enum qemu_plugin_mem_rw`.
+const CB_R_REGS: c_int = 1;
+const MEM_RW: c_int = 3;
+
+type SimpleCallback = extern "C" fn(u64);
+type VcpuCallback = extern "C" fn(u64, c_uint);
+type BlockCallback = extern "C" fn(u64, *mut c_void);
+type InstructionCallback = extern "C" fn(c_uint, *mut c_void);
+type AccessCallback = extern "C" fn(c_uint, u32, u64, *mut c_void);
+
+extern "C" {
+    fn qemu_plugin_reset(id: u64, callback: SimpleCallback);
+    fn qemu_plugin_register_vcpu_init_cb(id: u64, callback: VcpuCallback);
+    fn qemu_plugin_register_vcpu_resume_cb(id: u64, callback: VcpuCallback);
+    fn qemu_plugin_register_vcpu_tb_trans_cb(id: u64, callback: BlockCallback);
+    fn qemu_plugin_register_vcpu_insn_exec_cb(
+        instruction: *mut c_void,
+        callback: InstructionCallback,
+        flags: c_int,
+        data: *mut c_void,
+    );
+    fn qemu_plugin_register_vcpu_mem_cb(
+        instruction: *mut c_void,
+        callback: AccessCallback,
+        flags: c_int,
+        accesses: c_int,
+        data: *mut c_void,
+    );
+    fn qemu_plugin_tb_n_insns(block: *const c_void) -> usize;
+    fn qemu_plugin_tb_get_insn(block: *const c_void, index: usize) -> *mut c_void;
+    fn qemu_plugin_insn_data(instruction: *const c_void, into: *mut u8, length: usize) -> usize;
+    fn qemu_plugin_mem_size_shift(info: u32) -> c_uint;
+    fn qemu_plugin_get_hwaddr(info: u32, address: u64) -> *mut c_void;
+    fn qemu_plugin_hwaddr_is_io(address: *const c_void) -> bool;
+    fn qemu_plugin_hwaddr_phys_addr(address: *const c_void) -> u64;
+    fn qemu_plugin_get_registers() -> *mut Array;
+    fn qemu_plugin_read_register(handle: *mut c_void, into: *mut Array) -> c_int;
+    // GLib, which QEMU is linked with.
+    fn g_array_free(array: *mut Array, free_segment: c_int) -> *mut c_char;
+    fn g_byte_array_new() -> *mut Array;
+    fn g_byte_array_set_size(array: *mut Array, length: c_uint) -> *mut Array;
+    fn g_byte_array_unref(array: *mut Array);
+}
+
+static PLUGIN: OnceLock<Plugin> = OnceLock::new();
+
+thread_local! {
+    /// The virtual processors that this thread runs: one, or all.
+    static VCPUS: RefCell<Vec<Option<Vcpu>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What QEMU calls when it has loaded the plugin; 0 for success.
+///
+/// # Safety
+/// As QEMU's interface says: `info` is valid, and `arguments` has `count` strings.
+#[no_mangle]
+pub unsafe extern "C" fn qemu_plugin_install(
+    id: u64,
+    info: *const Info,
+    count: c_int,
+    arguments: *const *const c_char,
+) -> c_int {
+    // SAFETY: passed on as they came.
+    let result = unsafe { target_and_words(info, count, arguments) }
+        .and_then(|words| Plugin::new(words.iter().map(String::as_str)));
+    match result {
+        Ok(plugin) => {
+            if let Err(error) = PLUGIN.get_or_init(|| plugin).start() {
+                eprintln!("gemini-tlbsim: {error:#}");
+                return 1;
+            }
+        }
+        Err(error) => {
+            eprintln!("gemini-tlbsim: {error:#}");
+            return 1;
+        }
+    }
+    register(id);
+    0
+}
+
+fn register(id: u64) {
+    // SAFETY: the identifier is the one that QEMU gave, and the callbacks have the
+    // signatures that it calls them with.
+    unsafe {
+        qemu_plugin_register_vcpu_init_cb(id, on_vcpu_init);
+        qemu_plugin_register_vcpu_resume_cb(id, on_vcpu_resume);
+        qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
+    }
+}
+
+/// When QEMU has thrown away all translated code and all callbacks.
+extern "C" fn on_reset(id: u64) {
+    if let Some(plugin) = PLUGIN.get() {
+        plugin.translating_anew();
+    }
+    register(id);
+}
+
+/// Checks what is emulated, and copies the arguments.
+///
+/// # Safety
+/// As [`qemu_plugin_install`].
+unsafe fn target_and_words(
+    info: *const Info,
+    count: c_int,
+    arguments: *const *const c_char,
+) -> anyhow::Result<Vec<String>> {
+    // SAFETY: QEMU's description is valid, and begins like this one.
+    let info = unsafe { &*info };
+    // SAFETY: its name is a string.
+    let target = unsafe { CStr::from_ptr(info.target_name) };
+    ensure!(
+        info.system_emulation && target == c"x86_64",
+        "only machines with x86-64 processors are simulated"
+    );
+    (0..usize::try_from(count)?)
+        .map(|index| {
+            // SAFETY: there are `count` of them.
+            let word = unsafe { CStr::from_ptr(*arguments.add(index)) };
+            Ok(word.to_str().context("an argument is no UTF-8")?.to_owned())
+        })
+        .collect()
+}
+
+/// Runs `action` on a virtual processor of this thread.
+fn with_vcpu(index: c_uint, action: impl FnOnce(&mut Vcpu, &Plugin)) {
+    VCPUS.with(|vcpus| {
+        let (Ok(mut vcpus), Some(plugin)) = (vcpus.try_borrow_mut(), PLUGIN.get()) else {
+            return;
+        };
+        let slot = usize::try_from(index).ok().and_then(|index| vcpus.get_mut(index));
+        if let Some(Some(vcpu)) = slot {
+            action(vcpu, plugin);
+        }
+    });
+}
+
+extern "C" fn on_vcpu_init(_id: u64, index: c_uint) {
+    let Some(plugin) = PLUGIN.get() else { return };
+    let vcpu = Registers::of_this_vcpu().and_then(|registers| plugin.add_vcpu(index, registers));
+    match vcpu {
+        Ok(vcpu) => VCPUS.with(|vcpus| {
+            if let (Ok(mut vcpus), Ok(index)) = (vcpus.try_borrow_mut(), usize::try_from(index)) {
+                if vcpus.len() <= index {
+                    vcpus.resize_with(index + 1, || None);
+                }
+                vcpus[index] = Some(vcpu);
+            }
+        }),
+        Err(error) => plugin.fail(&error),
+    }
+}
+
+/// A processor that was halted may have been reset meanwhile.
+extern "C" fn on_vcpu_resume(id: u64, index: c_uint) {
+    with_vcpu(index, |vcpu, _| vcpu.look_again());
+    if PLUGIN.get().is_some_and(Plugin::must_translate_anew) {
+        // SAFETY: the identifier is ours, and this thread runs a virtual processor.
+        unsafe { qemu_plugin_reset(id, on_reset) };
+    }
+}
+
+/// Longest x86 instruction.
+const LONGEST: usize = 15;
+
+extern "C" fn on_translation(_id: u64, block: *mut c_void) {
+    let instrumented = PLUGIN.get().is_some_and(Plugin::instrumented);
+    // SAFETY: QEMU's handles are valid during this call, there are as many
+    // instructions as it says, and the buffer has the length that is told.
+    unsafe {
+        for index in 0..qemu_plugin_tb_n_insns(block) {
+            let instruction = qemu_plugin_tb_get_insn(block, index);
+            let mut bytes = [0; LONGEST];
+            let length = qemu_plugin_insn_data(instruction, bytes.as_mut_ptr(), bytes.len());
+            if let Some(found) = Instruction::decode(bytes.get(..length).unwrap_or_default()) {
+                // The interface has room for a pointer; it is never followed.
+                let data = ptr::without_provenance_mut(usize::try_from(found.pack()).unwrap_or(0));
+                qemu_plugin_register_vcpu_insn_exec_cb(
+                    instruction,
+                    on_instruction,
+                    CB_R_REGS,
+                    data,
+                );
+            }
+            if instrumented {
+                qemu_plugin_register_vcpu_mem_cb(
+                    instruction,
+                    on_access,
+                    CB_R_REGS,
+                    MEM_RW,
+                    ptr::null_mut(),
+                );
+            }
+        }
+    }
+}
+
+/// Before such an instruction is executed.
+extern "C" fn on_instruction(index: c_uint, data: *mut c_void) {
+    let instruction = Instruction::unpack(data.addr() as u64);
+    with_vcpu(index, |vcpu, _| vcpu.instruction(instruction));
+}
+
+/// After an access.
+extern "C" fn on_access(index: c_uint, info: u32, address: u64, _data: *mut c_void) {
+    with_vcpu(index, |vcpu, plugin| vcpu.access(plugin, &Access { info, address }));
+}
+
+/// An access to memory, during its callback.
+pub struct Access {
+    info: u32,
+    /// Virtual address of its first byte.
+    pub address: u64,
+}
+
+/// Where QEMU says that an access went.
+pub enum Place {
+    /// To this guest physical address.
+    Physical(u64),
+    /// To a device.
+    Device,
+    /// It does not tell.
+    Unknown,
+}
+
+impl Access {
+    /// Its last byte.
+    #[must_use]
+    pub fn last_byte(&self) -> u64 {
+        // SAFETY: the description of this access is valid during its callback.
+        let shift = unsafe { qemu_plugin_mem_size_shift(self.info) };
+        self.address.wrapping_add((1 << shift) - 1)
+    }
+
+    /// Where the byte at `address`, which is one of its own, went.
+    #[must_use]
+    pub fn place(&self, address: u64) -> Place {
+        // SAFETY: the description of this access is valid during its callback; so
+        // is what is made of it, for this thread.
+        unsafe {
+            let place = qemu_plugin_get_hwaddr(self.info, address);
+            if place.is_null() {
+                Place::Unknown
+            } else if qemu_plugin_hwaddr_is_io(place) {
+                Place::Device
+            } else {
+                Place::Physical(qemu_plugin_hwaddr_phys_addr(place))
+            }
+        }
+    }
+}
+
+/// Names of the general registers by their number.
+const GENERAL: [&CStr; 16] = [
+    c"rax", c"rcx", c"rdx", c"rbx", c"rsp", c"rbp", c"rsi", c"rdi", c"r8", c"r9", c"r10", c"r11",
+    c"r12", c"r13", c"r14", c"r15",
+];
+
+const CONTROL: [&CStr; 3] = [c"cr0", c"cr3", c"cr4"];
+
+/// Registers of a virtual processor, for callbacks on its thread.
+pub struct Registers {
+    general: [*mut c_void; 16],
+    control: [*mut c_void; 3],
+    buffer: *mut Array,
+}
+
+impl Registers {
+    /// Finds the registers of the virtual processor that this thread runs now.
+    ///
+    /// # Errors
+    /// If QEMU has not all of them.
+    fn of_this_vcpu() -> anyhow::Result<Self> {
+        // SAFETY: takes nothing; the array is ours.
+        let array = unsafe { qemu_plugin_get_registers() };
+        ensure!(!array.is_null(), "QEMU does not tell its registers");
+        // SAFETY: an array of `len` such descriptors, whose names are strings that
+        // stay.
+        let found: Vec<(&CStr, *mut c_void)> = unsafe {
+            let Array { data, len } = ptr::read(array);
+            let descriptors = data.cast::<RegisterDescriptor>();
+            (0..len as usize)
+                .map(|index| {
+                    let descriptor = *descriptors.add(index);
+                    (CStr::from_ptr(descriptor.name), descriptor.handle)
+                })
+                .collect()
+        };
+        // SAFETY: it is ours, and nothing of it is used any more.
+        unsafe { g_array_free(array, 1) };
+        let find = |wanted: &CStr| {
+            let register = found.iter().find(|(name, _)| *name == wanted);
+            register.map(|&(_, handle)| handle).with_context(|| format!("QEMU has no {wanted:?}"))
+        };
+        let mut general = [ptr::null_mut(); 16];
+        let mut control = [ptr::null_mut(); 3];
+        for (handle, name) in general.iter_mut().zip(GENERAL).chain(control.iter_mut().zip(CONTROL))
+        {
+            *handle = find(name)?;
+        }
+        // SAFETY: makes an array of ours.
+        let buffer = unsafe { g_byte_array_new() };
+        Ok(Registers { general, control, buffer })
+    }
+
+    /// The control registers that matter for paging.
+    #[must_use]
+    pub fn control(&self) -> ControlRegisters {
+        let [cr0, cr3, cr4] = self.control.map(|handle| self.read(handle));
+        ControlRegisters { cr0, cr3, cr4 }
+    }
+
+    /// A general register by its number, 0 to 15.
+    #[must_use]
+    pub fn general(&self, number: u8) -> u64 {
+        self.general.get(usize::from(number)).map_or(0, |&handle| self.read(handle))
+    }
+
+    /// 4 or 8 bytes, as the processor's mode is; 0 if QEMU cannot read it.
+    fn read(&self, handle: *mut c_void) -> u64 {
+        // SAFETY: the buffer is ours, and this is called in callbacks that may read
+        // registers; afterwards it has `len` bytes.
+        let bytes = unsafe {
+            g_byte_array_set_size(self.buffer, 0);
+            if qemu_plugin_read_register(handle, self.buffer) <= 0 {
+                return 0;
+            }
+            let Array { data, len } = ptr::read(self.buffer);
+            std::slice::from_raw_parts(data, len as usize)
+        };
+        bytes.iter().take(8).rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
+    }
+}
+
+impl Drop for Registers {
+    fn drop(&mut self) {
+        // SAFETY: made by `of_this_vcpu`, and not used any more.
+        unsafe { g_byte_array_unref(self.buffer) };
+    }
+}
+
+/// The guest's memory as this process, QEMU, has it mapped.
+#[derive(Debug)]
+pub struct GuestRam {
+    mapping: Range<u64>,
+    layout: RamLayout,
+    /// Size of the host's huge pages under it.
+    huge: PageSize,
+}
+
+impl GuestRam {
+    /// Finds the memfd of `bytes` bytes.
+    ///
+    /// # Errors
+    /// If this process has no such mapping.
+    pub fn find(bytes: u64) -> anyhow::Result<Self> {
+        let maps = fs::read_to_string("/proc/self/smaps").context("cannot read smaps")?;
+        let mut lines = maps.lines();
+        let mapping = lines
+            .by_ref()
+            .filter(|line| line.contains("/memfd:"))
+            .filter_map(parse_range)
+            .find(|range| range.end - range.start == bytes)
+            .with_context(|| format!("QEMU maps no memfd of {bytes} bytes"))?;
+        let page = lines
+            .find_map(|line| line.strip_prefix("KernelPageSize:"))
+            .and_then(|text| text.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+            .context("the kernel does not tell the size of its pages")?;
+        let huge = if page << 10 == 1 << PageSize::Giant.shift() {
+            PageSize::Giant
+        } else {
+            PageSize::Huge
+        };
+        Ok(GuestRam { mapping, layout: RamLayout::q35(bytes), huge })
+    }
+
+    /// Whether there is memory at a guest physical address.
+    #[must_use]
+    pub fn has(&self, gpa: u64) -> bool {
+        self.layout.offset(gpa).is_some()
+    }
+
+    /// A host of which nothing is known yet.
+    #[must_use]
+    pub fn blank_host(&self) -> HostMap {
+        HostMap::new(self.layout, self.huge)
+    }
+
+    /// What this process's page tables map with huge pages now.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub fn scan(&self) -> anyhow::Result<HostMap> {
+        let mut host = self.blank_host();
+        let file = File::open("/proc/self/pagemap").context("cannot open the page map")?;
+        let mut regions = vec![Region::default(); 1024];
+        // A huge range that goes on in the next answer is one range.
+        let mut open: Option<Range<u64>> = None;
+        let mut start = self.mapping.start;
+        while start < self.mapping.end {
+            let mut arguments = ScanArguments {
+                size: size_of::<ScanArguments>() as u64,
+                start,
+                end: self.mapping.end,
+                vec: regions.as_mut_ptr() as u64,
+                vec_len: regions.len() as u64,
+                category_mask: PRESENT_AND_HUGE,
+                return_mask: PRESENT_AND_HUGE,
+                ..Default::default()
+            };
+            // SAFETY: the arguments have the kernel's layout, and `vec` names
+            // `vec_len` regions that live throughout the call.
+            let count = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
+            let Ok(count) = usize::try_from(count) else {
+                return Err(io::Error::last_os_error()).context("PAGEMAP_SCAN is refused");
+            };
+            for region in regions.iter().take(count) {
+                match &mut open {
+                    Some(last) if last.end == region.start => last.end = region.end,
+                    _ => {
+                        let next = region.start..region.end;
+                        if let Some(last) = open.replace(next) {
+                            self.set_huge(&mut host, &last);
+                        }
+                    }
+                }
+            }
+            if arguments.walk_end <= start {
+                bail!("PAGEMAP_SCAN does not get on at {start:#x}");
+            }
+            start = arguments.walk_end;
+        }
+        if let Some(last) = open {
+            self.set_huge(&mut host, &last);
+        }
+        Ok(host)
+    }
+
+    fn set_huge(&self, host: &mut HostMap, range: &Range<u64>) {
+        host.set_huge(range.start - self.mapping.start, range.end - range.start);
+    }
+}
+
+impl GuestMemory for GuestRam {
+    fn word(&self, gpa: u64) -> Option<u64> {
+        let offset = self.layout.offset(gpa & !7)?;
+        let address = usize::try_from(self.mapping.start + offset).ok()?;
+        let word = ptr::with_exposed_provenance_mut::<u64>(address);
+        // SAFETY: an aligned word of the guest's memory, which QEMU keeps mapped
+        // for reading and writing as long as it runs. The guest may write it at
+        // any time, hence an atomic.
+        Some(unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Relaxed))
+    }
+}
+
+// Documentation/admin-guide/mm/pagemap.rst of the kernel.
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const PRESENT_AND_HUGE: u64 = 1 << 3 | 1 << 6;
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Default)]
+struct ScanArguments {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// START-END at the beginning of a line of a memory map.
+fn parse_range(line: &str) -> Option<Range<u64>> {
+    let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+    let parse = |text| u64::from_str_radix(text, 16).ok();
+    Some(parse(start)?..parse(end)?)
+}

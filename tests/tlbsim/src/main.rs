@@ -1,0 +1,81 @@
+//! `gemini-tlb-replay`: runs recorded traces through the model again.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{bail, Context};
+use clap::{Parser, ValueEnum};
+use gemini_tlbsim::counters::Counters;
+use gemini_tlbsim::profile::{self, Profile};
+use gemini_tlbsim::replay::{replay, Host};
+use serde_json::json;
+
+#[derive(Parser)]
+#[command(version, about = "Replays traces of the TLB simulator")]
+struct Cli {
+    /// Traces, one of each virtual processor
+    #[arg(required = true)]
+    traces: Vec<PathBuf>,
+    /// Simulate another processor than the one that was recorded
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
+    /// What the host is taken to be
+    #[arg(long, value_enum, default_value = "recorded")]
+    host: HostChoice,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum HostChoice {
+    /// What it was
+    Recorded,
+    /// Base pages alone
+    Base,
+    /// Huge pages everywhere
+    Huge,
+}
+
+fn parse_profile(name: &str) -> anyhow::Result<Profile> {
+    profile::find(name).with_context(|| {
+        format!("there is: {}", profile::ALL.map(|profile| profile.name).join(", "))
+    })
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints what all traces count together. A replay as it was recorded must count
+/// what was counted then.
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    let host = match cli.host {
+        HostChoice::Recorded => Host::Recorded,
+        HostChoice::Base => Host::Base,
+        HostChoice::Huge => Host::Huge,
+    };
+    let mut total = Counters::default();
+    for path in &cli.traces {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let replayed = replay(BufReader::new(file), cli.profile, host)
+            .with_context(|| format!("cannot replay {}", path.display()))?;
+        let counters = Counters { skipped: replayed.recorded.skipped, ..replayed.counters };
+        let unchanged = cli.profile.is_none_or(|profile| profile.name == replayed.header.profile);
+        if unchanged && host == Host::Recorded && counters != replayed.recorded {
+            bail!(
+                "{} does not replay as it was recorded: {counters:?}, then {:?}",
+                path.display(),
+                replayed.recorded
+            );
+        }
+        total = total.plus(&counters);
+    }
+    println!("{:#}", json!(total));
+    Ok(())
+}

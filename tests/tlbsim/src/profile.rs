@@ -1,0 +1,158 @@
+//! Named geometries of real processors.
+//!
+//! Numbers of TLB entries are published; those of paging-structure caches are
+//! not, for any of these processors. The ones here are the sizes that research
+//! simulators assume (Bhattacharjee, "Large-reach memory management unit
+//! caches", MICRO 2013, and, for nested paging, Bhargava et al., "Accelerating
+//! two-dimensional page walks for virtualized systems", ASPLOS 2008), the same
+//! in all profiles, so that they tell no processor from another.
+
+use crate::bank::Geometry;
+use crate::paging::PageSize;
+
+/// One array of a TLB.
+#[derive(Clone, Copy, Debug)]
+pub struct TlbBank {
+    /// Its size.
+    pub geometry: Geometry,
+    /// Sizes of pages that it can hold.
+    pub sizes: &'static [PageSize],
+}
+
+/// Sizes of the caches that shorten one dimension of a walk. An entry of the
+/// cache of a level spares reading the tables of that level and of those above.
+#[derive(Clone, Copy, Debug)]
+pub struct WalkCaches {
+    /// For entries of level 2 (2 MiB), 3 (1 GiB), 4 (512 GiB) and 5, in this order.
+    pub levels: [Geometry; 4],
+}
+
+impl WalkCaches {
+    /// No caches at all.
+    pub const NONE: WalkCaches = WalkCaches { levels: [Geometry::full(0); 4] };
+
+    const COMMON: WalkCaches = WalkCaches {
+        levels: [Geometry::sets(32, 4), Geometry::full(4), Geometry::full(2), Geometry::full(2)],
+    };
+}
+
+/// What a flush of a single page does where the guest's huge page is in the TLB
+/// in fragments, because the host has base pages there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FractureFlush {
+    /// Empties the TLB if it may hold fragments of any huge page: what Intel's
+    /// processors were found to do (Amit, "Page fracturing", 2018).
+    Everything,
+    /// Removes the fragments of that huge page.
+    Fragments,
+}
+
+/// A processor.
+#[derive(Clone, Copy, Debug)]
+pub struct Profile {
+    /// What it is called on command lines.
+    pub name: &'static str,
+    /// First level, for data.
+    pub l1: &'static [TlbBank],
+    /// Second level, shared by page sizes. A page of a size that no bank holds
+    /// is held as the largest smaller one.
+    pub l2: &'static [TlbBank],
+    /// Caches of the guest's page tables.
+    pub guest_walk: WalkCaches,
+    /// Caches of the host's.
+    pub nested_walk: WalkCaches,
+    /// Translations of guest physical pages as a whole.
+    pub nested_tlb: Geometry,
+    /// How pages are flushed.
+    pub fracture: FractureFlush,
+}
+
+use PageSize::{Base, Giant, Huge};
+
+/// L1 data TLBs of Intel's server cores from Haswell to Skylake: CPUID leaf 2
+/// descriptors 03H (4 KiB, 4-way, 64) and 63H (2 MiB, 4-way, 32; 1 GiB, 4-way, 4),
+/// Intel SDM volume 2A.
+const INTEL_L1: &[TlbBank] = &[
+    TlbBank { geometry: Geometry::sets(64, 4), sizes: &[Base] },
+    TlbBank { geometry: Geometry::sets(32, 4), sizes: &[Huge] },
+    TlbBank { geometry: Geometry::full(4), sizes: &[Giant] },
+];
+
+/// The processor of the Gemini paper, a Xeon E5-2620 v4 (Broadwell). Second
+/// level: descriptor C3H (4 KiB and 2 MiB, 6-way, 1536; 1 GiB, 4-way, 16).
+pub const BROADWELL: Profile = Profile {
+    name: "broadwell",
+    l1: INTEL_L1,
+    l2: &[
+        TlbBank { geometry: Geometry::sets(1536, 6), sizes: &[Base, Huge] },
+        TlbBank { geometry: Geometry::sets(16, 4), sizes: &[Giant] },
+    ],
+    guest_walk: WalkCaches::COMMON,
+    nested_walk: WalkCaches::COMMON,
+    nested_tlb: Geometry::full(16),
+    fracture: FractureFlush::Everything,
+};
+
+/// Intel's Ice Lake (Sunny Cove). Source: Intel 64 and IA-32 Optimization
+/// Reference Manual, TLB parameters of Ice Lake; the second level as its CPUID
+/// leaf 18H tells it: 1024 entries for 4 KiB and 2 MiB, 1024 for 4 KiB and 1 GiB,
+/// 8-way each. The small TLB of its own that stores have is left out.
+pub const ICE_LAKE: Profile = Profile {
+    name: "icelake",
+    l1: &[
+        TlbBank { geometry: Geometry::sets(64, 4), sizes: &[Base] },
+        TlbBank { geometry: Geometry::sets(32, 4), sizes: &[Huge] },
+        TlbBank { geometry: Geometry::full(8), sizes: &[Giant] },
+    ],
+    l2: &[
+        TlbBank { geometry: Geometry::sets(1024, 8), sizes: &[Base, Huge] },
+        TlbBank { geometry: Geometry::sets(1024, 8), sizes: &[Base, Giant] },
+    ],
+    ..BROADWELL
+};
+
+/// AMD's Zen 4. Source: Software Optimization Guide for the AMD Zen4
+/// Microarchitecture (publication 57647), L1 and L2 data TLB: 72 entries, fully
+/// associative, all sizes; 3072 entries for 4 KiB and 2 MiB, taken as 24-way. Its
+/// coalescing of neighbouring base pages is left out.
+pub const ZEN4: Profile = Profile {
+    name: "zen4",
+    l1: &[TlbBank { geometry: Geometry::full(72), sizes: &[Base, Huge, Giant] }],
+    l2: &[TlbBank { geometry: Geometry::sets(3072, 24), sizes: &[Base, Huge] }],
+    fracture: FractureFlush::Fragments,
+    ..BROADWELL
+};
+
+/// All profiles; the first is the default.
+pub const ALL: [Profile; 3] = [BROADWELL, ICE_LAKE, ZEN4];
+
+/// The profile of this name.
+#[must_use]
+pub fn find(name: &str) -> Option<Profile> {
+    ALL.into_iter().find(|profile| profile.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_and_banks_consist_of_whole_sets() {
+        for profile in ALL {
+            assert_eq!(find(profile.name).expect("it is in the list").name, profile.name);
+            for bank in profile.l1.iter().chain(profile.l2) {
+                assert_eq!(bank.geometry.entries % bank.geometry.ways, 0);
+            }
+        }
+        assert!(find("pentium").is_none());
+    }
+
+    #[test]
+    fn every_size_has_a_place_in_the_first_level() {
+        for profile in ALL {
+            for size in PageSize::ALL {
+                assert!(profile.l1.iter().any(|bank| bank.sizes.contains(&size)));
+            }
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Runs a trace through the model again: with the same profile the counts are
+//! the same, with another they are those of another processor.
+
+use std::collections::HashMap;
+use std::io::BufRead;
+use std::sync::Arc;
+
+use anyhow::{ensure, Context};
+
+use crate::counters::{Counters, LiveCounters};
+use crate::cpu::Cpu;
+use crate::host::{HostMap, RamLayout};
+use crate::paging::PageSize;
+use crate::profile::{self, Profile};
+use crate::trace::{Event, Header, Reader};
+
+/// What the host is taken to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Host {
+    /// What it was.
+    Recorded,
+    /// One with base pages alone.
+    Base,
+    /// One with huge pages everywhere.
+    Huge,
+}
+
+/// The result of a replay.
+#[derive(Clone, Debug)]
+pub struct Replayed {
+    /// What the trace begins with.
+    pub header: Header,
+    /// What was counted now.
+    pub counters: Counters,
+    /// What was counted while recording.
+    pub recorded: Counters,
+}
+
+/// Replays a trace, with its own profile or another one.
+///
+/// # Errors
+/// If the trace is torn, malformed, or of a profile that is not known.
+pub fn replay(
+    input: impl BufRead,
+    profile: Option<Profile>,
+    host: Host,
+) -> anyhow::Result<Replayed> {
+    let (mut reader, header) = Reader::new(input)?;
+    let profile = match profile {
+        Some(profile) => profile,
+        None => profile::find(&header.profile)
+            .with_context(|| format!("there is no profile {}", header.profile))?,
+    };
+    let layout = RamLayout::q35(header.memory);
+    let mut map = HostMap::new(layout, header.host_page);
+    if host == Host::Huge {
+        map.set_huge(0, layout.bytes());
+    }
+    let counters = Arc::new(LiveCounters::default());
+    let mut cpu = Cpu::new(profile, Arc::clone(&counters));
+    let mut known = HashMap::new();
+    let mut first = true;
+    loop {
+        match reader.event()? {
+            Event::Translation(page, translation) => {
+                known.insert(page, translation);
+            }
+            Event::Access(page) => {
+                let translation = known.get(&page).copied();
+                ensure!(translation.is_some(), "an access to page {page:#x} of no translation");
+                cpu.access(page << PageSize::Base.shift(), &map, |_| translation);
+            }
+            Event::Host(bits) => {
+                known.clear();
+                if host == Host::Recorded {
+                    map.set_bits(&bits);
+                    // The first one tells what there was to begin with.
+                    if !first {
+                        cpu.host_changed();
+                    }
+                }
+                first = false;
+            }
+            event => {
+                known.clear();
+                match event {
+                    Event::FlushPage(address) => cpu.flush_page(address),
+                    Event::FlushSpace => cpu.flush_space(),
+                    Event::Switch(space) => cpu.switch_space(space),
+                    Event::FlushAll => cpu.flush_all(),
+                    Event::End(recorded) => {
+                        return Ok(Replayed { header, counters: counters.snapshot(), recorded });
+                    }
+                    Event::Access(_) | Event::Translation(..) | Event::Host(_) => {}
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::paging::Translation;
+    use crate::profile::{BROADWELL, ZEN4};
+    use crate::record::Recorder;
+
+    const MEMORY: u64 = 64 << 20;
+
+    /// The guest's page tables at a time: pages move when it goes on.
+    fn translate(address: u64, time: u64) -> Option<Translation> {
+        let page = address >> 12;
+        if page % 97 == 5 {
+            return None;
+        }
+        let level = if page % 1024 < 512 { 1 } else { 2 };
+        let size = if level == 1 { PageSize::Base } else { PageSize::Huge };
+        let mut entries = [0x20_0000, 0x40_1000, 0x40_2000, 0x40_3000, 0];
+        entries[..usize::from(level) - 1].fill(0);
+        let frame = size.start(address.wrapping_add(time << 21) % MEMORY);
+        Some(Translation { entries, top: 4, frame, level, global: page % 11 == 0 })
+    }
+
+    /// Records steps, and returns the trace and what was counted.
+    fn record(steps: &[(u64, u8)], limit: u64) -> Vec<u8> {
+        let header = Header {
+            processor: 0,
+            memory: MEMORY,
+            host_page: PageSize::Huge,
+            profile: BROADWELL.name.into(),
+        };
+        let mut host = HostMap::new(RamLayout::q35(MEMORY), PageSize::Huge);
+        let mut cpu = Cpu::new(BROADWELL, Arc::default());
+        let mut bytes = Vec::new();
+        let mut recorder = Recorder::new(&mut bytes, &header, &cpu, &host, limit).expect("memory");
+        for (time, &(page, action)) in (0..).zip(steps) {
+            if recorder.is_full() {
+                break;
+            }
+            let event = match action {
+                0 => {
+                    cpu.flush_page(page << 12);
+                    Event::FlushPage(page << 12)
+                }
+                1 => {
+                    cpu.flush_space();
+                    Event::FlushSpace
+                }
+                2 => {
+                    cpu.flush_all();
+                    Event::FlushAll
+                }
+                3 => {
+                    cpu.switch_space(2);
+                    Event::Switch(2)
+                }
+                4 => {
+                    host.set_huge(page << 12, 8 << 20);
+                    cpu.host_changed();
+                    Event::Host(host.bits().to_vec())
+                }
+                _ => {
+                    // Tables that change unannounced: not before a flush does a
+                    // processor have to see it.
+                    recorder
+                        .access(&mut cpu, page << 12, &host, |address| translate(address, time));
+                    continue;
+                }
+            };
+            recorder.event(&event);
+        }
+        recorder.finish(&cpu).expect("memory");
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn a_replay_counts_what_the_recording_counted(
+            steps in prop::collection::vec((0_u64..9000, 0_u8..60), 0..600),
+        ) {
+            let trace = record(&steps, u64::MAX);
+            let replayed = replay(&trace[..], None, Host::Recorded).expect("a trace");
+            let skipped = replayed.recorded.skipped;
+            prop_assert_eq!(Counters { skipped, ..replayed.counters }, replayed.recorded);
+            // Another processor: as many accesses, and a result each time.
+            let other = replay(&trace[..], Some(ZEN4), Host::Recorded).expect("a trace");
+            prop_assert_eq!(other.counters.accesses, replayed.counters.accesses);
+        }
+    }
+
+    #[test]
+    fn huge_pages_of_the_host_are_worth_something_in_a_replay() {
+        // Pages of guest huge pages, over 12 MiB.
+        let steps: Vec<_> = (0..2).flat_map(|_| (512..1024).chain(1536..2048)).collect();
+        let steps: Vec<_> = steps.into_iter().map(|page| (page, 9)).collect();
+        let trace = record(&steps, u64::MAX);
+        let misses = |host| replay(&trace[..], None, host).expect("a trace").counters.tlb_misses;
+        assert!(misses(Host::Huge) < misses(Host::Base) / 100);
+        assert_eq!(misses(Host::Base), misses(Host::Recorded));
+    }
+
+    #[test]
+    fn a_trace_ends_where_it_is_full() {
+        let steps: Vec<_> = (0..1000).map(|page| (page, 9)).collect();
+        let trace = record(&steps, 2000);
+        let replayed = replay(&trace[..], None, Host::Recorded).expect("a trace");
+        assert!((1..500).contains(&replayed.counters.accesses));
+        assert_eq!(replayed.counters.tlb_misses, replayed.recorded.tlb_misses);
+    }
+
+    #[test]
+    fn a_torn_trace_is_an_error() {
+        let trace = record(&[(1, 9), (2, 9), (3, 9)], u64::MAX);
+        assert!(replay(&trace[..trace.len() - 10], None, Host::Recorded).is_err());
+    }
+}
