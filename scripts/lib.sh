@@ -207,6 +207,15 @@ prepare_lab() {
 	export GEMINI_QEMU GEMINI_GUEST GEMINI_DAEMON
 }
 
+# The plugin of QEMU's that simulates TLBs, and what replays its traces.
+build_tlb_simulator() {
+	step "building the TLB simulator"
+	cargo_build gemini-tlbsim gemini-tlbsim-plugin
+	GEMINI_TLB_PLUGIN=$(target_dir)/release/libgemini_tlbsim_plugin.so
+	GEMINI_TLB_REPLAY=$(target_dir)/release/gemini-tlb-replay
+	export GEMINI_TLB_PLUGIN GEMINI_TLB_REPLAY
+}
+
 target_dir() {
 	printf '%s' "${CARGO_TARGET_DIR:-$GEMINI_ROOT/target}"
 }

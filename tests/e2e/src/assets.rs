@@ -10,6 +10,7 @@ const QEMU: &str = "GEMINI_QEMU";
 const DAEMON: &str = "GEMINI_DAEMON";
 const GUEST: &str = "GEMINI_GUEST";
 const FAULT_DAEMON: &str = "GEMINI_FAULT_DAEMON";
+const TLB_PLUGIN: &str = "GEMINI_TLB_PLUGIN";
 
 /// Where the parts are.
 #[derive(Clone, Debug)]
@@ -67,6 +68,14 @@ fn variable(name: &str) -> anyhow::Result<String> {
 /// If there is none.
 pub fn fault_daemon() -> anyhow::Result<PathBuf> {
     variable(FAULT_DAEMON).map(PathBuf::from)
+}
+
+/// QEMU's plugin that simulates TLBs.
+///
+/// # Errors
+/// If there is none.
+pub fn tlb_plugin() -> anyhow::Result<PathBuf> {
+    variable(TLB_PLUGIN).map(PathBuf::from)
 }
 
 /// The directory for things that are kept between runs; the scripts' default.

@@ -236,6 +236,16 @@ impl Control {
         Ok(())
     }
 
+    /// Sets the policy.
+    ///
+    /// # Errors
+    /// If it does not answer, or has no such policy.
+    pub fn set_policy(&self, policy: &str) -> anyhow::Result<()> {
+        let answer: Value = self.ask(&json!({"cmd": "set", "policy": policy}))?;
+        ensure!(answer["policy"] == policy, "the daemon answers {answer}");
+        Ok(())
+    }
+
     /// The daemon's view of every block it manages.
     ///
     /// # Errors

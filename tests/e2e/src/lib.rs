@@ -25,6 +25,7 @@ pub mod qmp;
 pub mod settings;
 pub mod shell;
 pub mod taker;
+pub mod tlb;
 pub mod vm;
 
 /// log2 of the size of a block on the machines that this crate knows (x86-64).

@@ -14,6 +14,7 @@ pub mod reuse;
 pub mod scarce_host;
 pub mod spread;
 pub mod stress;
+pub mod tlb;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -76,6 +77,8 @@ enum Name {
     BasePages,
     /// What the driver's hooks cost page faults
     FaultLatency,
+    /// Simulated TLB misses of a program that reads at random
+    Tlb,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -84,7 +87,11 @@ enum Name {
 /// # Errors
 /// If a part does not come up, or a figure cannot be measured.
 pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
-    let accel = AccelChoice::from_env()?;
+    let accel = match args.scenario {
+        // Only an emulator shows every access.
+        Name::Tlb => AccelChoice::Tcg,
+        _ => AccelChoice::from_env()?,
+    };
     let bench = match args.scenario {
         // No figure of it depends on them, and it takes long.
         Name::Stress => Bench::with_any_settings(accel)?,
@@ -106,6 +113,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         Name::Migrate => migrate::measure(&bench, args.seed, args.quick)?,
         Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
         Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
+        Name::Tlb => tlb::measure(&bench, args.seed, args.quick)?,
         Name::GuestPressure => pressure::measure(&bench, args.quick)?,
     };
     scenario.arg("seed", args.seed);
