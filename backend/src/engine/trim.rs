@@ -5,8 +5,12 @@ use crate::backing::HostState;
 use crate::block_map::{Block, BlockMap};
 use crate::protocol::{GuestState, PAGE_SHIFT};
 
+/// What no memory has.
+const NOWHERE: (u64, u32) = (u64::MAX, 0);
+
 /// The blocks that ranges of base pages touch, ascending, each once. What no block can have (no
-/// pages, or pages beyond the last address) comes out as a range that no memory has either.
+/// pages, or pages beyond the last address) comes out as a range that no memory has either; so do
+/// ranges of more pages than their blocks have: the size of the guest bounds what a request costs.
 pub fn blocks_of(pages: &[(u64, u32)], block_shift: u32) -> Vec<(u64, u32)> {
     let shift = block_shift - PAGE_SHIFT;
     let mut blocks: Vec<(u64, u64)> = pages
@@ -24,6 +28,11 @@ pub fn blocks_of(pages: &[(u64, u32)], block_shift: u32) -> Vec<(u64, u32)> {
         last.1 = if touches { last.1.max(next.1) } else { last.1 };
         touches
     });
+    let named: u64 = pages.iter().map(|(_, count)| u64::from(*count)).sum();
+    let touched: u64 = blocks.iter().map(|(first, end)| end - first).sum();
+    if named > touched.saturating_mul(1 << shift) {
+        return vec![NOWHERE];
+    }
     let count = |(first, end)| (first, u32::try_from(end - first).unwrap_or(u32::MAX));
     blocks.into_iter().map(count).collect()
 }
@@ -65,6 +74,7 @@ mod tests {
     #[test]
     fn what_no_memory_has_stays_refusable() {
         let map = BlockMap::new(&[0..8]);
+        assert_eq!(blocks_of(&[(0, 4096), (0, 1)], SHIFT), [NOWHERE]);
         for bad in [(0, 0), (u64::MAX, 1), (u64::MAX - 3, 4), (u64::MAX >> PAGE_SHIFT, 1)] {
             let blocks = blocks_of(&[(0, 1), bad], SHIFT);
             assert!(!blocks.iter().all(|&(first, count)| map.is_managed(first, count)), "{bad:?}");
@@ -77,6 +87,7 @@ mod tests {
             pages in prop::collection::vec((0u64..5000, 1u32..2000), 1..20),
         ) {
             let blocks = blocks_of(&pages, SHIFT);
+            prop_assume!(blocks != [NOWHERE]);
             let named = |block| blocks.iter().any(|&(first, count)| {
                 (first..first + u64::from(count)).contains(&block)
             });

@@ -82,12 +82,13 @@ fn pages_of(rng: &mut Rng, blocks: &[Range]) -> Vec<Range> {
         .collect()
 }
 
-fn range_out_of_memory(rng: &mut Rng) -> Range {
+/// A range that is not all in memory, which ends at `end`.
+fn range_out_of_memory(rng: &mut Rng, end: u64) -> Range {
     match rng.below(5) {
-        0 => Range { first: BLOCKS + rng.below(1000), count: 1 },
-        1 => Range { first: BLOCKS - 1, count: 2 + rng.bits32() / 2 },
+        0 => Range { first: end + rng.below(1000), count: 1 },
+        1 => Range { first: end - 1, count: 2 + rng.bits32() / 2 },
         2 => Range { first: u64::MAX - rng.below(3), count: 1 + rng.bits32() / 2 },
-        3 => Range { first: rng.below(BLOCKS), count: 0 },
+        3 => Range { first: rng.below(end), count: 0 },
         _ => Range { first: rng.bits() | (1 << 40), count: rng.bits32() },
     }
 }
@@ -109,7 +110,8 @@ fn send(arena: &mut Arena, queue: usize, slot: u64) -> anyhow::Result<Sent> {
     // A TRIM names base pages, and any part of these blocks will do.
     let inside = if right == wire::REQ_TRIM { pages_of(rng, &blocks) } else { blocks.clone() };
     let mut with_bad = inside.clone();
-    let bad = range_out_of_memory(rng);
+    let end = if right == wire::REQ_TRIM { BLOCKS * 512 } else { BLOCKS };
+    let bad = range_out_of_memory(rng, end);
     with_bad.insert(rng.index(with_bad.len() + 1), bad);
 
     let sound = wire::request(right, generation, &inside);
