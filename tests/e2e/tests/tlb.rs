@@ -1,0 +1,77 @@
+//! The TLB simulator on a real guest: the size of an entry is decided by both
+//! layers, and a trace replays as it was recorded.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{ensure, Context};
+use gemini_e2e::accel::AccelChoice;
+use gemini_e2e::lab::{Bench, Lab};
+use gemini_e2e::tlb::{TlbSimulator, TlbView};
+use gemini_e2e::MIB;
+use gemini_guest::protocol::PageSize;
+use serde_json::Value;
+
+/// How long the daemon may take to collapse what the guest has.
+const SETTLE: Duration = Duration::from_secs(60);
+
+const READS: u64 = 100_000;
+
+/// Has the guest read at random, and tells what was counted meanwhile.
+fn read(lab: &Lab, simulator: &TlbSimulator, seed: u64) -> anyhow::Result<TlbView> {
+    let start = simulator.look()?;
+    lab.vm.guest.read("a", READS, seed)?;
+    Ok(simulator.look()?.since(&start))
+}
+
+#[test]
+fn alignment_saves_misses_and_a_trace_replays_as_recorded() -> anyhow::Result<()> {
+    let bench = Bench::new(AccelChoice::Tcg)?;
+    let mut simulator = None;
+    let mut lab = Lab::start(&bench, "tlb", "none", |config| {
+        // With 512 MiB Linux does without huge pages.
+        config.memory = 768 * MIB;
+        simulator = Some(TlbSimulator::attach(config, "broadwell"));
+    })?;
+    let simulator = simulator.context("no guest was configured")??;
+    lab.vm.guest.hints_only()?;
+    lab.vm.guest.fill("a", 128 * MIB, 1, PageSize::Huge)?;
+    simulator.begin()?;
+
+    // Huge pages of the guest on base pages of the host: 32,768 entries would be
+    // needed, of which the second level has 1,536.
+    let before = read(&lab, &simulator, 1)?;
+    ensure!(before.total.tlb_misses > READS * 9 / 10, "{before:?}");
+    ensure!(before.total.misses_guest_only > before.total.tlb_misses * 9 / 10, "{before:?}");
+
+    lab.daemon.control().set_policy("always")?;
+    lab.wait_settled(SETTLE)?;
+    // Huge pages on huge pages: 64 entries.
+    read(&lab, &simulator, 2)?;
+    let after = read(&lab, &simulator, 3)?;
+    ensure!(after.total.tlb_misses < before.total.tlb_misses / 10, "{after:?}, {before:?}");
+    let walks = before.total.tlb_misses + after.total.tlb_misses;
+    ensure!(before.disagreements + after.disagreements <= walks / 1000, "{before:?}, {after:?}");
+
+    let traces = lab.place.directory().join("trace");
+    simulator.record(&traces, 64 * MIB)?;
+    lab.vm.guest.read("a", READS, 4)?;
+    // Wakes every processor, so that each ends its trace.
+    lab.vm.guest.shell("for cpu in 0 1; do taskset $((1 << cpu)) true; done")?;
+    simulator.stop()?;
+    let traces = [0, 1].map(|number| PathBuf::from(format!("{}.{number}", traces.display())));
+    let accesses = |profile: &[&str]| -> anyhow::Result<u64> {
+        let program = std::env::var_os("GEMINI_TLB_REPLAY").context("no replay was built")?;
+        let output = Command::new(program).args(profile).args(&traces).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let counted: Value = serde_json::from_slice(&output.stdout)?;
+        counted["accesses"].as_u64().context("a replay counts accesses")
+    };
+    let recorded = accesses(&[])?;
+    ensure!(recorded > READS, "{recorded} accesses in the traces");
+    ensure!(accesses(&["--profile", "zen4"])? == recorded);
+    lab.vm.guest.verify("a")?;
+    lab.vm.expect_alive()?;
+    lab.daemon.stop()
+}
