@@ -35,8 +35,9 @@ impl Ages {
         self.members.assign(index, member);
         if member {
             self.ages[0].assign(index, true);
-        } else {
-            self.ages.iter_mut().for_each(|age| age.assign(index, false));
+        } else if let Some(age) = self.ages.iter_mut().find(|age| age.get(index)) {
+            // It has one age, and most that leave are young.
+            age.assign(index, false);
         }
     }
 
