@@ -190,7 +190,7 @@ impl Agenda {
         }
     }
 
-    /// `count` blocks from `first` on were taken, `first` being what [`Agenda::next`] gave.
+    /// `count` blocks from `first` on were taken, `first` being what [`Agenda::peek`] gave.
     pub fn taken(&mut self, first: usize, count: u32) {
         let in_turn = match self.order {
             Order::Oldest { .. } => self.by_age + 1 >= FAIR,

@@ -1,9 +1,9 @@
 //! What the daemon gives up before it serves a guest, so that whoever gets into it by a guest's or
 //! a VMM's messages has little to go on with. docs/sandbox.md says against whom that helps.
 //!
-//! Two steps. [`Sandbox::enter`], before there is a second thread: a [`namespace`] with nothing in
+//! Two steps. [`Sandbox::enter`], before there is a second thread: a mount namespace with nothing in
 //! it but the files that are still needed, where the process may make one, and no capability that
-//! is of no use any more. [`Sandbox::seal`], last of all: a [`filter`] of system calls. A user
+//! is of no use any more. [`Sandbox::seal`], last of all: a filter of system calls. A user
 //! namespace and Landlock would do more for a process without rights, and cannot be had: in either
 //! the kernel lets nobody reach the VMM's memory.
 

@@ -1,6 +1,6 @@
 //! The form of a trace: what one processor was told, in its order.
 //!
-//! A trace is the line [`MAGIC`], a line of JSON ([`Header`]), and events. An
+//! A trace is the line `MAGIC`, a line of JSON ([`Header`]), and events. An
 //! event is a number in LEB128 whose three low bits say what it is, with the
 //! rest of it and further numbers as its values. Pages are differences from the
 //! page before.
