@@ -1,10 +1,11 @@
 //! The guest itself, and what is said about it from outside.
 
-use anyhow::ensure;
+use anyhow::{ensure, Context};
 use gemini_e2e::lab::Bench;
 use gemini_e2e::outside::{GuestMemory, HostState};
 use gemini_e2e::vm::{Vm, VmConfig};
 use gemini_e2e::MIB;
+use gemini_guest::probe::{Probe, Register};
 use gemini_guest::protocol::{BlockState, Break, PageSize};
 
 /// A guest without the device: what the other tests rely on holds.
@@ -50,5 +51,33 @@ fn plain_guest_boots_and_both_outside_views_see_its_memory() -> anyhow::Result<(
     vm.guest.verify("a")?;
     vm.reset()?;
     ensure!(vm.guest.verify("a").is_err(), "memory of before the reset is still known");
+    Ok(())
+}
+
+/// A vCPU that does MMIO while another one changes the memory map reaches the
+/// device that it means, and QEMU does not abort: Linux does both while it boots
+/// (qemu-patches, "keep the section that a TLB entry was made from").
+#[test]
+fn mmio_reaches_its_device_while_the_memory_map_changes() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut config = VmConfig::new("memory-map", bench.accel);
+    // The one between is read while the others go, so that
+    // whatever follows them in the map moves.
+    for slot in ["0x1c", "0x1d", "0x1e"] {
+        let device = format!("virtio-rng-pci,disable-legacy=on,addr={slot}");
+        config.qemu_arguments.extend(["-device".to_owned(), device]);
+    }
+    let mut vm = Vm::boot(&bench.assets, config)?;
+    let register: Register = vm
+        .guest
+        .probe(&Probe::Mmio {
+            read: "0000:00:1d.0".to_owned(),
+            others: ["0000:00:1c.0", "0000:00:1e.0"].map(str::to_owned).to_vec(),
+            rounds: 1000,
+        })?
+        .context("the probe was killed")?;
+    vm.expect_alive()?;
+    ensure!(register.value != u32::MAX && register.reads > 1000, "{register:?}");
+    ensure!(register.wrong == 0, "{register:?}");
     Ok(())
 }

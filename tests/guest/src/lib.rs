@@ -16,6 +16,7 @@ pub mod fragment;
 pub mod init;
 pub mod kernel;
 pub mod mapping;
+pub mod mmio;
 pub mod pagemap;
 pub mod pressure;
 pub mod probe;

@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::PageSize;
-use crate::{counting, echo, faults, pressure};
+use crate::{counting, echo, faults, mmio, pressure};
 
 /// A probe and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,17 @@ pub enum Probe {
         size: u16,
         /// Number of requests.
         count: u32,
+    },
+    /// Takes PCI devices from their drivers and reads a register of one, of
+    /// virtio, while the others' memory is switched off and on. Prints
+    /// [`Register`].
+    Mmio {
+        /// The device, as in `/sys/bus/pci/devices`.
+        read: String,
+        /// The others.
+        others: Vec<String>,
+        /// How often they are switched off and on.
+        rounds: u32,
     },
 }
 
@@ -116,6 +127,17 @@ pub struct Echoed {
     pub seconds: f64,
 }
 
+/// What a register that never changes was read as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Register {
+    /// Its value.
+    pub value: u32,
+    /// How often it was read.
+    pub reads: u64,
+    /// How often another value was read.
+    pub wrong: u64,
+}
+
 /// Runs the probe that `text` describes and returns what it prints.
 ///
 /// # Errors
@@ -127,6 +149,9 @@ pub fn run(text: &str) -> anyhow::Result<String> {
         Probe::Count { work, units } => serde_json::to_value(counting::count(work, units)?),
         Probe::Take { kind, bytes } => serde_json::to_value(pressure::take(kind, bytes)?),
         Probe::Echo { size, count } => serde_json::to_value(echo::flood(size, count)?),
+        Probe::Mmio { read, others, rounds } => {
+            serde_json::to_value(mmio::read_while_others_go(&read, &others, rounds)?)
+        }
     };
     Ok(result?.to_string())
 }
