@@ -95,19 +95,29 @@ static int unbook(struct gemini *gemini, struct words *words,
 	return ret;
 }
 
-static int move(struct gemini *gemini, struct words *words,
-		struct seq_buf *result)
+/* Does something to each block of a run, and shows what it tells. */
+static int each_block(struct gemini *gemini, struct words *words,
+		      struct seq_buf *result,
+		      int (*act)(struct gemini *gemini, u64 block, u64 *told))
 {
-	u64 first, count, to, i;
+	u64 first, count, told, i;
 	int ret;
 
 	ret = blocks(gemini, words, &first, &count);
 	for (i = 0; !ret && i < count; i++) {
-		ret = gemini_move_block(gemini, first + i, &to);
+		ret = act(gemini, first + i, &told);
 		if (!ret)
-			seq_buf_printf(result, "%llu %llu\n", first + i, to);
+			seq_buf_printf(result, "%llu %llu\n", first + i, told);
 		ret = ret ?: interrupted();
 	}
+	return ret;
+}
+
+static int move(struct gemini *gemini, struct words *words,
+		struct seq_buf *result)
+{
+	int ret = each_block(gemini, words, result, gemini_move_block);
+
 	gemini_report_kick(gemini);
 	return ret;
 }
@@ -197,16 +207,7 @@ static int dropping(struct gemini *gemini, struct words *words, u16 type,
 static int trim(struct gemini *gemini, struct words *words,
 		struct seq_buf *result)
 {
-	u64 first, count, pages, i;
-	int ret;
-
-	ret = blocks(gemini, words, &first, &count);
-	for (i = 0; !ret && i < count; i++) {
-		ret = gemini_trim_block(gemini, first + i, &pages);
-		seq_buf_printf(result, "%llu %llu\n", first + i, pages);
-		ret = ret ?: interrupted();
-	}
-	return ret;
+	return each_block(gemini, words, result, gemini_trim_block);
 }
 
 static int stats(struct gemini *gemini, struct seq_buf *result)
