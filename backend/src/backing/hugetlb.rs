@@ -13,6 +13,7 @@ use super::ranges::{push_run, Mapped};
 use super::sys;
 use super::{Backing, Collapsed, HostRun, HostState, Kind, Outcome, Refusal};
 use crate::bitmap::Bitmap;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -158,6 +159,10 @@ impl Hugetlb {
 impl Backing for Hugetlb {
     fn kind(&self) -> Kind {
         Kind::Hugetlb { page_size: self.page_size }
+    }
+
+    fn file(&self) -> &File {
+        &self.home.file
     }
 
     fn findings(&self) -> Vec<Finding> {

@@ -48,7 +48,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use thiserror::Error;
@@ -251,6 +251,8 @@ pub enum Error {
 /// What is done to the blocks of one region, by kind of memory. All blocks lie in the region.
 trait Backing: Send + Sync {
     fn kind(&self) -> Kind;
+    /// The file that the region lies in.
+    fn file(&self) -> &File;
     /// What turned out since the region was taken charge of.
     fn findings(&self) -> Vec<Finding>;
     /// The pool that its pages come from, as it is now; `None` where there is none.
@@ -433,6 +435,15 @@ impl Memory {
     /// is not known.
     pub fn faults(&self) -> Option<u64> {
         self.regions.iter().flatten().find_map(|region| region.faults())
+    }
+
+    /// Bytes of memory that the files of the managed regions have; 0 where that cannot be told.
+    pub fn allocated(&self) -> u64 {
+        let files = self.regions.iter().flatten().filter_map(|region| {
+            let file = region.file().metadata().ok()?;
+            Some(((file.dev(), file.ino()), file.blocks() * 512))
+        });
+        files.collect::<BTreeMap<_, _>>().values().sum()
     }
 
     fn pieces(

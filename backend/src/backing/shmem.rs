@@ -437,6 +437,10 @@ impl Backing for Shmem {
         self.kind
     }
 
+    fn file(&self) -> &File {
+        &self.home.file
+    }
+
     fn findings(&self) -> Vec<Finding> {
         let refused = self.refused.load(Ordering::Relaxed);
         let vmm = self.home.vmm.as_ref().filter(|_| refused);

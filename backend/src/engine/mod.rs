@@ -584,8 +584,9 @@ impl Engine {
             let missing = watch.look(&View::read(vmm), now);
             let mut inner = self.lock();
             let before = inner.state.wish.blocks();
-            let owed = inner.state.owed(now);
-            let wanted = missing.div_ceil(1 << self.settings.block_shift).max(owed);
+            let block_size = 1 << self.settings.block_shift;
+            let owed = inner.state.owed(block_size, now);
+            let wanted = missing.div_ceil(block_size).max(owed);
             inner.state.want(if never { 0 } else { wanted }, now);
             match (before, inner.state.wish.blocks()) {
                 (0, 1..) if owed > 0 => {

@@ -16,14 +16,14 @@ pub enum Refill {
     /// None are known.
     #[default]
     Nothing,
-    /// A migration is under way; so many blocks were resident when it began.
+    /// A migration is under way.
     During {
-        /// Resident blocks.
+        /// Bytes of memory that the guest had when it began.
         before: u64,
     },
     /// It is over; the host has to be looked at.
     After {
-        /// Resident blocks when it began.
+        /// Bytes of memory that the guest had when it began.
         before: u64,
     },
     /// The guest is asked for blocks.
@@ -46,11 +46,11 @@ impl Refill {
         };
     }
 
-    /// All is known of the host and of the guest, after the migration: so many blocks are resident,
-    /// and the guest has released so many until now.
-    pub fn seen(&mut self, resident: u64, released: u64, now: Instant) {
+    /// All is known of the host and of the guest, after the migration: the guest has so many bytes
+    /// of memory, in blocks of a size, and has released so many blocks until now.
+    pub fn seen(&mut self, bytes: u64, block_size: u64, released: u64, now: Instant) {
         if let Self::After { before } = *self {
-            *self = match resident.saturating_sub(before) {
+            *self = match bytes.saturating_sub(before).div_ceil(block_size) {
                 0 => Self::Nothing,
                 blocks => Self::Owed { blocks, released, until: now + PATIENCE },
             };
@@ -76,11 +76,11 @@ mod tests {
     #[test]
     fn what_a_migration_has_filled_is_owed_until_it_is_released() {
         let now = Instant::now();
-        let mut refill = Refill::During { before: 100 };
-        refill.seen(500, 7, now);
+        let mut refill = Refill::During { before: 1000 };
+        refill.seen(4999, 10, 7, now);
         assert_eq!(refill.owed(7, now), 0, "it is not over");
         refill.over();
-        refill.seen(500, 7, now);
+        refill.seen(4999, 10, 7, now);
         assert_eq!(refill.owed(7, now), 400);
         assert_eq!(refill.owed(107, now), 300);
         assert_eq!(refill.owed(407, now), 0);
@@ -91,10 +91,10 @@ mod tests {
     fn nobody_is_asked_for_ever_nor_for_what_was_not_filled() {
         let now = Instant::now();
         let mut refill = Refill::After { before: 100 };
-        refill.seen(100, 0, now);
+        refill.seen(100, 10, 0, now);
         assert_eq!(refill, Refill::Nothing);
         refill = Refill::After { before: 100 };
-        refill.seen(101, 0, now);
+        refill.seen(101, 10, 0, now);
         assert_eq!(refill.owed(0, now + PATIENCE), 0);
         refill.over();
         assert_eq!(refill, Refill::Nothing, "no migration was under way");

@@ -400,9 +400,7 @@ impl State {
     pub fn set_logging(&mut self, logging: bool, now: Instant) {
         self.logging = logging;
         if logging {
-            if self.scan.complete() {
-                self.refill = Refill::During { before: self.resident() };
-            }
+            self.refill = Refill::During { before: self.allocated() };
             self.drop_requests_unless_served();
         } else {
             self.refill.over();
@@ -417,17 +415,17 @@ impl State {
         self.refill = Refill::Nothing;
     }
 
-    /// Blocks that the guest is to be asked for, because a migration has filled as many.
-    pub fn owed(&mut self, now: Instant) -> u64 {
+    /// Blocks of a size that the guest is to be asked for, because a migration has filled as many.
+    pub fn owed(&mut self, block_size: u64, now: Instant) -> u64 {
         if self.scan.complete() && self.guest_sync == GuestSync::Done {
-            self.refill.seen(self.resident(), self.totals.released, now);
+            self.refill.seen(self.allocated(), block_size, self.totals.released, now);
         }
         self.refill.owed(self.totals.released, now)
     }
 
-    /// Blocks with memory.
-    fn resident(&self) -> u64 {
-        self.map.len() as u64 - self.map.counters().host[HostState::Absent as usize]
+    /// Bytes of the host's memory that the guest has.
+    fn allocated(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |memory| memory.allocated())
     }
 
     /// What was asked for and is not served any more: a PREPARE is answered with what was done
