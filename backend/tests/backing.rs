@@ -7,7 +7,7 @@ mod common;
 use common::host::{Lock, Setting};
 use common::*;
 use vhost_device_gemini::backing::{
-    Collapsed, Error, HostState, Kind, Memory, Refusal, RegionDesc,
+    Collapsed, Error, Holes, HostState, Kind, Memory, Refusal, RegionDesc,
 };
 
 #[test]
@@ -119,6 +119,26 @@ fn collapse_makes_resident_blocks_huge_and_keeps_contents() {
     assert!(vmm.is_filled(6, 0, 34 * 512));
     assert_eq!(collapse(&memory, 4, 1), [Ok(Collapsed::AlreadyHuge)]);
     assert_eq!(codes(&memory), [""; 0]);
+}
+
+#[test]
+fn collapse_that_leaves_holes_takes_whole_blocks_alone() {
+    let test = "collapse_that_leaves_holes_takes_whole_blocks_alone";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(4 * BLOCK, 0);
+    let mut vmm = Child::vmm(&file);
+    vmm.fill(0, 0, 512);
+    vmm.fill(1, 0, 511);
+    vmm.fill(2, 0, 512);
+    let memory = memory(&file);
+    let mut results = Vec::new();
+    memory.collapse(0, 4, Holes::Leave, &mut results);
+    let copied = Ok(Collapsed::Copied { bytes: BLOCK });
+    let expected = [(0, copied), (1, Err(Refusal::Holes)), (2, copied), (3, Err(Refusal::Absent))];
+    assert_eq!(results, expected);
+    assert_eq!(vmm.resident(1), 511, "a page that is not there is not brought back");
+    assert_eq!(vmm.huge_blocks(), 2);
+    assert!(vmm.is_filled(0, 0, 512) && vmm.is_filled(1, 0, 511) && vmm.is_filled(2, 0, 512));
 }
 
 #[test]

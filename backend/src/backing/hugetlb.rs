@@ -11,7 +11,7 @@ use super::mempolicy::{self, Policy};
 use super::pool::{missing_pages, Pool, PoolState};
 use super::ranges::{push_run, Mapped};
 use super::sys;
-use super::{Backing, Collapsed, HostRun, HostState, Kind, Outcome, Refusal};
+use super::{Backing, Collapsed, Holes, HostRun, HostState, Kind, Outcome, Refusal};
 use crate::bitmap::Bitmap;
 use std::fs::File;
 use std::io;
@@ -209,7 +209,8 @@ impl Backing for Hugetlb {
         Ok(())
     }
 
-    fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+    /// A page of hugetlb is there, or is not.
+    fn collapse(&self, blocks: Range<u64>, _: Holes, results: &mut Vec<(u64, Outcome)>) {
         for block in blocks {
             let outcome = match self.is_present(block) {
                 Ok(true) => Ok(Collapsed::AlreadyHuge),

@@ -156,11 +156,23 @@ pub enum Collapsed {
     Populated,
 }
 
+/// What a collapse does with a block that lacks some of its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holes {
+    /// It becomes wholly resident.
+    Fill,
+    /// It stays as it is. Where all of a block is in use, a missing page is one that was given back
+    /// since, to a balloon for example.
+    Leave,
+}
+
 /// Why a block was not made huge. All of these are ordinary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// There is nothing to collapse.
     Absent,
+    /// Some of its pages are not there, and are not to be filled.
+    Holes,
     /// Something holds its pages for now, or some are swapped out.
     Again,
     /// The host has no huge page to give, or the cgroup is full.
@@ -265,7 +277,7 @@ trait Backing: Send + Sync {
     }
     fn may_discard(&self) -> bool;
     fn scan(&self, blocks: Range<u64>, out: &mut Vec<HostRun>) -> io::Result<()>;
-    fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>);
+    fn collapse(&self, blocks: Range<u64>, holes: Holes, results: &mut Vec<(u64, Outcome)>);
     fn populate(&self, blocks: Range<u64>, leave: &mut u64, results: &mut Vec<(u64, Outcome)>);
     fn demote(&self, block: u64) -> io::Result<()>;
     /// Drops a range of guest physical addresses: whole pages of the host, all of this region.
@@ -471,9 +483,15 @@ impl Memory {
 
     /// Makes the managed ones among `count` blocks from `first` on huge, as far as they are
     /// resident; keeps their contents. Appends one result for each block that is managed.
-    pub fn collapse(&self, first: u64, count: u64, results: &mut Vec<(u64, Outcome)>) {
+    pub fn collapse(
+        &self,
+        first: u64,
+        count: u64,
+        holes: Holes,
+        results: &mut Vec<(u64, Outcome)>,
+    ) {
         for (region, blocks) in self.pieces(first, count) {
-            region.collapse(blocks, results);
+            region.collapse(blocks, holes, results);
         }
     }
 

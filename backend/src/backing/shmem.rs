@@ -14,7 +14,7 @@ use super::ranges::{push_run, runs_of, Mapped};
 use super::sys::{self, page_size, Advice, Cached};
 use super::vmm::Permission;
 use super::window::{Window, WINDOW_BLOCKS};
-use super::{Backing, Collapsed, HostRun, HostState, Kind, Outcome, Refusal};
+use super::{Backing, Collapsed, Holes, HostRun, HostState, Kind, Outcome, Refusal};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -303,7 +303,7 @@ impl Shmem {
     }
 
     /// What a look decides about a collapse; `None` if it is worth a try.
-    fn verdict(&self, look: &Look, room: &mut Option<bool>) -> Option<Outcome> {
+    fn verdict(&self, look: &Look, holes: Holes, room: &mut Option<bool>) -> Option<Outcome> {
         if look.seen == Seen::Absent {
             return Some(Err(Refusal::Absent));
         }
@@ -314,6 +314,9 @@ impl Shmem {
         // that is not mapped as such, for next to nothing.
         if look.file_huge && self.route == Route::Own {
             return Some(Ok(Collapsed::AlreadyHuge));
+        }
+        if !self.is_full(look.cached) && holes == Holes::Leave {
+            return Some(Err(Refusal::Holes));
         }
         if !self.is_full(look.cached) && !*room.get_or_insert_with(|| self.has_room()) {
             return Some(Err(Refusal::Space));
@@ -327,6 +330,7 @@ impl Shmem {
         &self,
         blocks: &Range<u64>,
         fresh: &[u64],
+        holes: Holes,
         leave: &mut u64,
         results: &mut Vec<(u64, Outcome)>,
     ) {
@@ -339,7 +343,7 @@ impl Shmem {
         };
         let mut room = None;
         let mut outcomes: Vec<Option<Outcome>> =
-            looks.iter().map(|look| self.verdict(look, &mut room)).collect();
+            looks.iter().map(|look| self.verdict(look, holes, &mut room)).collect();
         let open: Vec<u64> =
             blocks.clone().filter(|block| outcomes[index(blocks, *block)].is_none()).collect();
         // Contents are copied block by block: of a range in which several fail the kernel does not
@@ -412,7 +416,7 @@ impl Shmem {
             },
         };
         let mut collapsed = Vec::new();
-        self.collapse_some(run, &absent, leave, &mut collapsed);
+        self.collapse_some(run, &absent, Holes::Fill, leave, &mut collapsed);
         for (block, outcome) in collapsed {
             let at = absent.binary_search(&block);
             let refused = at.ok().and_then(|at| touched.get(at).copied().flatten());
@@ -471,14 +475,14 @@ impl Backing for Shmem {
         Ok(())
     }
 
-    fn collapse(&self, blocks: Range<u64>, results: &mut Vec<(u64, Outcome)>) {
+    fn collapse(&self, blocks: Range<u64>, holes: Holes, results: &mut Vec<(u64, Outcome)>) {
         if let Route::Closed(refusal) = self.route {
             results.extend(blocks.map(|block| (block, Err(refusal))));
             return;
         }
         let mut leave = u64::MAX;
         for part in parts(&blocks, COLLAPSE_BLOCKS) {
-            self.collapse_some(&part, &[], &mut leave, results);
+            self.collapse_some(&part, &[], holes, &mut leave, results);
         }
     }
 

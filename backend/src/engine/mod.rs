@@ -781,7 +781,8 @@ impl Engine {
                 block_size: 1 << self.settings.block_shift,
             };
             if let Some((work, advance)) = state.next_work(&mut budgets, now, sleep) {
-                let job = Job::Act { memory, generation: state.generation, work, advance };
+                let (generation, holes) = (state.generation, state.policy.holes());
+                let job = Job::Act { memory, generation, work, holes, advance };
                 *acting = act.try_send(job).is_ok();
             }
         }

@@ -80,7 +80,7 @@ impl Work {
 pub enum Outcome {
     /// Work was done; a look at the host will tell the result.
     Done,
-    /// It is huge, though the VMM does not map it so yet.
+    /// It is huge, though the VMM does not map it so yet; or it is not wholly there.
     Idle,
     /// An ordinary failure: later perhaps.
     Failed,

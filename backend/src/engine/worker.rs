@@ -3,7 +3,7 @@
 use super::repair::{Outcome, Work};
 use super::scan::Look;
 use super::Engine;
-use crate::backing::{thread_cpu_time, Collapsed, HostRun, Memory, Refusal};
+use crate::backing::{thread_cpu_time, Collapsed, Holes, HostRun, Memory, Refusal};
 use std::sync::mpsc::Receiver;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,6 +25,8 @@ pub enum Job {
         generation: u64,
         /// What.
         work: Work,
+        /// What becomes of blocks that lack some pages, where the policy wants it.
+        holes: Holes,
         /// Bytes of the copy budget that were taken for it.
         advance: u64,
     },
@@ -101,9 +103,9 @@ pub fn run(engine: &Engine, jobs: &Receiver<Job>) {
                     took: thread_cpu_time().saturating_sub(start),
                 });
             }
-            Job::Act { memory, generation, work, advance } => {
+            Job::Act { memory, generation, work, holes, advance } => {
                 let block_size = 1u64 << engine.settings().block_shift;
-                let deed = act(&memory, work, advance / block_size);
+                let deed = act(&memory, work, holes, advance / block_size);
                 engine.acted(Acted { memory, generation, advance, deed });
             }
         }
@@ -120,14 +122,14 @@ pub fn scan(memory: &Memory, first: u64, count: u32, runs: &mut Vec<HostRun>) ->
 }
 
 /// Does it, and has the kernel copy no more than `leave` blocks.
-fn act(memory: &Memory, work: Work, leave: u64) -> Deed {
+fn act(memory: &Memory, work: Work, holes: Holes, leave: u64) -> Deed {
     let requested = matches!(work, Work::Populate { .. } | Work::Settle { .. });
     let mut acted = Deed { seen: true, requested, ..Deed::default() };
     let mut results = Vec::new();
     match work {
         Work::Collapse { first, count } => {
             let (faults, start) = (memory.faults(), Instant::now());
-            memory.collapse(first, u64::from(count), &mut results);
+            memory.collapse(first, u64::from(count), holes, &mut results);
             // Where nobody can tell, the guest may have met it.
             let met = memory.faults().zip(faults).is_none_or(|(after, before)| after > before);
             acted.met = met.then(|| start.elapsed());
@@ -168,7 +170,8 @@ fn act(memory: &Memory, work: Work, leave: u64) -> Deed {
                 acted.populated += 1;
                 Outcome::Done
             }
-            Ok(Collapsed::AlreadyHuge) => Outcome::Idle,
+            // The guest frees it, or fills it only now: its next reports tell.
+            Ok(Collapsed::AlreadyHuge) | Err(Refusal::Holes) => Outcome::Idle,
             Err(Refusal::Unaffordable) => Outcome::Deferred,
             Err(Refusal::Absent | Refusal::NotPermitted | Refusal::Gone) => {
                 // Nothing was even begun.

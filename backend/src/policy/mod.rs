@@ -10,7 +10,7 @@ mod coverage;
 pub use agenda::Agenda;
 pub use ages::{Ages, AGES};
 
-use crate::backing::HostState;
+use crate::backing::{Holes, HostState};
 use crate::block_map::Block;
 use crate::protocol::GuestState;
 
@@ -55,6 +55,17 @@ impl Policy {
             }
     }
 
+    /// What becomes of the missing pages of a block that is collapsed because it is wanted.
+    ///
+    /// A guest huge page is wholly resident, so what is missing was given back since the guest
+    /// reported it. The baselines fill, as what they follow does.
+    pub fn holes(self) -> Holes {
+        match self {
+            Self::Gemini => Holes::Leave,
+            _ => Holes::Fill,
+        }
+    }
+
     /// Whether the guest may ask for blocks to be prepared.
     pub fn prepares(self) -> bool {
         self == Self::Gemini
@@ -80,6 +91,14 @@ mod tests {
         for guest in GuestState::ALL {
             let wanted = Policy::Gemini.wants_collapse(&block(guest, HostState::Base), false);
             assert_eq!(wanted, guest == GuestState::Huge, "{guest:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_baselines_bring_missing_pages_back() {
+        for policy in Policy::value_variants() {
+            let left = policy.holes() == Holes::Leave;
+            assert_eq!(left, *policy == Policy::Gemini, "{policy:?}");
         }
     }
 

@@ -18,7 +18,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
-use vhost_device_gemini::backing::{Collapsed, HostRun, HostState, Memory, Refusal, RegionDesc};
+use vhost_device_gemini::backing::{
+    Collapsed, Holes, HostRun, HostState, Memory, Refusal, RegionDesc,
+};
 
 /// Size of a block.
 pub const BLOCK: u64 = 2 << 20;
@@ -83,12 +85,12 @@ pub type Outcome = Result<Collapsed, Refusal>;
 /// Collapses blocks, and returns the results in order of blocks.
 pub fn collapse(memory: &Memory, first: u64, count: u64) -> Vec<Outcome> {
     let mut results = Vec::new();
-    memory.collapse(first, count, &mut results);
+    memory.collapse(first, count, Holes::Fill, &mut results);
     let blocks: Vec<u64> = results.iter().map(|(block, _)| *block).collect();
     assert_eq!(blocks, (first..first + count).collect::<Vec<_>>(), "one result for each block");
     let again = |block| {
         let mut result = Vec::new();
-        memory.collapse(block, 1, &mut result);
+        memory.collapse(block, 1, Holes::Fill, &mut result);
         result[0].1
     };
     results.into_iter().map(|(block, result)| patiently(result, || again(block))).collect()

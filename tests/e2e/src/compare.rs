@@ -31,7 +31,8 @@ pub struct View {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Block {
-    guest: BlockState,
+    /// None where the guest's kernel has no memory.
+    guest: Option<BlockState>,
     /// Base pages of user memory.
     user: u32,
     host: HostState,
@@ -76,14 +77,13 @@ impl View {
     }
 
     fn join(guest: &BlockStates, host: &[(u64, HostState)]) -> Self {
-        let host: BTreeMap<u64, HostState> = host.iter().copied().collect();
-        let mut blocks = BTreeMap::new();
+        let without = |host| Block { guest: None, user: 0, host };
+        let mut blocks: BTreeMap<u64, Block> =
+            host.iter().map(|&(number, host)| (number, without(host))).collect();
         for run in &guest.runs {
-            for number in run.first..run.first + run.count {
-                if let Some(&host) = host.get(&number) {
-                    let block = Block { guest: run.state, user: run.user, host };
-                    blocks.insert(number, block);
-                }
+            for (_, block) in blocks.range_mut(run.first..run.first + run.count) {
+                block.guest = Some(run.state);
+                block.user = run.user;
             }
         }
         View { blocks }
@@ -92,7 +92,16 @@ impl View {
     /// The blocks that are huge in the host, and what they are in the guest.
     pub fn host_huge(&self) -> impl Iterator<Item = (u64, BlockState)> + '_ {
         let huge = self.blocks.iter().filter(|(_, block)| block.host == HostState::Huge);
-        huge.map(|(number, block)| (*number, block.guest))
+        huge.filter_map(|(number, block)| Some((*number, block.guest?)))
+    }
+
+    /// The blocks that are free in the guest, by the host's state.
+    #[must_use]
+    pub fn free(&self, host: HostState) -> BTreeSet<u64> {
+        let free = |block: &Block| {
+            matches!(block.guest, Some(BlockState::Free | BlockState::Bare)) && block.host == host
+        };
+        self.blocks.iter().filter(|(_, block)| free(block)).map(|(number, _)| *number).collect()
     }
 
     /// The figures.
@@ -103,12 +112,14 @@ impl View {
             let user_bytes = u64::from(block.user) * PAGE;
             counts.user_bytes += user_bytes;
             match (block.guest, block.host) {
-                (BlockState::Huge, HostState::Huge) => {
+                (Some(BlockState::Huge), HostState::Huge) => {
                     counts.aligned += 1;
                     counts.aligned_user_bytes += user_bytes;
                 }
-                (BlockState::Huge, _) => counts.guest_only += 1,
-                (BlockState::Base | BlockState::Held, HostState::Huge) => counts.host_only += 1,
+                (Some(BlockState::Huge), _) => counts.guest_only += 1,
+                (Some(BlockState::Base | BlockState::Held), HostState::Huge) => {
+                    counts.host_only += 1
+                }
                 _ => {}
             }
         }
@@ -121,10 +132,11 @@ impl View {
         let mut runs: Vec<MapRun> = Vec::new();
         for (&number, block) in &self.blocks {
             let guest = match block.guest {
-                BlockState::Free | BlockState::Bare => "free",
-                BlockState::Base => "base",
-                BlockState::Huge => "huge",
-                BlockState::Held => "booked",
+                None => "pinned",
+                Some(BlockState::Free | BlockState::Bare) => "free",
+                Some(BlockState::Base) => "base",
+                Some(BlockState::Huge) => "huge",
+                Some(BlockState::Held) => "booked",
             };
             let host = match block.host {
                 HostState::Absent => "absent",
@@ -218,22 +230,19 @@ fn agreement(view: &View, before: &BlockMap, after: &BlockMap) -> Agreement {
             continue;
         }
         let Some(block) = view.blocks.get(&number) else {
-            // The end of memory may belong to the firmware: then the guest's
-            // kernel has no pages there, and the driver must not claim any.
-            if new.0 == "huge" {
-                result
-                    .disagreements
-                    .push(format!("block {number}: huge to the daemon, no memory to the guest"));
-            }
+            result.disagreements.push(format!("block {number}: QEMU has no memory there"));
             continue;
         };
         result.compared += 1;
         let guest_agrees = match block.guest {
-            BlockState::Huge => new.0 == "huge",
+            // The end of memory may belong to the firmware, or not be plugged:
+            // the driver must not claim anything there.
+            None => matches!(new.0, "pinned" | "unknown"),
+            Some(BlockState::Huge) => new.0 == "huge",
             // Pages that lie in a list of one CPU are free to the driver, and
             // not to /proc/kpageflags; what is booked, only the driver knows.
-            BlockState::Bare | BlockState::Base | BlockState::Held => new.0 != "huge",
-            BlockState::Free => new.0 == "free" || new.0 == "booked",
+            Some(BlockState::Bare | BlockState::Base | BlockState::Held) => new.0 != "huge",
+            Some(BlockState::Free) => new.0 == "free" || new.0 == "booked",
         };
         let host_agrees = match block.host {
             HostState::Huge => new.1 == "huge" || new.1 == "hugetlb",

@@ -11,8 +11,8 @@ use anyhow::{bail, Context};
 use gemini_guest::probe::Probe;
 use gemini_guest::protocol::{
     Answer, BlockStates, Break, Broken, Churned, Command, Elapsed, Filled, Fragment, Fragmentation,
-    Fragmented, Message, Messages, Output, PageSize, Pong, Program, ProgramBlocks, Question,
-    Request, Sparse, Storm, Stormed, Task, Touched, Verified, DRIVER_NAME, DRIVER_PATH,
+    Fragmented, Message, Messages, Output, PageRuns, PageSize, Pong, Program, ProgramBlocks,
+    Question, Request, Sparse, Storm, Stormed, Task, Touched, Verified, DRIVER_NAME, DRIVER_PATH,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -491,6 +491,14 @@ impl Guest {
     /// If `/proc/kpageflags` cannot be read there.
     pub fn blocks(&self) -> anyhow::Result<BlockStates> {
         self.call(Command::Blocks, LONG_TIMEOUT)
+    }
+
+    /// Pages that the guest's kernel has, and those that it has given away.
+    ///
+    /// # Errors
+    /// If `/proc/kpageflags` cannot be read there.
+    pub fn pages(&self) -> anyhow::Result<PageRuns> {
+        self.call(Command::Pages, LONG_TIMEOUT)
     }
 
     /// Sequence number that the next kernel message will have.

@@ -208,6 +208,16 @@ impl Lab {
         View::take(&self.vm.guest, &self.memory)
     }
 
+    /// Finds the guest's memory again, after some was plugged or unplugged.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::find`].
+    pub fn find_memory(&mut self) -> anyhow::Result<()> {
+        let (pid, size) = (self.vm.process.pid(), self.vm.config.memory);
+        self.memory = GuestMemory::find(pid, size, &mut self.vm.qmp)?;
+        Ok(())
+    }
+
     /// SIGKILLs the daemon.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{bail, ensure, Context};
+use gemini_guest::protocol::{PageRun, PageRuns};
 
 use crate::qmp::Qmp;
 use crate::{BLOCK, BLOCK_SHIFT};
@@ -19,10 +20,21 @@ use crate::{BLOCK, BLOCK_SHIFT};
 #[derive(Debug)]
 pub struct GuestMemory {
     pid: u32,
-    /// QEMU's addresses of the mapping.
+    /// By guest address. The first belongs to the machine's own memory.
+    parts: Vec<Part>,
+}
+
+/// Guest memory that lies together for the guest and for QEMU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    /// Guest physical addresses.
+    gpa: Range<u64>,
+    /// QEMU's address of the first byte.
+    address: u64,
+    /// The mapping that it lies in: all of a memfd.
     mapping: Range<u64>,
-    /// Bytes of it below the 4 GiB boundary.
-    low: u64,
+    /// Whether the guest has only the pages of it that it plugged (virtio-mem).
+    pluggable: bool,
 }
 
 /// What the host has under a block.
@@ -35,6 +47,8 @@ pub enum HostState {
     /// One huge page, and QEMU's page table maps it as such.
     Huge,
 }
+
+const PAGE_SHIFT: u32 = 12;
 
 /// Where the q35 machine continues guest memory that does not fit below.
 const HIGH_START: u64 = 4 << 30;
@@ -72,54 +86,66 @@ struct Region {
     categories: u64,
 }
 
+impl Part {
+    /// QEMU's addresses.
+    fn addresses(&self) -> Range<u64> {
+        self.address..self.address + (self.gpa.end - self.gpa.start)
+    }
+}
+
 impl GuestMemory {
-    /// Finds the memory of a q35 guest with `size` bytes in QEMU process `pid`,
-    /// and checks with QEMU's monitor that it lies where it is expected.
+    /// Finds the memory of a q35 guest that booted with `size` bytes in QEMU
+    /// process `pid`, and what was plugged since, and checks with QEMU's monitor
+    /// that it lies where it is expected.
     ///
     /// # Errors
     /// If there is no such mapping, or the monitor contradicts.
     pub fn find(pid: u32, size: u64, qmp: &mut Qmp) -> anyhow::Result<Self> {
         let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
             .with_context(|| format!("cannot read the memory map of process {pid}"))?;
-        let mapping = maps
-            .lines()
-            .filter(|line| line.contains("/memfd:"))
-            .filter_map(parse_range)
-            .find(|range| range.end - range.start == size)
+        let mappings: Vec<Range<u64>> =
+            maps.lines().filter(|line| line.contains("/memfd:")).filter_map(parse_range).collect();
+        let first = qmp.host_address(BLOCK)?;
+        let mapping = mappings
+            .iter()
+            .find(|range| range.contains(&first) && range.end - range.start == size)
             .with_context(|| format!("process {pid} maps no memfd of {size} bytes"))?;
-        // The layout of the machine: a gap for devices below 4 GiB.
-        let low = if size >= 0xb000_0000 { size.min(0x8000_0000) } else { size };
-        let memory = GuestMemory { pid, mapping, low };
-        let mut probes = vec![BLOCK, low - BLOCK];
-        if size > low {
-            probes.push(HIGH_START);
+        let mut parts = base_parts(mapping);
+        for device in qmp.memory_devices()? {
+            let address = qmp.host_address(device.gpa.start)?;
+            let mapping = mappings
+                .iter()
+                .find(|range| range.contains(&address))
+                .with_context(|| format!("{address:#x} is in no memfd"))?;
+            parts.push(Part {
+                gpa: device.gpa,
+                address,
+                mapping: mapping.clone(),
+                pluggable: device.pluggable,
+            });
         }
-        for gpa in probes {
-            let expected = memory.address(gpa).context("the probe lies in memory")?;
-            let told = qmp.host_address(gpa)?;
-            ensure!(told == expected, "QEMU has {gpa:#x} at {told:#x}, not at {expected:#x}");
+        parts.sort_by_key(|part| part.gpa.start);
+        let memory = GuestMemory { pid, parts };
+        for part in &memory.parts {
+            for gpa in [part.gpa.start + BLOCK, part.gpa.end - BLOCK] {
+                let expected = memory.address(gpa).context("the probe lies in memory")?;
+                let told = qmp.host_address(gpa)?;
+                ensure!(told == expected, "QEMU has {gpa:#x} at {told:#x}, not at {expected:#x}");
+            }
         }
         Ok(memory)
     }
 
     /// QEMU's address of a guest physical address.
     fn address(&self, gpa: u64) -> Option<u64> {
-        let offset = if gpa < self.low { gpa } else { self.low + gpa.checked_sub(HIGH_START)? };
-        let address = self.mapping.start + offset;
-        self.mapping.contains(&address).then_some(address)
+        let part = self.parts.iter().find(|part| part.gpa.contains(&gpa))?;
+        Some(part.address + (gpa - part.gpa.start))
     }
 
-    /// Whether QEMU mapped the memory at an address that huge pages can have.
+    /// Whether QEMU mapped the memory at addresses that huge pages can have.
     #[must_use]
     pub fn is_aligned(&self) -> bool {
-        self.mapping.start % BLOCK == 0
-    }
-
-    /// Number of blocks below and above the gap, as ranges of block numbers.
-    fn block_ranges(&self) -> [Range<u64>; 2] {
-        let size = self.mapping.end - self.mapping.start;
-        let high = HIGH_START >> BLOCK_SHIFT;
-        [0..self.low >> BLOCK_SHIFT, high..high + ((size - self.low) >> BLOCK_SHIFT)]
+        self.parts.iter().all(|part| part.address % BLOCK == part.gpa.start % BLOCK)
     }
 
     /// The state of every block, in ascending order of block numbers.
@@ -128,17 +154,16 @@ impl GuestMemory {
     /// If QEMU is gone or the kernel refuses; reading another process's page
     /// tables needs the rights to trace it.
     pub fn states(&self) -> anyhow::Result<Vec<(u64, HostState)>> {
-        let huge = self.scan(PAGE_IS_PRESENT | PAGE_IS_HUGE)?;
-        let resident = self.resident()?;
         let mut states = Vec::new();
-        for range in self.block_ranges() {
-            for block in range {
-                let start =
-                    self.address(block << BLOCK_SHIFT).context("a block outside of memory")?;
-                let offset = start - self.mapping.start;
-                let state = if covers(&huge, start..start + BLOCK) {
+        for part in &self.parts {
+            let huge = self.scan(&part.addresses(), PAGE_IS_PRESENT | PAGE_IS_HUGE)?;
+            let resident = self.resident(part)?;
+            for block in part.gpa.start >> BLOCK_SHIFT..part.gpa.end >> BLOCK_SHIFT {
+                let gpa = block << BLOCK_SHIFT;
+                let address = part.address + (gpa - part.gpa.start);
+                let state = if covers(&huge, address..address + BLOCK) {
                     HostState::Huge
-                } else if touches(&resident, offset..offset + BLOCK) {
+                } else if touches(&resident, gpa..gpa + BLOCK) {
                     HostState::Base
                 } else {
                     HostState::Absent
@@ -147,6 +172,30 @@ impl GuestMemory {
             }
         }
         Ok(states)
+    }
+
+    /// Bytes of the host's memory under pages that the guest does not have: those
+    /// that it has given away, and all of virtio-mem's that it never plugged.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::states`].
+    pub fn bytes_without_owner(&self, pages: &PageRuns) -> anyhow::Result<u64> {
+        let ranges = |runs: &[PageRun]| -> Vec<Range<u64>> {
+            let end = |run: &PageRun| (run.first + run.count) << PAGE_SHIFT;
+            runs.iter().map(|run| run.first << PAGE_SHIFT..end(run)).collect()
+        };
+        let (online, given_away) = (ranges(&pages.online), ranges(&pages.given_away));
+        let mut bytes = 0;
+        for part in &self.parts {
+            for resident in self.resident(part)? {
+                bytes += overlap(&given_away, &resident);
+                if part.pluggable {
+                    let size = resident.end - resident.start;
+                    bytes += size - overlap(&online, &resident);
+                }
+            }
+        }
+        Ok(bytes)
     }
 
     /// The blocks that are huge in the host.
@@ -158,18 +207,19 @@ impl GuestMemory {
         Ok(self.states()?.into_iter().filter_map(huge).collect())
     }
 
-    /// Address ranges whose pages have all of `categories`, ascending.
-    fn scan(&self, categories: u64) -> anyhow::Result<Vec<Range<u64>>> {
+    /// Those of the `wanted` addresses whose pages have all of `categories`,
+    /// ascending.
+    fn scan(&self, wanted: &Range<u64>, categories: u64) -> anyhow::Result<Vec<Range<u64>>> {
         let path = format!("/proc/{}/pagemap", self.pid);
         let file = File::open(&path).with_context(|| format!("cannot open {path}"))?;
         let mut regions = vec![Region::default(); 4096];
         let mut found: Vec<Range<u64>> = Vec::new();
-        let mut start = self.mapping.start;
-        while start < self.mapping.end {
+        let mut start = wanted.start;
+        while start < wanted.end {
             let mut arguments = ScanArguments {
                 size: size_of::<ScanArguments>() as u64,
                 start,
-                end: self.mapping.end,
+                end: wanted.end,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
                 category_mask: categories,
@@ -196,10 +246,11 @@ impl GuestMemory {
         Ok(found)
     }
 
-    /// Ranges of file offsets that hold memory, whoever has it mapped.
-    fn resident(&self) -> anyhow::Result<Vec<Range<u64>>> {
-        let file = self.file()?;
-        let end = i64::try_from(self.mapping.end - self.mapping.start)?;
+    /// Guest addresses of a part that hold memory, whoever has it mapped.
+    fn resident(&self, part: &Part) -> anyhow::Result<Vec<Range<u64>>> {
+        let file = self.file(part)?;
+        let first = i64::try_from(part.address - part.mapping.start)?;
+        let end = first + i64::try_from(part.gpa.end - part.gpa.start)?;
         let seek = |offset: i64, whence| -> anyhow::Result<Option<i64>> {
             // SAFETY: moves the position of a descriptor that is ours alone.
             let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
@@ -213,14 +264,17 @@ impl GuestMemory {
                 _ => Err(error).context("cannot look for holes in guest memory"),
             }
         };
+        let gpa = |offset: i64| -> anyhow::Result<u64> {
+            Ok(part.gpa.start + u64::try_from(offset - first)?)
+        };
         let mut found = Vec::new();
-        let mut position = 0;
+        let mut position = first;
         while position < end {
-            let Some(data) = seek(position, libc::SEEK_DATA)? else {
+            let Some(data) = seek(position, libc::SEEK_DATA)?.filter(|data| *data < end) else {
                 break;
             };
-            let hole = seek(data, libc::SEEK_HOLE)?.unwrap_or(end);
-            found.push(u64::try_from(data)?..u64::try_from(hole)?);
+            let hole = seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            found.push(gpa(data)?..gpa(hole)?);
             position = hole;
         }
         Ok(found)
@@ -231,15 +285,45 @@ impl GuestMemory {
     /// # Errors
     /// If QEMU is gone.
     pub fn resident_bytes(&self) -> anyhow::Result<u64> {
-        Ok(self.file()?.metadata()?.blocks() * 512)
+        let mut parts: Vec<&Part> = self.parts.iter().collect();
+        // What lies below and above the gap is one file.
+        parts.sort_by_key(|part| part.mapping.start);
+        parts.dedup_by_key(|part| part.mapping.start);
+        parts.iter().map(|part| Ok(self.file(part)?.metadata()?.blocks() * 512)).sum()
+    }
+
+    /// Inodes of the memory's files.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn inodes(&self) -> anyhow::Result<BTreeSet<u64>> {
+        self.parts.iter().map(|part| Ok(self.file(part)?.metadata()?.ino())).collect()
     }
 
     /// The memory's file, opened anew through the mapping.
-    fn file(&self) -> anyhow::Result<File> {
-        let path =
-            format!("/proc/{}/map_files/{:x}-{:x}", self.pid, self.mapping.start, self.mapping.end);
+    fn file(&self, part: &Part) -> anyhow::Result<File> {
+        let Range { start, end } = part.mapping;
+        let path = format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid);
         File::open(&path).with_context(|| format!("cannot open {path}"))
     }
+}
+
+/// The machine's own memory: all of a mapping, with a gap for devices below
+/// 4 GiB.
+fn base_parts(mapping: &Range<u64>) -> Vec<Part> {
+    let size = mapping.end - mapping.start;
+    let low = if size >= 0xb000_0000 { size.min(0x8000_0000) } else { size };
+    let part = |gpa: Range<u64>, offset: u64| Part {
+        gpa,
+        address: mapping.start + offset,
+        mapping: mapping.clone(),
+        pluggable: false,
+    };
+    let mut parts = vec![part(0..low, 0)];
+    if size > low {
+        parts.push(part(HIGH_START..HIGH_START + (size - low), low));
+    }
+    parts
 }
 
 /// Huge pages that this machine's kernel has made so that base pages could be
@@ -281,6 +365,13 @@ fn touches(ranges: &[Range<u64>], wanted: Range<u64>) -> bool {
     ranges.get(next).is_some_and(|range| range.start < wanted.end)
 }
 
+/// Bytes of `wanted` that the sorted `ranges` have.
+fn overlap(ranges: &[Range<u64>], wanted: &Range<u64>) -> u64 {
+    let from = ranges.partition_point(|range| range.end <= wanted.start);
+    let near = ranges[from..].iter().take_while(|range| range.start < wanted.end);
+    near.map(|range| range.end.min(wanted.end) - range.start.max(wanted.start)).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -299,14 +390,23 @@ mod tests {
     }
 
     #[test]
+    fn overlaps_are_counted_in_every_range() {
+        let ranges = [0..10, 20..40];
+        assert_eq!(overlap(&ranges, &(5..25)), 10);
+        assert_eq!(overlap(&ranges, &(10..20)), 0);
+        assert_eq!(overlap(&ranges, &(0..100)), 30);
+    }
+
+    #[test]
     fn guest_addresses_follow_the_gap() {
         let start = 0x7f00_0000_0000;
-        let memory = GuestMemory { pid: 0, mapping: start..start + (4 << 30), low: 2 << 30 };
+        let parts = base_parts(&(start..start + (4 << 30)));
+        let memory = GuestMemory { pid: 0, parts };
         assert_eq!(memory.address(BLOCK), Some(start + BLOCK));
         assert_eq!(memory.address(3 << 30), None);
         assert_eq!(memory.address(4 << 30), Some(start + (2 << 30)));
         assert_eq!(memory.address(6 << 30), None);
-        assert_eq!(memory.block_ranges(), [0..1024, 2048..3072]);
+        assert!(memory.is_aligned());
     }
 
     #[test]
@@ -329,9 +429,9 @@ mod tests {
         let start = (address as u64).next_multiple_of(BLOCK);
         // SAFETY: the block lies inside the mapping made above.
         unsafe { (start as *mut u8).write(1) };
-        let memory =
-            GuestMemory { pid: std::process::id(), mapping: start..start + BLOCK, low: BLOCK };
-        let present = memory.scan(PAGE_IS_PRESENT).expect("our own page tables");
+        let memory = GuestMemory { pid: std::process::id(), parts: Vec::new() };
+        let all = start..start + BLOCK;
+        let present = memory.scan(&all, PAGE_IS_PRESENT).expect("our own page tables");
         assert!(present.iter().any(|range| range.start == start));
         // SAFETY: unmaps what was mapped above; nothing refers to it.
         unsafe { libc::munmap(address, length) };

@@ -1,6 +1,7 @@
 //! A client for QEMU's machine protocol.
 
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -16,6 +17,30 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Qmp {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
+    /// Events that nobody asked for yet.
+    events: Vec<Value>,
+}
+
+/// Memory that was plugged into a guest, or can be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryDevice {
+    /// Its name.
+    pub id: String,
+    /// Guest physical addresses.
+    pub gpa: Range<u64>,
+    /// Whether the guest has only what it plugged of it (virtio-mem).
+    pub pluggable: bool,
+}
+
+impl MemoryDevice {
+    fn parse(value: &Value) -> Option<Self> {
+        let data = &value["data"];
+        let pluggable = value["type"] == "virtio-mem";
+        let start = data[if pluggable { "memaddr" } else { "addr" }].as_u64()?;
+        let size = data[if pluggable { "max-size" } else { "size" }].as_u64()?;
+        let id = data["id"].as_str()?.to_owned();
+        Some(MemoryDevice { id, gpa: start..start + size, pluggable })
+    }
 }
 
 impl Qmp {
@@ -28,7 +53,8 @@ impl Qmp {
             .with_context(|| format!("cannot connect to {}", path.display()))?;
         writer.set_read_timeout(Some(TIMEOUT))?;
         writer.set_write_timeout(Some(TIMEOUT))?;
-        let mut qmp = Qmp { reader: BufReader::new(writer.try_clone()?), writer };
+        let reader = BufReader::new(writer.try_clone()?);
+        let mut qmp = Qmp { reader, writer, events: Vec::new() };
         let greeting = qmp.read()?;
         if greeting.get("QMP").is_none() {
             bail!("no greeting of QEMU's: {greeting}");
@@ -55,8 +81,28 @@ impl Qmp {
             if let Some(result) = answer.get_mut("return") {
                 return Ok(result.take());
             }
-            // Anything else is an event.
+            if answer.get("event").is_some() {
+                self.events.push(answer);
+            }
         }
+    }
+
+    /// Events that came before the last answer, each told once.
+    pub fn take_events(&mut self) -> Vec<Value> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Memory beside the machine's own.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn memory_devices(&mut self) -> anyhow::Result<Vec<MemoryDevice>> {
+        let devices = self.execute("query-memory-devices", json!({}))?;
+        let devices = devices.as_array().context("QEMU tells no list")?;
+        devices
+            .iter()
+            .map(|device| MemoryDevice::parse(device).with_context(|| format!("{device}")))
+            .collect()
     }
 
     /// Runs a command of the monitor for people and returns its text.

@@ -37,6 +37,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Socket of the daemon; none for a guest without the device.
     pub device: Option<PathBuf>,
+    /// Whether that device may drop what the driver releases.
+    pub release: bool,
     /// Whether the driver is loaded at boot.
     pub driver: bool,
     /// The guest's `transparent_hugepage=`.
@@ -61,6 +63,7 @@ impl VmConfig {
             memory_options: Vec::new(),
             cpus: 2,
             device: None,
+            release: true,
             driver: false,
             guest_thp: "always".into(),
             kernel_arguments: Vec::new(),
@@ -115,7 +118,9 @@ impl VmConfig {
             let chardev =
                 format!("socket,id=gem,path={},reconnect-ms=500", socket.to_string_lossy());
             add(&["-chardev", &chardev]);
-            add(&["-device", "vhost-user-gemini-pci,chardev=gem"]);
+            let release = if self.release { "on" } else { "off" };
+            let device = format!("vhost-user-gemini-pci,chardev=gem,release={release}");
+            add(&["-device", &device]);
         }
         arguments.extend(self.qemu_arguments.iter().cloned());
         arguments

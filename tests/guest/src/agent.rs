@@ -160,6 +160,7 @@ fn perform(state: &State, command: Command) -> anyhow::Result<Value> {
         }
         Command::Fragmentation => value(buddy::read()?),
         Command::Blocks => value(blocks::read()?),
+        Command::Pages => value(blocks::pages()?),
         Command::Messages { since } => value(kernel::messages(since)?),
         Command::Memory => value(kernel::memory()?),
         Command::ReadFile { path } => {

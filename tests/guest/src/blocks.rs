@@ -6,7 +6,7 @@ use std::io::Read;
 use anyhow::Context;
 
 use crate::kernel;
-use crate::protocol::{BlockRun, BlockState, BlockStates};
+use crate::protocol::{BlockRun, BlockState, BlockStates, PageRun, PageRuns};
 
 /// Base pages in a block of 2 MiB.
 const PAGES: usize = 512;
@@ -21,6 +21,7 @@ const COMPOUND_TAIL: u64 = 1 << 16;
 const HUGE: u64 = 1 << 17;
 const NOPAGE: u64 = 1 << 20;
 const THP: u64 = 1 << 22;
+const OFFLINE: u64 = 1 << 23;
 const ZERO_PAGE: u64 = 1 << 24;
 
 /// Reads the state of all blocks.
@@ -34,9 +35,47 @@ const ZERO_PAGE: u64 = 1 << 24;
 /// If `/proc/kpageflags` cannot be read: it needs root and
 /// CONFIG_PROC_PAGE_MONITOR.
 pub fn read() -> anyhow::Result<BlockStates> {
-    let mut file = File::open("/proc/kpageflags").context("cannot open /proc/kpageflags")?;
     let mut blocks = Vec::new();
     let mut bare = 0;
+    each_block(|number, flags| {
+        if let Some((state, user)) = classify(flags) {
+            let is_bare = flags.len() == PAGES && flags.iter().all(|&page| page == 0);
+            bare += u64::from(is_bare);
+            blocks.push((number, state, user, is_bare));
+        }
+    })?;
+    let on_lists = kernel::pages_on_cpu_lists()? / PAGES as u64;
+    let mut states = BlockStates::default();
+    for (number, state, user, is_bare) in blocks {
+        let state = if is_bare && bare <= on_lists { BlockState::Bare } else { state };
+        push(&mut states.runs, number, state, user);
+    }
+    Ok(states)
+}
+
+/// Reads which pages the kernel has, and which of them it has given away.
+///
+/// # Errors
+/// As [`read`].
+pub fn pages() -> anyhow::Result<PageRuns> {
+    let mut runs = PageRuns::default();
+    each_block(|number, flags| {
+        for (page, flags) in (number * PAGES as u64..).zip(flags) {
+            if flags & NOPAGE == 0 {
+                push_page(&mut runs.online, page);
+            }
+            if flags & OFFLINE != 0 {
+                push_page(&mut runs.given_away, page);
+            }
+        }
+    })?;
+    Ok(runs)
+}
+
+/// Calls `look` with the number and the page flags of every block, up to the end
+/// of memory.
+fn each_block(mut look: impl FnMut(u64, &[u64])) -> anyhow::Result<()> {
+    let mut file = File::open("/proc/kpageflags").context("cannot open /proc/kpageflags")?;
     let mut bytes = vec![0; PAGES * 8];
     for number in 0.. {
         let mut filled = 0;
@@ -47,26 +86,14 @@ pub fn read() -> anyhow::Result<BlockStates> {
                 Err(error) => return Err(error).context("cannot read /proc/kpageflags"),
             }
         }
-        if filled == 0 {
-            break;
-        }
-        let flags = parse(&bytes[..filled]);
-        if let Some((state, user)) = classify(&flags) {
-            let is_bare = flags.len() == PAGES && flags.iter().all(|&page| page == 0);
-            bare += u64::from(is_bare);
-            blocks.push((number, state, user, is_bare));
+        if filled > 0 {
+            look(number, &parse(&bytes[..filled]));
         }
         if filled < bytes.len() {
             break;
         }
     }
-    let on_lists = kernel::pages_on_cpu_lists()? / PAGES as u64;
-    let mut states = BlockStates::default();
-    for (number, state, user, is_bare) in blocks {
-        let state = if is_bare && bare <= on_lists { BlockState::Bare } else { state };
-        push(&mut states.runs, number, state, user);
-    }
-    Ok(states)
+    Ok(())
 }
 
 /// State of the block with these bytes of `/proc/kpageflags`; `None` where there
@@ -116,6 +143,13 @@ fn push(runs: &mut Vec<BlockRun>, number: u64, state: BlockState, user: u32) {
         }
     }
     runs.push(BlockRun { first: number, count: 1, state, user });
+}
+
+fn push_page(runs: &mut Vec<PageRun>, page: u64) {
+    match runs.last_mut() {
+        Some(last) if last.first + last.count == page => last.count += 1,
+        _ => runs.push(PageRun { first: page, count: 1 }),
+    }
 }
 
 #[cfg(test)]

@@ -203,6 +203,9 @@ pub enum Command {
     /// The state of every block, from `/proc/kpageflags`. Answered by
     /// [`BlockStates`].
     Blocks,
+    /// The pages that the kernel has, from `/proc/kpageflags`. Answered by
+    /// [`PageRuns`].
+    Pages,
     /// The kernel's log. Answered by [`Messages`].
     Messages {
         /// Leaves out messages before this sequence number.
@@ -514,6 +517,25 @@ pub struct BlockRun {
     pub state: BlockState,
     /// Base pages of user memory in each of them, 0 to 512.
     pub user: u32,
+}
+
+/// Answer to [`Command::Pages`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRuns {
+    /// Pages that the kernel has, ascending; no others are of any use to it.
+    pub online: Vec<PageRun>,
+    /// Those of them that it has given away: the balloon's, and those of
+    /// virtio-mem that are not plugged.
+    pub given_away: Vec<PageRun>,
+}
+
+/// Neighbouring base pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRun {
+    /// Frame number of the first page.
+    pub first: u64,
+    /// Number of pages.
+    pub count: u64,
 }
 
 #[cfg(test)]
