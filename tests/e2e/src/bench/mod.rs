@@ -7,6 +7,7 @@ pub mod first_touch;
 pub mod fragmented;
 pub mod give_back;
 pub mod host_pressure;
+pub mod memory_changes;
 pub mod migrate;
 pub mod pressure;
 pub mod restart;
@@ -45,7 +46,8 @@ pub struct BenchArgs {
     /// How long `stress` works [default: 30, or 2 with --quick]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     minutes: Option<u64>,
-    /// `stress` without the driver: what goes wrong then is the kernel's own
+    /// `stress` and `memory-changes` without the driver: what goes wrong then is
+    /// the kernel's own
     #[arg(long)]
     control: bool,
 }
@@ -71,6 +73,8 @@ enum Name {
     GiveBack,
     /// A program of the host takes what a guest can spare
     HostPressure,
+    /// Memory is plugged, unplugged, ballooned, and the daemon killed
+    MemoryChanges,
     /// A guest moves from QEMU to QEMU, and parts of that die
     Migrate,
     /// Base pages become aligned through the promoter in the guest
@@ -110,6 +114,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         }
         Name::GiveBack => give_back::measure(&bench, args.seed, args.quick)?,
         Name::HostPressure => host_pressure::measure(&bench, args.seed, args.quick)?,
+        Name::MemoryChanges => {
+            memory_changes::measure(&bench, args.seed, args.quick, args.control)?
+        }
         Name::Migrate => migrate::measure(&bench, args.seed, args.quick)?,
         Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
         Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
