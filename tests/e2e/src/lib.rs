@@ -26,6 +26,7 @@ pub mod settings;
 pub mod shell;
 pub mod taker;
 pub mod tlb;
+pub mod vfio_user;
 pub mod vm;
 
 /// log2 of the size of a block on the machines that this crate knows (x86-64).
