@@ -8,7 +8,7 @@
  *   1. held blocks that are of no use: the host has base pages there;
  *   2. free blocks, first those that the host backs with a huge page;
  *   3. free base pages in sparsely used blocks, see trim.c;
- *   4. ready blocks, whose time is over the sooner the more the host wants.
+ *   4. ready blocks, those first that have been so for longest.
  * What is aligned and in use stays, and no huge page is split but those that
  * are of little use.
  *
@@ -324,10 +324,10 @@ static int release(struct gemini *gemini, struct batch *batch)
 	return ret;
 }
 
-/* Ready blocks that nobody came for in time, but for the stock. */
-static void pick_ready(struct gemini *gemini, struct batch *batch)
+/* Ready blocks that nobody came for in this time, but for the stock. */
+static void pick_ready(struct gemini *gemini, unsigned long age,
+		       struct batch *batch)
 {
-	unsigned long age = msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
 	enum gemini_stock stock;
 
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
@@ -394,18 +394,21 @@ static void pick_wanted(struct gemini *gemini, struct batch *batch)
 		gemini->giving.trimming = true;
 		credit_pages(gemini, pages);
 	} else {
-		pick_ready(gemini, batch);
+		/* However young: nobody else has any more. */
+		pick_ready(gemini, 0, batch);
 	}
 }
 
 /* Nobody waits for it. What is held already costs nothing, so it comes first. */
 static void pick_unused(struct gemini *gemini, struct batch *batch)
 {
+	unsigned long age = msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
+
 	pick_surplus(gemini, batch);
 	if (batch->count || !READ_ONCE(gemini->returning))
 		return;
 	pick_held(gemini, GEMINI_STOCK_IDLE, false, UNUSED, false, batch);
-	pick_ready(gemini, batch);
+	pick_ready(gemini, age, batch);
 	if (!batch->count)
 		hold_free(gemini, false, batch);
 }

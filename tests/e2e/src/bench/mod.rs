@@ -8,6 +8,7 @@ pub mod fragmented;
 pub mod give_back;
 pub mod host_pressure;
 pub mod migrate;
+pub mod order;
 pub mod pressure;
 pub mod restart;
 pub mod reuse;
