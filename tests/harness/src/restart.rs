@@ -25,6 +25,9 @@ const OUTSTANDING: u64 = 8;
 const BLOCKS: u64 = 96;
 /// Of so many base pages one stays in use where others are trimmed.
 const STRIDE: u64 = 8;
+/// The others up to the next one.
+const RUN: u32 = 7;
+const _: () = assert!(RUN as u64 == STRIDE - 1);
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -252,7 +255,7 @@ fn submit(machine: &mut Machine, kind: u16, blocks: &[u64], rng: &mut Rng) -> an
         wire::REQ_TRIM => {
             let run = |&block: &u64| Range {
                 first: block * PAGES_PER_BLOCK + rng.below(PAGES_PER_BLOCK / STRIDE) * STRIDE + 1,
-                count: STRIDE as u32 - 1,
+                count: RUN,
             };
             let runs: Vec<Range> = blocks.iter().map(run).collect();
             machine.submit_trim(&runs)
@@ -343,7 +346,7 @@ fn well_behaved_end(machine: &mut Machine) -> anyhow::Result<()> {
         "PREPARE answered with status {}",
         answer.response.status
     );
-    let run = Range { first: fourth * PAGES_PER_BLOCK + 1, count: STRIDE as u32 - 1 };
+    let run = Range { first: fourth * PAGES_PER_BLOCK + 1, count: RUN };
     let ticket = machine.submit_trim(&[run])?;
     let status = machine.driver.answer(ticket, PATIENCE)?.response.status;
     ensure!(status == wire::S_OK, "TRIM answered with status {status}");

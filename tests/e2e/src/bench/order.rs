@@ -115,15 +115,16 @@ pub struct Gone {
     pub sparse_early: u64,
     /// Ready ones.
     pub ready: u64,
-    /// While free or sparse ones were left.
+    /// While free ones were left.
     pub ready_early: u64,
+    /// Most sparse ones that were left when a ready one went.
+    pub sparse_left: u64,
     /// Aligned ones.
     pub aligned: u64,
     /// While any other was left.
     pub aligned_early: u64,
-    /// Not gone, but free or sparse at every single look: nobody can have them,
-    /// as where the kernel keeps what cannot be moved. They are not counted as
-    /// left.
+    /// Not gone, but free at every single look: nobody can have them, as where
+    /// the kernel keeps what cannot be moved. They are not counted as left.
     pub never: u64,
 }
 
@@ -172,27 +173,27 @@ impl Order {
     /// What has gone from look to look. What was there at both was left all the
     /// time, as far as can be told.
     pub fn gone(&self) -> Gone {
-        let mut never = &self.first.free | &self.first.spare;
+        let mut never = self.first.free.clone();
         for (_, kinds) in &self.later {
-            never.retain(|block| kinds.free.contains(block) || kinds.spare.contains(block));
+            never.retain(|block| kinds.free.contains(block));
         }
-        let left = |before: &BTreeSet<u64>, now: &BTreeSet<u64>| {
-            before.intersection(now).any(|block| !never.contains(block))
-        };
         let mut gone = Gone { never: never.len() as u64, ..Gone::default() };
         let mut before = &self.first;
         for (lost, now) in &self.later {
-            let free_left = left(&before.free, &now.free);
-            let sparse_left = left(&before.spare, &now.spare);
+            let free_left = before.free.intersection(&now.free).any(|block| !never.contains(block));
+            let sparse_left = before.spare.intersection(&now.spare).count() as u64;
             let ready_left = !now.ready.is_empty();
             let early = |left: bool, count: u64| if left { count } else { 0 };
             gone.free += lost.free;
             gone.sparse += lost.sparse;
             gone.sparse_early += early(free_left, lost.sparse);
             gone.ready += lost.ready;
-            gone.ready_early += early(free_left || sparse_left, lost.ready);
+            gone.ready_early += early(free_left, lost.ready);
+            if lost.ready > 0 {
+                gone.sparse_left = gone.sparse_left.max(sparse_left);
+            }
             gone.aligned += lost.aligned;
-            gone.aligned_early += early(free_left || sparse_left || ready_left, lost.aligned);
+            gone.aligned_early += early(free_left || sparse_left > 0 || ready_left, lost.aligned);
             before = now;
         }
         gone
@@ -244,18 +245,18 @@ mod tests {
             looks.push(&[0, 1, 2, 3, 4, 5, 6, 7]);
             let looks = &looks[..];
             let gone = order(looks);
-            (gone.sparse_early, gone.ready_early, gone.aligned_early)
+            (gone.sparse_early, gone.ready_early, gone.sparse_left, gone.aligned_early)
         };
-        assert_eq!(early(&[&[0, 2]]), (1, 0, 0));
-        assert_eq!(early(&[&[0, 1, 2, 4]]), (0, 1, 0));
-        assert_eq!(early(&[&[0, 4]]), (0, 1, 0));
-        assert_eq!(early(&[&[0, 1, 2, 3, 4, 7]]), (0, 0, 1));
-        assert_eq!(early(&[&[0, 1, 2, 3, 4, 5, 6, 7]]), (0, 0, 0));
+        assert_eq!(early(&[&[0, 2]]), (1, 0, 0, 0));
+        assert_eq!(early(&[&[0, 1, 2, 4]]), (0, 0, 1, 0));
+        assert_eq!(early(&[&[0, 4]]), (0, 1, 2, 0));
+        assert_eq!(early(&[&[0, 1, 2, 3, 4, 7]]), (0, 0, 0, 1));
+        assert_eq!(early(&[&[0, 1, 2, 3, 4, 5, 6, 7]]), (0, 0, 0, 0));
     }
 
     #[test]
     fn what_is_free_to_the_end_is_nobodys() {
         let gone = order(&[&[0, 2], &[0, 2, 4]]);
-        assert_eq!((gone.never, gone.sparse_early, gone.ready_early), (2, 0, 0));
+        assert_eq!((gone.never, gone.sparse_early, gone.ready_early), (1, 0, 0));
     }
 }

@@ -26,6 +26,7 @@ const STEPS: [&str; 3] = ["fetched", "done", "published"];
 const OUTSTANDING: u32 = 6;
 const FATAL: u32 = 3;
 
+const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// Memory that is used sparsely and trimmed.
 const TRIMMED: u64 = 8 << 20;
 /// Free pages of one of its blocks: seven of eight.
@@ -163,12 +164,14 @@ fn die_trimming(lab: &mut Lab, seen: &mut Seen, name: &str, point: &str) -> anyh
     lab.vm.guest.fill(name, TRIMMED, u64::from(seen.kills), PageSize::Huge)?;
     let blocks: Vec<u64> = lab.vm.guest.blocks_of(name)?.into_iter().flatten().collect();
     let block = blocks.first().context("no huge page that could be trimmed")?;
+    // The kernel is not to make it whole again, in another place.
+    lab.vm.guest.write_file(ENABLED, "never")?;
     lab.vm.guest.break_pages(name, Break::Split, 1)?;
     lab.vm.guest.break_pages(name, Break::DropScattered, 1)?;
     lab.vm.guest.driver_command("census")?;
 
     let before = lab.vm.guest.driver_number("trimmed_pages")?;
-    let trim = format!("echo 'trim {block}' > /sys/kernel/debug/virtio_gemini/*/command");
+    let trim = format!("cd /sys/kernel/debug/virtio_gemini/*/ && echo 'trim {block}' > command");
     let trimming = lab.vm.guest.start_shell(&trim)?;
     die(lab, seen)?;
     // Refused, if the next daemon found it to be of an older generation.
@@ -181,7 +184,8 @@ fn die_trimming(lab: &mut Lab, seen: &mut Seen, name: &str, point: &str) -> anyh
     // Others may have taken some meanwhile.
     ensure!(pages * 10 >= SPARE_PAGES * 9, "{pages} pages were trimmed of {SPARE_PAGES}");
     expect_unchanged(lab, seen, name);
-    lab.vm.guest.free(name)
+    lab.vm.guest.free(name)?;
+    lab.vm.guest.write_file(ENABLED, &lab.vm.config.guest_thp)
 }
 
 /// Counts a loss where memory is not what was written to it.
