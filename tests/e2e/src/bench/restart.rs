@@ -4,7 +4,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
-use gemini_guest::protocol::{Break, PageSize};
+use gemini_guest::protocol::PageSize;
 use gemini_harness::figures::{Bar, Scenario};
 
 use crate::assets;
@@ -19,18 +19,12 @@ const RESYNC_BAR_SECONDS: f64 = 2.0;
 const RESYNC_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where a request can be when the daemon dies.
-const REQUESTS: [&str; 4] = ["prepare", "release", "renew", "trim"];
+const REQUESTS: [&str; 3] = ["prepare", "release", "renew"];
 const STEPS: [&str; 3] = ["fetched", "done", "published"];
 
 /// Requests under way at such a time, and which of them the daemon dies of.
 const OUTSTANDING: u32 = 6;
 const FATAL: u32 = 3;
-
-const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
-/// Memory that is used sparsely and trimmed.
-const TRIMMED: u64 = 8 << 20;
-/// Free pages of one of its blocks: seven of eight.
-const SPARE_PAGES: u64 = 448;
 
 /// What a series of deaths has shown.
 #[derive(Default)]
@@ -66,9 +60,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     for request in REQUESTS {
         for step in STEPS {
             let point = format!("{request}.{step}");
-            // One TRIM is under way at a time, and its driver waits for it.
-            let die = if request == "trim" { die_trimming } else { die_at };
-            die(&mut lab, &mut seen, request, &point).with_context(|| point.clone())?;
+            die_at(&mut lab, &mut seen, request, &point).with_context(|| point.clone())?;
             points += 1;
         }
     }
@@ -100,8 +92,9 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     Ok(scenario)
 }
 
-/// Replaces the daemon by one that will die at `point`.
-fn arm(lab: &mut Lab, seen: &mut Seen, point: &str) -> anyhow::Result<()> {
+/// Has the daemon die at `point`, with several requests under way.
+fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow::Result<()> {
+    // Another daemon first: one that will die there.
     lab.kill_daemon()?;
     let ordinary = lab.daemon_config.clone();
     lab.daemon_config = DaemonConfig {
@@ -111,19 +104,7 @@ fn arm(lab: &mut Lab, seen: &mut Seen, point: &str) -> anyhow::Result<()> {
     };
     come_back(lab, seen)?;
     lab.daemon_config = ordinary;
-    Ok(())
-}
 
-/// Waits until it has died there, and starts an ordinary one.
-fn die(lab: &mut Lab, seen: &mut Seen) -> anyhow::Result<()> {
-    let status = lab.daemon.process.wait(RESYNC_TIMEOUT)?;
-    ensure!(status.signal() == Some(libc::SIGKILL), "the daemon ended with {status}");
-    come_back(lab, seen)
-}
-
-/// Has the daemon die at `point`, with several requests under way.
-fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow::Result<()> {
-    arm(lab, seen, point)?;
     let told = lab.vm.guest.driver_command(&format!("book any {OUTSTANDING}"))?;
     let blocks: Vec<u64> = told.lines().filter_map(|line| line.parse().ok()).collect();
     ensure!(blocks.len() == OUTSTANDING as usize, "the driver booked {told}");
@@ -133,8 +114,16 @@ fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow:
     for block in &blocks {
         lab.vm.guest.driver_command(&format!("{request} {block} 1 nowait"))?;
     }
-    die(lab, seen)?;
-    wait_answered(lab)?;
+    let status = lab.daemon.process.wait(RESYNC_TIMEOUT)?;
+    ensure!(status.signal() == Some(libc::SIGKILL), "the daemon ended with {status}");
+    come_back(lab, seen)?;
+
+    // Everything that was under way is answered by the next daemon.
+    process::wait_for("every request is answered", RESYNC_TIMEOUT, || {
+        let pending = lab.vm.guest.driver_number("ctrl_pending")?
+            + lab.vm.guest.driver_number("release_pending")?;
+        Ok((pending == 0).then_some(()))
+    })?;
     if request == "prepare" {
         // The other two may have dropped these; nothing drops on ctrlq.
         for block in &blocks {
@@ -148,61 +137,16 @@ fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow:
     Ok(())
 }
 
-/// Everything that was under way is answered by the next daemon.
-fn wait_answered(lab: &Lab) -> anyhow::Result<()> {
-    process::wait_for("every request is answered", RESYNC_TIMEOUT, || {
-        let pending = lab.vm.guest.driver_number("ctrl_pending")?
-            + lab.vm.guest.driver_number("release_pending")?;
-        Ok((pending == 0).then_some(()))
-    })
-}
-
-/// Has the daemon die at `point`, in the middle of a block that is trimmed run by
-/// run; what is used of it stays, and what is left is trimmed by the next daemon.
-fn die_trimming(lab: &mut Lab, seen: &mut Seen, name: &str, point: &str) -> anyhow::Result<()> {
-    arm(lab, seen, point)?;
-    lab.vm.guest.fill(name, TRIMMED, u64::from(seen.kills), PageSize::Huge)?;
-    let blocks: Vec<u64> = lab.vm.guest.blocks_of(name)?.into_iter().flatten().collect();
-    let block = blocks.first().context("no huge page that could be trimmed")?;
-    // The kernel is not to make it whole again, in another place.
-    lab.vm.guest.write_file(ENABLED, "never")?;
-    lab.vm.guest.break_pages(name, Break::Split, 1)?;
-    lab.vm.guest.break_pages(name, Break::DropScattered, 1)?;
-    lab.vm.guest.driver_command("census")?;
-
-    let before = lab.vm.guest.driver_number("trimmed_pages")?;
-    let trim = format!("cd /sys/kernel/debug/virtio_gemini/*/ && echo 'trim {block}' > command");
-    let trimming = lab.vm.guest.start_shell(&trim)?;
-    die(lab, seen)?;
-    // Refused, if the next daemon found it to be of an older generation.
-    trimming.wait(RESYNC_TIMEOUT)?;
-    wait_answered(lab)?;
-    expect_unchanged(lab, seen, name);
-    lab.vm.guest.driver_command("census")?;
-    lab.vm.guest.driver_command(&format!("trim {block}"))?;
-    let pages = lab.vm.guest.driver_number("trimmed_pages")? - before;
-    // Others may have taken some meanwhile.
-    ensure!(pages * 10 >= SPARE_PAGES * 9, "{pages} pages were trimmed of {SPARE_PAGES}");
-    expect_unchanged(lab, seen, name);
-    lab.vm.guest.free(name)?;
-    lab.vm.guest.write_file(ENABLED, &lab.vm.config.guest_thp)
-}
-
-/// Counts a loss where memory is not what was written to it.
-fn expect_unchanged(lab: &Lab, seen: &mut Seen, name: &str) {
-    if let Err(error) = lab.vm.guest.verify(name) {
-        eprintln!("{error:#}");
-        seen.losses += 1;
-    }
-}
-
 /// Starts the next daemon, takes the time, and looks for losses.
 fn come_back(lab: &mut Lab, seen: &mut Seen) -> anyhow::Result<()> {
     lab.vm.expect_alive()?;
     lab.restart_daemon()?;
     seen.resync_seconds.push(resync_seconds(lab)?);
     seen.kills += 1;
-    expect_unchanged(lab, seen, "kept");
+    if let Err(error) = lab.vm.guest.verify("kept") {
+        eprintln!("{error:#}");
+        seen.losses += 1;
+    }
     Ok(())
 }
 
