@@ -1,7 +1,7 @@
 //! Places where a test may kill the daemon, compiled in by the feature `fault-points` only.
 //!
 //! `GEMINI_FAULT=release.fetched:3` makes the daemon kill itself at the third passage of that
-//! place. The places are `{prepare,release,renew}.{fetched,done,published}`: the request was
+//! place. The places are `{prepare,release,renew,trim}.{fetched,done,published}`: the request was
 //! taken from the ring, its work is done, its answer is visible to the driver.
 
 /// Passes a place.

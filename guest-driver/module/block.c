@@ -162,16 +162,21 @@ static bool listed(const struct gemini_block *entry)
 }
 
 static void list_block(struct gemini_map *map, u64 block,
-		       const struct gemini_block *entry)
+		       const struct gemini_block *entry, unsigned long since)
 {
 	enum gemini_stock stock = stock_of(entry);
 	struct page *page = page_of(map, block);
 	struct gemini_pool *pool = &map->pools[page_to_nid(page)];
+	struct page *before;
 
 	lockdep_assert_held(&map->lock);
 
-	set_page_private(page, jiffies);
-	list_add_tail(&page->lru, &pool->list[stock]);
+	set_page_private(page, since);
+	/* Few are younger than one that comes: those of the time that it took. */
+	list_for_each_entry_reverse(before, &pool->list[stock], lru)
+		if (!time_before(since, page_private(before)))
+			break;
+	list_add(&page->lru, &before->lru);
 	WRITE_ONCE(pool->count[stock], pool->count[stock] + 1);
 }
 
@@ -189,9 +194,13 @@ static void unlist_block(struct gemini_map *map, u64 block,
 	WRITE_ONCE(pool->count[stock], pool->count[stock] - 1);
 }
 
-/* Every change of a host state or of a flag that may concern a held block. */
-static void change(struct gemini_map *map, u64 block,
-		   struct gemini_block *entry, u8 host, u8 flags)
+/*
+ * Every change of a host state or of a flag that may concern a held block, which
+ * is for nothing where it comes to since @since.
+ */
+static void change_since(struct gemini_map *map, u64 block,
+			 struct gemini_block *entry, u8 host, u8 flags,
+			 unsigned long since)
 {
 	struct gemini_block after = *entry;
 
@@ -203,10 +212,16 @@ static void change(struct gemini_map *map, u64 block,
 			unlist_block(map, block, entry);
 		*entry = after;
 		if (listed(entry))
-			list_block(map, block, entry);
+			list_block(map, block, entry, since);
 	} else {
 		*entry = after;
 	}
+}
+
+static void change(struct gemini_map *map, u64 block,
+		   struct gemini_block *entry, u8 host, u8 flags)
+{
+	change_since(map, block, entry, host, flags, jiffies);
 }
 
 /* Returns whether there is something to report. */
@@ -441,11 +456,13 @@ unsigned int gemini_map_take_dirty(struct gemini_map *map,
  * @map: the map
  * @block: the block
  * @zero: they are known to be zero
+ * @since: nobody has needed them since this time, in jiffies
  *
  * Return: 0; -ENODEV if nothing may be held any more; -ERANGE if the block has
  * no place in the map.  On failure the pages are still the caller's.
  */
-int gemini_map_hold(struct gemini_map *map, u64 block, bool zero)
+int gemini_map_hold(struct gemini_map *map, u64 block, bool zero,
+		    unsigned long since)
 {
 	struct gemini_block *entry;
 	int ret = 0;
@@ -458,9 +475,9 @@ int gemini_map_hold(struct gemini_map *map, u64 block, bool zero)
 		ret = -ERANGE;
 	} else {
 		set_guest(map, block, entry, VIRTIO_GEMINI_GUEST_BOOKED, 0);
-		change(map, block, entry, entry->host,
-		       entry->flags | GEMINI_BLOCK_HELD |
-		       (zero ? GEMINI_BLOCK_ZERO : 0));
+		change_since(map, block, entry, entry->host,
+			     entry->flags | GEMINI_BLOCK_HELD |
+			     (zero ? GEMINI_BLOCK_ZERO : 0), since);
 		map->held++;
 	}
 	spin_unlock(&map->lock);

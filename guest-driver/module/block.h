@@ -76,8 +76,8 @@ enum gemini_stock {
 
 /**
  * struct gemini_pool - the held blocks of one node
- * @list: their first pages, by lru, the ones that came last at the end; since
- *	when they are there is in the page's private word, in jiffies
+ * @list: their first pages, by lru, the oldest first; since when they are there
+ *	for nothing is in the page's private word, in jiffies
  * @count: number of them
  */
 struct gemini_pool {
@@ -161,7 +161,8 @@ unsigned int gemini_map_take_dirty(struct gemini_map *map,
 				   struct virtio_gemini_record *records,
 				   unsigned int max);
 
-int gemini_map_hold(struct gemini_map *map, u64 block, bool zero);
+int gemini_map_hold(struct gemini_map *map, u64 block, bool zero,
+		    unsigned long since);
 int gemini_map_unhold(struct gemini_map *map, u64 block);
 bool gemini_map_unhold_any(struct gemini_map *map, u64 *block);
 bool gemini_map_unhold_old(struct gemini_map *map, int nid,

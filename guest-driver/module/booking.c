@@ -633,11 +633,14 @@ static bool fill(struct gemini *gemini, int nid, struct candidates *found,
 	return progress;
 }
 
-/* Gives back what is not needed. */
+/*
+ * Gives back what is not needed.  What the host wants goes there, in an order of
+ * its own: as free blocks, ready ones would be the first.
+ */
 static void trim(struct gemini *gemini, int nid)
 {
 	unsigned long timeout =
-		msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
+		msecs_to_jiffies(gemini_timeout_guest_ms(gemini));
 	u64 target = target_of(gemini, nid);
 	unsigned long now = jiffies;
 	enum gemini_stock stock;

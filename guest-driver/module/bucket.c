@@ -76,6 +76,16 @@ struct gemini_freed {
 };
 
 /**
+ * struct gemini_parked - a page that is about to be free
+ * @folio: kept by a reference; whoever takes it out drops it
+ * @since: since when, in jiffies; the block is held for nothing from then on
+ */
+struct gemini_parked {
+	struct folio *folio;
+	unsigned long since;
+};
+
+/**
  * struct gemini_bucket_cpu - what one CPU frees
  * @gemini: the device
  * @armed: @kick or @work is under way
@@ -84,7 +94,7 @@ struct gemini_freed {
  * @looks: looks at what was freed last
  * @rest: until the next look, in jiffies
  * @next: slot of @parked to be used next, by callbacks on this CPU alone
- * @parked: pages kept by a reference; whoever takes one out drops it
+ * @parked: pages that are about to be free
  * @freed: what there is to be found, for each node
  */
 struct gemini_bucket_cpu {
@@ -95,7 +105,7 @@ struct gemini_bucket_cpu {
 	unsigned int looks;
 	unsigned long rest;
 	unsigned int next;
-	struct folio *parked[PARKED_MAX];
+	struct gemini_parked parked[PARKED_MAX];
 	struct gemini_freed freed[];
 };
 
@@ -168,7 +178,7 @@ static bool welcome(struct gemini *gemini)
 static bool park(struct gemini *gemini, struct folio *folio)
 {
 	struct gemini_bucket_cpu *cpu;
-	struct folio **slot;
+	struct gemini_parked *slot;
 	bool parked = false;
 
 	if (current->flags & (PF_KTHREAD | PF_MEMALLOC) ||
@@ -176,11 +186,12 @@ static bool park(struct gemini *gemini, struct folio *folio)
 		return false;
 	cpu = get_cpu_ptr(gemini->bucket.cpu);
 	slot = &cpu->parked[cpu->next % PARKED_MAX];
-	if (!READ_ONCE(*slot)) {
+	if (!READ_ONCE(slot->folio)) {
 		cpu->next++;
+		WRITE_ONCE(slot->since, jiffies);
 		atomic_inc(&gemini->bucket.parked);
 		/* Counted before anybody can take it out again. */
-		smp_store_release(slot, folio);
+		smp_store_release(&slot->folio, folio);
 		arm(cpu);
 		parked = true;
 	}
@@ -296,8 +307,12 @@ struct result {
 	unsigned int missing;
 };
 
-/* Holds up to @wanted freed blocks of a node again; returns how many. */
-static unsigned int rebook(struct gemini *gemini, int nid, unsigned int wanted,
+/*
+ * Holds up to @wanted blocks again that were freed; returns how many.  They are
+ * of this node, or if it is known of this @zone, and free since @since.
+ */
+static unsigned int rebook(struct gemini *gemini, int nid, struct zone *zone,
+			   unsigned long since, unsigned int wanted,
 			   struct result *result)
 {
 	unsigned int nr_spare = 0, kept = 0, i;
@@ -305,7 +320,8 @@ static unsigned int rebook(struct gemini *gemini, int nid, unsigned int wanted,
 	u64 block;
 
 	while (kept < wanted && nr_spare < SPARE_MAX && welcome(gemini)) {
-		if (gemini_hold_any(gemini, nid, &block))
+		if (zone ? gemini_hold_freed(gemini, zone, since, &block) :
+			   gemini_hold_any(gemini, nid, &block))
 			break;
 		if (gemini_booking_wants(gemini, block))
 			kept++;
@@ -348,11 +364,11 @@ static void settle(struct gemini *gemini, struct gemini_freed *freed)
 }
 
 /* Takes a page out of its slot; NULL if it is free or another was faster. */
-static struct folio *unpark(struct gemini *gemini, struct folio **slot)
+static struct folio *unpark(struct gemini *gemini, struct gemini_parked *slot)
 {
-	struct folio *folio = READ_ONCE(*slot);
+	struct folio *folio = READ_ONCE(slot->folio);
 
-	if (!folio || cmpxchg(slot, folio, NULL) != folio)
+	if (!folio || cmpxchg(&slot->folio, folio, NULL) != folio)
 		return NULL;
 	atomic_dec(&gemini->bucket.parked);
 	return folio;
@@ -368,13 +384,16 @@ static unsigned int take_parked(struct gemini *gemini,
 {
 	unsigned int taken = 0;
 	struct folio *folio;
+	struct zone *zone;
+	unsigned long since;
 	unsigned int i;
-	int nid;
 
 	for (i = 0; i < PARKED_MAX; i++) {
-		folio = READ_ONCE(cpu->parked[i]);
+		/* Pairs with park(). */
+		folio = smp_load_acquire(&cpu->parked[i].folio);
 		if (!folio)
 			continue;
+		since = READ_ONCE(cpu->parked[i].since);
 		/* Somebody may take it out meanwhile; a look costs nothing. */
 		if (!last && page_ref_count((struct page *)folio) > 1) {
 			result->missing++;
@@ -383,10 +402,10 @@ static unsigned int take_parked(struct gemini *gemini,
 		folio = unpark(gemini, &cpu->parked[i]);
 		if (!folio)
 			continue;
-		nid = folio_nid(folio);
+		zone = folio_zone(folio);
 		folio_put(folio);
 		atomic64_inc(&gemini->bucket.freed);
-		rebook(gemini, nid, 1, result);
+		rebook(gemini, zone_to_nid(zone), zone, since, 1, result);
 		taken++;
 		cond_resched();
 	}
@@ -440,7 +459,7 @@ static bool any_parked(struct gemini_bucket_cpu *cpu)
 	unsigned int i;
 
 	for (i = 0; i < PARKED_MAX; i++)
-		if (READ_ONCE(cpu->parked[i]))
+		if (READ_ONCE(cpu->parked[i].folio))
 			return true;
 	return false;
 }
@@ -465,7 +484,8 @@ static void look(struct work_struct *work)
 
 		if (most <= freed->kept)
 			continue;
-		freed->kept += rebook(gemini, nid, most - freed->kept, &result);
+		freed->kept += rebook(gemini, nid, NULL, jiffies,
+				      most - freed->kept, &result);
 		result.missing += most - freed->kept;
 	}
 	atomic64_add(result.kept, &gemini->bucket.rebooked);

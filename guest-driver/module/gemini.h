@@ -317,13 +317,15 @@ struct gemini_booking {
 /**
  * struct gemini_giving - free memory goes back to the host
  * @work: looks, holds, releases and takes answers; protects what follows, but
- *	for @owed and @huge_first
+ *	for @owed, @huge_first and @free_left
  * @asked: requests that the device has, by gemini_request.asked
  * @owed: blocks left of the host's wish; set by whoever takes advice
  * @next: the block where the next look at free blocks begins
  * @looked: when the last look at all of them began, in jiffies
  * @huge_seen: the look that is under way has seen a host-huge one
  * @huge_first: there may be host-huge ones, others have to wait
+ * @free_seen: the look that is under way has seen one of any kind
+ * @free_left: there may be some, what is trimmed and what is ready has to wait
  * @trimming: nothing else is left, and there may be more to be trimmed
  * @odd_pages: base pages that were given back and make no whole block
  * @released: blocks released
@@ -336,6 +338,8 @@ struct gemini_giving {
 	unsigned long looked;
 	bool huge_seen;
 	bool huge_first;
+	bool free_seen;
+	bool free_left;
 	bool trimming;
 	u64 odd_pages;
 	u64 released;
@@ -620,6 +624,8 @@ void gemini_hold_exit(struct gemini *gemini);
 void gemini_hold_open(struct gemini *gemini);
 void gemini_hold_close(struct gemini *gemini);
 int gemini_hold_any(struct gemini *gemini, int nid, u64 *block);
+int gemini_hold_freed(struct gemini *gemini, struct zone *zone,
+		      unsigned long since, u64 *block);
 int gemini_hold_exact(struct gemini *gemini, u64 block);
 int gemini_hold_moved(struct gemini *gemini, u64 block,
 		      struct gemini_target *target);
@@ -702,6 +708,7 @@ void gemini_timeout_start(struct gemini *gemini);
 void gemini_timeout_stop(struct gemini *gemini);
 unsigned int gemini_timeout_ms(struct gemini *gemini);
 unsigned int gemini_timeout_hold_ms(struct gemini *gemini);
+unsigned int gemini_timeout_guest_ms(struct gemini *gemini);
 int gemini_timeout_fix(struct gemini *gemini, unsigned int ms);
 const char *gemini_timeout_source(struct gemini *gemini);
 

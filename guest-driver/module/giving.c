@@ -8,7 +8,7 @@
  *   1. held blocks that are of no use: the host has base pages there;
  *   2. free blocks, first those that the host backs with a huge page;
  *   3. free base pages in sparsely used blocks, see trim.c;
- *   4. ready blocks, whose time is over the sooner the more the host wants.
+ *   4. ready blocks, those first that have been so for longest.
  * What is aligned and in use stays, and no huge page is split but those that
  * are of little use.
  *
@@ -194,6 +194,7 @@ static void find_free(struct gemini *gemini, bool wish, struct batch *found)
 						GEMINI_BLOCK_SPENT, 0);
 			continue;
 		}
+		giving->free_seen = true;
 		giving->huge_seen |= huge;
 		if (wish && !huge && giving->huge_first)
 			continue;
@@ -208,8 +209,10 @@ static void find_free(struct gemini *gemini, bool wish, struct batch *found)
 		giving->next = from;
 		return;
 	}
-	/* All of it was seen: are there any but those with base pages? */
+	/* All of it was seen: are there any, and any but those with base pages? */
 	giving->next = 0;
+	WRITE_ONCE(giving->free_left, giving->free_seen);
+	giving->free_seen = false;
 	giving->huge_first = giving->huge_seen;
 	giving->huge_seen = false;
 }
@@ -255,8 +258,12 @@ static void hold_free(struct gemini *gemini, bool wish, struct batch *batch)
 	unsigned int i;
 	int ret;
 
-	if (!found.max || gemini_booking_paused(gemini) ||
-	    !gemini_isolation_active(gemini) || !look_is_due(gemini, wish))
+	if (gemini_booking_paused(gemini) || !gemini_isolation_active(gemini)) {
+		/* Nobody waits for what cannot be had for long. */
+		WRITE_ONCE(gemini->giving.free_left, false);
+		return;
+	}
+	if (!found.max || !look_is_due(gemini, wish))
 		return;
 	find_free(gemini, wish, &found);
 	/*
@@ -269,9 +276,9 @@ static void hold_free(struct gemini *gemini, bool wish, struct batch *batch)
 		hold_plain(gemini, wish, batch, found.count);
 	for (i = 0; i < found.count && batch->count < batch->max &&
 	     !gemini_booking_paused(gemini); i++) {
-		if (!gemini_census_free(gemini, found.block[i]))
-			continue;
-		ret = gemini_hold_exact(gemini, found.block[i]);
+		/* The map may be older than that somebody began to use it. */
+		ret = gemini_census_free(gemini, found.block[i]) ?
+		      gemini_hold_exact(gemini, found.block[i]) : -EBUSY;
 		if (!ret)
 			batch->block[batch->count++] = found.block[i];
 		else if (ret != -EEXIST)
@@ -317,10 +324,10 @@ static int release(struct gemini *gemini, struct batch *batch)
 	return ret;
 }
 
-/* Ready blocks that nobody came for in time, but for the stock. */
-static void pick_ready(struct gemini *gemini, struct batch *batch)
+/* Ready blocks that nobody came for in this time, but for the stock. */
+static void pick_ready(struct gemini *gemini, unsigned long age,
+		       struct batch *batch)
 {
-	unsigned long age = msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
 	enum gemini_stock stock;
 
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
@@ -381,24 +388,27 @@ static void pick_wanted(struct gemini *gemini, struct batch *batch)
 	pick_held(gemini, GEMINI_STOCK_IDLE, false, 0, false, batch);
 	hold_free(gemini, true, batch);
 	/* Not while others are left, which a whole look has to tell. */
-	if (batch->count || gemini->giving.huge_first)
+	if (batch->count || READ_ONCE(gemini->giving.free_left))
 		return;
 	if (gemini_trim(gemini, &pages)) {
 		gemini->giving.trimming = true;
 		credit_pages(gemini, pages);
 	} else {
-		pick_ready(gemini, batch);
+		/* However young: nobody else has any more. */
+		pick_ready(gemini, 0, batch);
 	}
 }
 
 /* Nobody waits for it. What is held already costs nothing, so it comes first. */
 static void pick_unused(struct gemini *gemini, struct batch *batch)
 {
+	unsigned long age = msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
+
 	pick_surplus(gemini, batch);
 	if (batch->count || !READ_ONCE(gemini->returning))
 		return;
 	pick_held(gemini, GEMINI_STOCK_IDLE, false, UNUSED, false, batch);
-	pick_ready(gemini, batch);
+	pick_ready(gemini, age, batch);
 	if (!batch->count)
 		hold_free(gemini, false, batch);
 }
@@ -468,6 +478,13 @@ void gemini_giving_kick(struct gemini *gemini)
 	mod_delayed_work(gemini->wq, &gemini->giving.work, 0);
 }
 
+/* A new wish: what there is has to be looked at first. */
+static void giving_anew(struct gemini_giving *giving)
+{
+	WRITE_ONCE(giving->huge_first, true);
+	WRITE_ONCE(giving->free_left, true);
+}
+
 /**
  * gemini_giving_want() - the host says what it wants
  * @gemini: the device
@@ -479,8 +496,7 @@ void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused)
 	struct gemini_giving *giving = &gemini->giving;
 
 	if (blocks && !READ_ONCE(gemini->wanted))
-		/* A new wish: what there is has to be looked at first. */
-		WRITE_ONCE(giving->huge_first, true);
+		giving_anew(giving);
 	atomic64_set(&giving->owed, min_t(u64, blocks, S64_MAX));
 	WRITE_ONCE(gemini->wanted, blocks);
 	WRITE_ONCE(gemini->returning, unused);

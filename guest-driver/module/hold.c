@@ -36,7 +36,7 @@ static void give_back(struct gemini *gemini, u64 block)
 	__free_pages(page, gemini->block_order);
 }
 
-static int keep(struct gemini *gemini, struct page *page)
+static int keep(struct gemini *gemini, struct page *page, unsigned long since)
 {
 	u64 block = page_to_pfn(page) >> gemini->block_order;
 	int ret;
@@ -44,7 +44,7 @@ static int keep(struct gemini *gemini, struct page *page)
 	ret = gemini_map_grow(&gemini->map, block, true);
 	if (!ret)
 		ret = gemini_map_hold(&gemini->map, block,
-				      want_init_on_alloc(HOLD_GFP));
+				      want_init_on_alloc(HOLD_GFP), since);
 	if (ret) {
 		__free_pages(page, gemini->block_order);
 		return ret;
@@ -61,23 +61,12 @@ static int keep(struct gemini *gemini, struct page *page)
 	return 0;
 }
 
-/**
- * gemini_hold_any() - hold whatever block the allocator has
- * @gemini: the device
- * @nid: on this node alone, or NUMA_NO_NODE
- * @block: which one it is
- *
- * Return: 0; -ENOMEM if there is none without effort; -ENODEV if the device
- * goes away.
- */
-int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
+static int hold_plain(struct gemini *gemini, int nid, gfp_t gfp,
+		      unsigned long since, u64 *block)
 {
-	gfp_t gfp = HOLD_GFP;
 	unsigned long pfn;
 	struct page *page;
 
-	if (nid != NUMA_NO_NODE)
-		gfp |= __GFP_THISNODE;
 	/* ZONE_MOVABLE stays free of what cannot be moved, or make way. */
 	if (!gemini_isolation_active(gemini))
 		gfp &= ~__GFP_HIGHMEM;
@@ -91,7 +80,52 @@ int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
 		return -ENOMEM;
 	}
 	*block = pfn >> gemini->block_order;
-	return keep(gemini, page);
+	return keep(gemini, page, since);
+}
+
+/**
+ * gemini_hold_any() - hold whatever block the allocator has
+ * @gemini: the device
+ * @nid: on this node alone, or NUMA_NO_NODE
+ * @block: which one it is
+ *
+ * Return: 0; -ENOMEM if there is none without effort; -ENODEV if the device
+ * goes away.
+ */
+int gemini_hold_any(struct gemini *gemini, int nid, u64 *block)
+{
+	gfp_t gfp = HOLD_GFP;
+
+	if (nid != NUMA_NO_NODE)
+		gfp |= __GFP_THISNODE;
+	return hold_plain(gemini, nid, gfp, jiffies, block);
+}
+
+/**
+ * gemini_hold_freed() - hold a block that this CPU has just freed
+ * @gemini: the device
+ * @zone: where it lies
+ * @since: when nobody needed it any more, in jiffies
+ * @block: which one was held: most likely the last one that was freed there
+ *
+ * The allocator begins with the highest zone that it is allowed, and hands out
+ * what has been free there for long before it looks at another.  Under
+ * init_on_alloc it writes to all of it.
+ *
+ * Return: as gemini_hold_any().
+ */
+int gemini_hold_freed(struct gemini *gemini, struct zone *zone,
+		      unsigned long since, u64 *block)
+{
+	gfp_t gfp = HOLD_GFP | __GFP_THISNODE;
+
+	if (zone_idx(zone) != ZONE_MOVABLE)
+		gfp &= ~__GFP_HIGHMEM;
+#ifdef CONFIG_ZONE_DMA32
+	if (zone_idx(zone) == ZONE_DMA32)
+		gfp |= __GFP_DMA32;
+#endif
+	return hold_plain(gemini, zone_to_nid(zone), gfp, since, block);
 }
 
 /* The page at @pfn, NULL if it must not be taken at its address. */
@@ -161,7 +195,7 @@ static int take_exact(struct gemini *gemini, u64 block,
 	ret = gemini_alloc_contig(pfn, gemini->block_order,
 				  GFP_KERNEL | __GFP_NOWARN);
 	exact_end(gemini);
-	return ret ?: keep(gemini, page);
+	return ret ?: keep(gemini, page, jiffies);
 }
 
 /**

@@ -194,6 +194,14 @@ unsigned int gemini_timeout_ms(struct gemini *gemini)
 	return ms;
 }
 
+static unsigned int hold_ms(struct gemini *gemini, u64 wanted)
+{
+	return gemini_adapt_hold(gemini_timeout_ms(gemini),
+				 global_zone_page_state(NR_FREE_PAGES),
+				 totalram_pages(), wanted,
+				 READ_ONCE(gemini->map.held));
+}
+
 /**
  * gemini_timeout_hold_ms() - the same under pressure, of the guest or the host
  * @gemini: the device
@@ -202,10 +210,21 @@ unsigned int gemini_timeout_ms(struct gemini *gemini)
  */
 unsigned int gemini_timeout_hold_ms(struct gemini *gemini)
 {
-	return gemini_adapt_hold(gemini_timeout_ms(gemini),
-				 global_zone_page_state(NR_FREE_PAGES),
-				 totalram_pages(), gemini_giving_owed(gemini),
-				 READ_ONCE(gemini->map.held));
+	return hold_ms(gemini, gemini_giving_owed(gemini));
+}
+
+/**
+ * gemini_timeout_guest_ms() - the same under pressure of the guest alone
+ * @gemini: the device
+ *
+ * For what is done for the guest: the host has nothing of a block that goes to
+ * the allocator.
+ *
+ * Return: milliseconds, at most gemini_timeout_ms().
+ */
+unsigned int gemini_timeout_guest_ms(struct gemini *gemini)
+{
+	return hold_ms(gemini, 0);
 }
 
 /* A period has ended. */

@@ -228,8 +228,9 @@ static void find(struct gemini *gemini)
 }
 
 /*
- * Takes the next run of each block.  What has none left is done with; what
- * cannot be taken is left alone for a while, and the reason returned.
+ * Takes the next run of each block.  What has none left is done with, whatever
+ * became of the others, and left alone for a while; so is what cannot be taken,
+ * and the reason is returned.
  */
 static int take_round(struct gemini *gemini, struct gemini_trim_job *job,
 		      unsigned int *count, struct taken *taken)
@@ -244,8 +245,11 @@ static int take_round(struct gemini *gemini, struct gemini_trim_job *job,
 		unsigned int at = job[i].next;
 
 		pages = gemini_census_run(gemini, job[i].block, &at, RUN_MIN);
-		if (!pages)
+		if (!pages) {
+			gemini_map_flag(&gemini->map, job[i].block,
+					GEMINI_BLOCK_PASSED, 0);
 			continue;
+		}
 		ret = take(gemini, taken, pfn + at, pages);
 		if (ret && ret != -ECANCELED) {
 			gemini_map_flag(&gemini->map, job[i].block,

@@ -156,8 +156,11 @@ impl Queues {
             self.engine.cancel_prepare(id);
             self.answer(&slot, &chain, S_BUSY, &[]);
         }
-        slot.vring = None;
+        let ran = slot.vring.take().is_some();
         slot.broken = false;
+        if ran && queue == VQ_HINT {
+            self.engine.driver_left();
+        }
     }
 
     /// Stops all queues.

@@ -262,6 +262,12 @@ impl Engine {
         self.wake();
     }
 
+    /// The driver stopped.
+    pub fn driver_left(&self) {
+        self.lock().state.driver_left();
+        self.wake();
+    }
+
     /// The generation in force.
     pub fn generation(&self) -> u64 {
         self.lock().state.generation

@@ -11,7 +11,7 @@ use super::timeout::Timeout;
 use super::GiveBack;
 use crate::backing::{HostRun, HostState, Memory};
 use crate::bitmap::Bitmap;
-use crate::block_map::BlockMap;
+use crate::block_map::{Block, BlockMap};
 use crate::policy::{Agenda, Policy};
 use crate::pressure::Wish;
 use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
@@ -104,6 +104,8 @@ pub struct State {
     pub map: BlockMap,
     /// How much of the driver's state is known.
     pub guest_sync: GuestSync,
+    /// The driver that told it does not run any more, or its guest was stopped.
+    driver_away: bool,
     /// What the driver still has to be told.
     pub hints: Hints,
     /// Where the host is looked at next.
@@ -153,6 +155,7 @@ impl State {
             memory: None,
             map: BlockMap::default(),
             guest_sync: GuestSync::default(),
+            driver_away: false,
             hints: Hints::default(),
             scan: ScanPlan::new(0, now),
             repair: Repair::new(policy, 0),
@@ -195,6 +198,7 @@ impl State {
     pub fn new_generation(&mut self) {
         self.generation = random_generation();
         self.guest_sync = GuestSync::Waiting;
+        self.driver_away = false;
         self.hints = Hints::new(self.map.len());
         self.repair = Repair::new(self.policy, self.map.len());
         self.acted_on = Bitmap::new(self.map.len());
@@ -208,9 +212,19 @@ impl State {
         }
     }
 
+    /// The driver stopped: what it told is shown until somebody tells it anew, and not acted on.
+    /// Its guest may be another one soon, or give memory back in another way (ballooning), and what
+    /// was collapsed then would be filled again unasked.
+    pub fn driver_left(&mut self) {
+        self.driver_away = true;
+        self.reconsider_all();
+    }
+
     /// Asks the policy about a block again.
     pub fn reconsider(&mut self, index: usize) {
         let Some(block) = self.map.get(index) else { return };
+        let unknown = Block { guest: GuestState::Unknown, used: 0, ..*block };
+        let block = if self.driver_away { &unknown } else { block };
         let wanted = self.policy.wants_collapse(block, self.fragmented);
         self.repair.agenda().note_huge(index, block.guest == GuestState::Huge);
         self.repair.consider(index, wanted);
@@ -672,6 +686,25 @@ mod tests {
         assert_eq!(state.map.counters().guest[GuestState::Unknown as usize], 8);
         assert_eq!(state.map.counters().host[HostState::Base as usize], 8);
         assert!(!state.repair.wants());
+    }
+
+    #[test]
+    fn what_a_driver_told_that_left_is_shown_and_not_acted_on() {
+        let mut state = state_of(8);
+        state.apply_look(&[HostRun { first: 0, count: 8, state: HostState::Base, resident: 0 }]);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(5, 1, GuestState::Huge)]);
+        state.driver_left();
+        assert!(!state.repair.wants());
+        assert_eq!(state.map.counters().guest_only, 1);
+        // What was on its way when it left.
+        let late = batch(&state, 0);
+        state.apply_report(&late, &[record(6, 1, GuestState::Huge)]);
+        assert!(!state.repair.wants());
+        state.new_generation();
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(5, 1, GuestState::Huge)]);
+        assert!(state.repair.wants());
     }
 
     #[test]

@@ -165,6 +165,14 @@ impl Guest {
         Ok(output.output)
     }
 
+    /// Starts a shell command without waiting for its end.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn start_shell(&self, command: &str) -> anyhow::Result<Pending<Output>> {
+        self.start(Command::Exec { command: command.into() })
+    }
+
     /// Runs a probe as a process of its own; `None` if the kernel killed it
     /// for want of memory.
     ///

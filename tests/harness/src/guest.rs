@@ -330,6 +330,22 @@ impl Guest {
         self.set_contents(block, Content::Zero);
     }
 
+    /// Whether nobody uses the base page with this number, of a block in base
+    /// pages of which others are in use.
+    #[must_use]
+    pub fn is_free_base(&self, page: u64) -> bool {
+        let slot = index(page % PAGES_PER_BLOCK);
+        match &self.blocks[index(page / PAGES_PER_BLOCK)] {
+            Use::Base(used) => used[slot / 64] & (1 << (slot % 64)) == 0,
+            _ => false,
+        }
+    }
+
+    /// Notes that a drop of base pages, by their numbers, was asked for.
+    pub fn pages_undefined(&mut self, pages: Range<u64>) {
+        self.contents[index(pages.start)..index(pages.end)].fill(Content::Undefined);
+    }
+
     /// Notes that base pages of a block, by their numbers, were dropped.
     pub fn pages_dropped(&mut self, pages: Range<u64>) {
         self.contents[index(pages.start)..index(pages.end)].fill(Content::Zero);

@@ -148,6 +148,23 @@ impl Machine {
         Ok(ticket)
     }
 
+    /// Asks for a drop of free base pages in blocks that are in use, as
+    /// [`Machine::submit_drop`] does of whole ones. The caller sees to it that
+    /// nobody takes the pages before the answer.
+    ///
+    /// # Errors
+    /// If a page is not free in such a block, or the request cannot be sent.
+    pub fn submit_trim(&mut self, pages: &[Range]) -> anyhow::Result<u64> {
+        for page in each(pages) {
+            ensure!(self.guest.is_free_base(page), "page {page:#x} cannot be held");
+        }
+        let ticket = self.driver.submit(wire::REQ_TRIM, pages)?;
+        for range in pages {
+            self.guest.pages_undefined(range.first..range.first + u64::from(range.count));
+        }
+        Ok(ticket)
+    }
+
     /// As [`Machine::submit_drop`], then waits for the answer. After OK the
     /// blocks are known to be zeros. Returns the status.
     ///
@@ -301,7 +318,7 @@ impl Detached {
     }
 }
 
-/// The blocks of `ranges`, one by one.
+/// The blocks or pages of `ranges`, one by one.
 pub fn each(ranges: &[Range]) -> impl Iterator<Item = u64> + '_ {
     ranges.iter().flat_map(|range| range.first..range.first.saturating_add(u64::from(range.count)))
 }

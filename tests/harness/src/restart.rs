@@ -1,6 +1,6 @@
-//! The daemon is killed at each step of a prepare, a release and a renew, and
-//! started again: nothing that was not released is lost, what was answered is
-//! true, and the full state is back soon.
+//! The daemon is killed at each step of a prepare, a release, a renew and a trim,
+//! and started again: nothing that was not released is lost, what was answered
+//! is true, and the full state is back soon.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use anyhow::{ensure, Context};
 use crate::daemon::{Daemon, Options};
 use crate::driver::AREA_BLOCKS;
 use crate::figures::{Bar, Scenario};
+use crate::guest::PAGES_PER_BLOCK;
 use crate::machine::{each, singles, Machine, PATIENCE};
 use crate::memory::{GuestMemory, Placement, BLOCK_SIZE};
 use crate::rng::Rng;
@@ -22,6 +23,11 @@ use crate::wire::{self, guest_state, Range};
 /// Requests that are outstanding when the daemon is killed.
 const OUTSTANDING: u64 = 8;
 const BLOCKS: u64 = 96;
+/// Of so many base pages one stays in use where others are trimmed.
+const STRIDE: u64 = 8;
+/// The others up to the next one.
+const RUN: u32 = 7;
+const _: () = assert!(RUN as u64 == STRIDE - 1);
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -66,6 +72,7 @@ struct Totals {
     answered_before: u64,
     answered_after: u64,
     dropped: u64,
+    trimmed: u64,
     void: u64,
     damaged: u64,
     changed: u64,
@@ -84,7 +91,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     let _held = settings::daemon_decides()?;
     let mut totals = Totals::default();
     let mut expected = 0;
-    for kind in ["prepare", "release", "renew"] {
+    for kind in ["prepare", "release", "renew", "trim"] {
         for step in ["fetched", "done", "published"] {
             for &passage in &plan.passages {
                 let fault = format!("{kind}.{step}:{passage}");
@@ -110,6 +117,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         ("answered_before_restart", totals.answered_before as f64, Bar::None),
         ("answered_after_restart", totals.answered_after as f64, Bar::None),
         ("blocks_dropped", totals.dropped as f64, Bar::AtLeast(1.0)),
+        ("pages_trimmed", totals.trimmed as f64, Bar::AtLeast(1.0)),
         ("changes_without_daemon", totals.changed as f64, Bar::AtLeast(1.0)),
         ("void_answers", totals.void as f64, Bar::AtLeast(1.0)),
     ];
@@ -159,17 +167,22 @@ fn kill_at(
     let wanted = 2 * usize::try_from(OUTSTANDING)?;
     ensure!(free.len() >= wanted, "only {} free blocks", free.len());
     let held = &free[..wanted];
-    for &block in held {
-        machine.guest.book(block)?;
-    }
-    machine.talk()?;
     let kind = match kind {
         "prepare" => wire::REQ_PREPARE,
         "release" => wire::REQ_RELEASE,
-        _ => wire::REQ_RENEW,
+        "renew" => wire::REQ_RENEW,
+        _ => wire::REQ_TRIM,
     };
+    for &block in held {
+        if kind == wire::REQ_TRIM {
+            use_sparsely(&mut machine, block)?;
+        } else {
+            machine.guest.book(block)?;
+        }
+    }
+    machine.talk()?;
     for pair in held.chunks(2) {
-        submit(&mut machine, kind, &singles(pair))?;
+        submit(&mut machine, kind, pair, &mut rng)?;
     }
 
     let exit =
@@ -200,7 +213,7 @@ fn kill_at(
     totals.answered_after += take_answers(&mut machine, totals);
     totals.damaged += damaged(&machine, "after the restart")?;
 
-    reuse(&mut machine, held)?;
+    reuse(&mut machine, kind, held)?;
     machine.run_for(Duration::from_millis(100))?;
     totals.damaged += damaged(&machine, "after the blocks were used again")?;
     well_behaved_end(&mut machine)?;
@@ -235,12 +248,30 @@ fn live_on(machine: &mut Machine, rng: &mut Rng) -> anyhow::Result<u64> {
     Ok(changes)
 }
 
-fn submit(machine: &mut Machine, kind: u16, ranges: &[Range]) -> anyhow::Result<u64> {
-    if kind == wire::REQ_PREPARE {
-        machine.driver.submit(kind, ranges)
-    } else {
-        machine.submit_drop(kind, ranges)
+fn submit(machine: &mut Machine, kind: u16, blocks: &[u64], rng: &mut Rng) -> anyhow::Result<u64> {
+    match kind {
+        wire::REQ_PREPARE => machine.driver.submit(kind, &singles(blocks)),
+        // A run of free pages of each.
+        wire::REQ_TRIM => {
+            let run = |&block: &u64| Range {
+                first: block * PAGES_PER_BLOCK + rng.below(PAGES_PER_BLOCK / STRIDE) * STRIDE + 1,
+                count: RUN,
+            };
+            let runs: Vec<Range> = blocks.iter().map(run).collect();
+            machine.submit_trim(&runs)
+        }
+        _ => machine.submit_drop(kind, &singles(blocks)),
     }
+}
+
+/// Has all of a free block written, and one of [`STRIDE`] pages stay in use.
+fn use_sparsely(machine: &mut Machine, block: u64) -> anyhow::Result<()> {
+    machine.guest.alloc_huge(block)?;
+    machine.guest.split(block)?;
+    for page in (0..PAGES_PER_BLOCK).filter(|page| page % STRIDE != 0) {
+        machine.guest.free_base(block, page)?;
+    }
+    Ok(())
 }
 
 /// Takes all answers and notes what they say about contents. Returns how many.
@@ -249,6 +280,13 @@ fn take_answers(machine: &mut Machine, totals: &mut Totals) -> u64 {
     while let Some(answer) = machine.driver.take_any_answer() {
         count += 1;
         match answer.response.status {
+            wire::S_OK if answer.request.kind == wire::REQ_TRIM => {
+                for range in &answer.request.ranges {
+                    let end = range.first + u64::from(range.count);
+                    machine.guest.pages_dropped(range.first..end);
+                    totals.trimmed += u64::from(range.count);
+                }
+            }
             wire::S_OK if answer.request.kind != wire::REQ_PREPARE => {
                 for block in each(&answer.request.ranges) {
                     machine.guest.contents_dropped(block);
@@ -271,25 +309,32 @@ fn damaged(machine: &Machine, when: &str) -> anyhow::Result<u64> {
     Ok(damages.len() as u64)
 }
 
-/// Every block that was held is answered for, so it may be used again: whatever
+/// Everything that was held is answered for, so it may be used again: whatever
 /// drops it now is a drop that came too late.
-fn reuse(machine: &mut Machine, held: &[u64]) -> anyhow::Result<()> {
+fn reuse(machine: &mut Machine, kind: u16, held: &[u64]) -> anyhow::Result<()> {
     for &block in held {
+        if kind == wire::REQ_TRIM {
+            for page in (0..PAGES_PER_BLOCK).filter(|page| page % STRIDE != 0) {
+                machine.guest.alloc_base(block, page)?;
+            }
+            continue;
+        }
         machine.guest.unbook(block)?;
         machine.guest.alloc_huge(block)?;
     }
     machine.talk()
 }
 
-/// The restarted daemon serves a prepare, a release and a renew.
+/// The restarted daemon serves a prepare, a release, a renew and a trim.
 fn well_behaved_end(machine: &mut Machine) -> anyhow::Result<()> {
     let free = machine.guest.in_state(guest_state::FREE);
-    let [first, second, third, ..] = free[..] else {
+    let [first, second, third, fourth, ..] = free[..] else {
         anyhow::bail!("only {} free blocks", free.len());
     };
     for block in [first, second, third] {
         machine.guest.book(block)?;
     }
+    use_sparsely(machine, fourth)?;
     machine.talk()?;
     for (kind, block) in [(wire::REQ_RELEASE, first), (wire::REQ_RENEW, second)] {
         let status = machine.drop_blocks(kind, &singles(&[block]))?;
@@ -301,6 +346,11 @@ fn well_behaved_end(machine: &mut Machine) -> anyhow::Result<()> {
         "PREPARE answered with status {}",
         answer.response.status
     );
+    let run = Range { first: fourth * PAGES_PER_BLOCK + 1, count: RUN };
+    let ticket = machine.submit_trim(&[run])?;
+    let status = machine.driver.answer(ticket, PATIENCE)?.response.status;
+    ensure!(status == wire::S_OK, "TRIM answered with status {status}");
+    machine.guest.pages_dropped(run.first..run.first + u64::from(run.count));
     Ok(())
 }
 

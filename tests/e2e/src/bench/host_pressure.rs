@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use gemini_guest::protocol::{PageSize, Program};
+use gemini_guest::protocol::{Break, PageSize, Program};
 use gemini_harness::figures::{Bar, Scenario};
 
+use super::order::{Look, Order};
 use crate::cgroup::MemoryCgroup;
-use crate::daemon::Daemon;
 use crate::lab::{Bench, Lab};
 use crate::process::Guarded;
 use crate::taker::Taker;
@@ -22,47 +22,18 @@ const PIECE: u64 = 8 * MIB;
 const PAUSE: Duration = Duration::from_millis(125);
 /// Size of a file of which somebody needs all again and again.
 const FILE: u64 = 64 * MIB;
+/// Without it, what is used sparsely would become whole again in other places.
+const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// It takes so much of what the guest has to spare, in percent.
 const SHARE_PERCENT: u64 = 80;
+/// Longer than it takes.
+const HOLD_MS: u64 = 600_000;
 /// How long both layers may take to come to rest.
 const SETTLE: Duration = Duration::from_secs(180);
 /// Longest time until the program has what it wants.
-const PATIENCE: Duration = Duration::from_secs(240);
-
-/// What the guest has of the host's memory, in blocks.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sight {
-    /// Free in the guest, huge in the host.
-    free_huge: u64,
-    /// Free in the guest, base pages in the host.
-    free_base: u64,
-    /// Held by the driver.
-    held: u64,
-    /// Huge at both layers.
-    aligned: u64,
-}
-
-impl Sight {
-    fn take(daemon: &Daemon) -> anyhow::Result<Self> {
-        let mut sight = Sight::default();
-        for run in daemon.map()?.runs {
-            match (run.guest.as_str(), run.host.as_str()) {
-                (_, "absent") => {}
-                ("free", "huge") => sight.free_huge += run.count,
-                ("free", _) => sight.free_base += run.count,
-                ("booked", _) => sight.held += run.count,
-                ("huge", "huge") => sight.aligned += run.count,
-                _ => {}
-            }
-        }
-        Ok(sight)
-    }
-
-    /// Blocks that can be given back.
-    fn spare(&self) -> u64 {
-        self.free_huge + self.free_base + self.held
-    }
-}
+const PATIENCE: Duration = Duration::from_secs(480);
+/// Memory in use is checked after so many looks.
+const VERIFY_EVERY: u32 = 4;
 
 /// Has a program take what a guest can spare, in a memory cgroup with a limit, in
 /// which QEMU and the daemon are too.
@@ -71,10 +42,12 @@ impl Sight {
 /// If guest, QEMU or daemon fail in a way that is no figure, or this machine has
 /// no memory cgroups.
 pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario> {
-    let (memory, bytes) = if quick { (1024 * MIB, 128 * MIB) } else { (2048 * MIB, 384 * MIB) };
+    let (memory, bytes) = if quick { (1024 * MIB, 128 * MIB) } else { (2048 * MIB, 320 * MIB) };
+    let sparse_bytes = bytes / 2;
     let mut scenario = Scenario::new("host-pressure");
     scenario.arg("guest_memory", memory);
     scenario.arg("program_bytes", bytes);
+    scenario.arg("sparse_bytes", sparse_bytes);
     scenario.arg("piece_bytes", PIECE);
     scenario.arg("pause_seconds", PAUSE.as_secs_f64());
     scenario.arg("headroom_bytes", HEADROOM);
@@ -90,110 +63,152 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let (mut lab, mut taker) = started?;
     let log = lab.vm.guest.log_position()?;
 
-    // Of each kind: memory in use, aligned; freed by a program that was aligned;
+    // Of each kind: memory in use, aligned; an eighth used, and huge in the host alone;
+    // freed by a program that was aligned, and held again; the same, not held;
     // freed by one that had base pages; and memory that comes and goes.
     let program = |seed| Program { bytes, seed, blocks_per_second: 0.0 };
     lab.vm.guest.start_program("stays", program(seed))?;
-    lab.vm.guest.start_program("ends", program(seed + 1))?;
+    lab.vm.guest.fill("sparse", sparse_bytes, seed + 3, PageSize::Huge)?;
+    lab.vm.guest.start_program("held", program(seed + 1))?;
+    lab.vm.guest.start_program("ends", program(seed + 4))?;
     lab.vm.guest.fill("base", bytes, seed + 2, PageSize::Base)?;
     lab.wait_settled(SETTLE)?;
+    let blocks = |blocks: Vec<Option<u64>>| blocks.into_iter().flatten().collect::<BTreeSet<u64>>();
+    let stays = blocks(lab.vm.guest.program_blocks("stays")?);
+    let sparse = blocks(lab.vm.guest.blocks_of("sparse")?);
+    // They are to stay as they are: neither emptied nor made whole again.
+    lab.vm.guest.set_driver("evacuation_rate", 0)?;
+    lab.vm.guest.write_file(ENABLED, "never")?;
+    // What is held goes because the host wants it, not because its time is over.
+    lab.vm.guest.set_driver("booking_timeout_ms", HOLD_MS)?;
+    lab.vm.guest.break_pages("sparse", Break::Split, 1)?;
+    lab.vm.guest.break_pages("sparse", Break::DropScattered, 1)?;
+    lab.vm.guest.end("held")?;
+    lab.wait_settled(SETTLE)?;
+    for setting in ["booking", "bucket"] {
+        lab.vm.guest.set_driver(setting, 0)?;
+    }
     lab.vm.guest.free("base")?;
     lab.vm.guest.end("ends")?;
     lab.wait_settled(SETTLE)?;
-    let stays: BTreeSet<u64> =
-        lab.vm.guest.program_blocks("stays")?.into_iter().flatten().collect();
-    let aligned = aligned_of(&lab, &stays)?;
-    let released = lab.daemon.status()?.released;
+    let before = lab.daemon.status()?;
 
     let cached = read_all(&lab, &group)?;
     let usage = group.usage()?;
     group.limit(usage + HEADROOM)?;
-    let start_sight = Sight::take(&lab.daemon)?;
-    let goal = HEADROOM + start_sight.spare() * BLOCK * SHARE_PERCENT / 100;
-    eprintln!("{start_sight:?}; the program is to take {} MiB", goal / MIB);
-    lab.vm.guest.start_churn("churn", 32 * MIB, seed)?;
+    let look = Look::take(&lab)?;
+    let mut order = Order::begin(&look, &sparse, &stays);
+    let free_base = look.free_base();
+    let kinds = [
+        ("free_huge", order.last().free.len() as u64),
+        ("free_base", free_base),
+        ("sparse", order.last().sparse.len() as u64),
+        ("ready", order.last().ready.len() as u64),
+        ("aligned", order.last().aligned.len() as u64),
+    ];
+    // Seven eighths of each sparse one.
+    let spare = kinds[0].1 + kinds[1].1 + kinds[2].1 * 7 / 8 + kinds[3].1;
+    let goal = HEADROOM + spare * BLOCK * SHARE_PERCENT / 100;
+    eprintln!("{kinds:?}; the program is to take {} MiB", goal / MIB);
+    // It uses what is free in blocks that are in use before whole ones.
+    lab.vm.guest.start_churn("churn", bytes / 16, seed)?;
     let stalled = stalled_seconds()?;
-    let run = Run::drive(&lab, &mut taker, goal, &stays)?;
+    let run = drive(&lab, &mut taker, goal, &mut order)?;
     let stalled = stalled_seconds()? - stalled;
 
     lab.vm.expect_alive()?;
     let churned = lab.vm.guest.stop_churn("churn")?;
     lab.vm.guest.verify_process("stays")?;
-    let end_sight = Sight::take(&lab.daemon)?;
-    let lost = aligned.saturating_sub(aligned_of(&lab, &stays)?).max(run.aligned_lost);
+    lab.vm.guest.verify("sparse")?;
+    let after = lab.daemon.status()?;
+    let left = &order.last().sparse;
+    for line in lab.vm.guest.shell("cat /sys/kernel/debug/virtio_gemini/*/blocks")?.lines() {
+        let mut words = line.split_whitespace().filter_map(|word| word.parse::<u64>().ok());
+        if let (Some(first), Some(count)) = (words.next(), words.next()) {
+            if left.range(first..first + count).next().is_some() {
+                eprintln!("  sparse, and left: {line}");
+            }
+        }
+    }
     let complaints = lab.vm.guest.tell_complaints(log)?;
     drop(cached);
 
     let mut figure = |name: &str, value: f64, bar| scenario.figure(name, value, bar);
     let blocks = |bytes: u64| bytes as f64 / BLOCK as f64;
-    figure("spare_at_start", start_sight.spare() as f64, Bar::AtLeast(64.0));
-    figure("free_huge_at_start", start_sight.free_huge as f64, Bar::None);
-    figure("free_base_at_start", start_sight.free_base as f64, Bar::None);
-    figure("held_at_start", start_sight.held as f64, Bar::None);
-    figure("spare_at_end", end_sight.spare() as f64, Bar::None);
+    for (kind, count) in kinds {
+        let bar = match kind {
+            // What the host has in base pages depends on how busy it is.
+            "free_base" => Bar::None,
+            "aligned" => Bar::AtLeast(blocks(bytes) * 0.9),
+            _ => Bar::AtLeast(1.0),
+        };
+        figure(&format!("{kind}_at_start"), count as f64, bar);
+    }
     figure("goal_blocks", blocks(goal), Bar::None);
     figure("taken_share", taker.taken() as f64 / goal as f64, Bar::AtLeast(1.0));
     figure("seconds", run.seconds, Bar::None);
-    let gained = lab.daemon.status()?.released - released;
-    figure("released", gained as f64, Bar::AtLeast(blocks(goal - HEADROOM) * 0.5));
-    figure("held_gone_while_free_huge_left", run.early as f64, Bar::AtMost(0.0));
+    figure("looks", f64::from(run.looks), Bar::AtLeast(10.0));
+    let gone = order.gone();
+    figure("never_to_be_had", gone.never as f64, Bar::None);
+    figure("free_gone", gone.free as f64, Bar::AtLeast(1.0));
+    figure("trimmed", gone.sparse as f64, Bar::AtLeast(1.0));
+    figure("trimmed_while_free_left", gone.sparse_early as f64, Bar::AtMost(0.0));
+    figure("ready_gone", gone.ready as f64, Bar::AtLeast(1.0));
+    figure("ready_gone_while_free_left", gone.ready_early as f64, Bar::AtMost(0.0));
+    // One with a page that cannot be moved at that moment is left alone for a while.
+    let most = kinds[2].1 as f64 * 0.1;
+    figure("sparse_left_when_ready_gone", gone.sparse_left as f64, Bar::AtMost(most));
+    figure("aligned_lost", gone.aligned as f64, Bar::AtMost(0.0));
+    figure("aligned_lost_while_others_left", gone.aligned_early as f64, Bar::AtMost(0.0));
+    figure("released", (after.released - before.released) as f64, Bar::AtLeast(1.0));
+    let trimmed = after.trimmed_pages - before.trimmed_pages;
+    figure("trimmed_pages", trimmed as f64, Bar::AtLeast(1.0));
     figure("psi_some_seconds", stalled, Bar::None);
     figure("oom_kills", group.oom_kills()? as f64, Bar::AtMost(0.0));
-    figure("aligned_of_program", aligned as f64, Bar::AtLeast(blocks(bytes) * 0.9));
-    figure("aligned_lost", lost as f64, Bar::AtMost(0.0));
+    figure("verified_meanwhile", f64::from(run.verified), Bar::AtLeast(2.0));
     figure("churn_rounds", churned.rounds as f64, Bar::AtLeast(1.0));
     figure("guest_complaints", complaints as f64, Bar::AtMost(0.0));
     Ok(scenario)
 }
 
-/// What was seen while the program took memory.
+/// What was done while the program took memory.
+#[derive(Default)]
 struct Run {
     seconds: f64,
-    /// Most aligned blocks in use that had lost their huge page.
-    aligned_lost: u64,
-    /// Looks at which the driver had released ready blocks although free ones
-    /// were left.
-    early: u64,
+    looks: u32,
+    /// Times that all memory in use was as it had been written.
+    verified: u32,
 }
 
-impl Run {
-    fn drive(
-        lab: &Lab,
-        taker: &mut Taker,
-        goal: u64,
-        stays: &BTreeSet<u64>,
-    ) -> anyhow::Result<Self> {
-        let start = Instant::now();
-        let aligned = aligned_of(lab, stays)?;
-        let mut run = Run { seconds: 0.0, aligned_lost: 0, early: 0 };
-        let mut ready = lab.vm.guest.driver_number("ready")?;
-        let mut taken = true;
-        while taken && taker.taken() < goal && start.elapsed() < PATIENCE {
-            taken = taker.take(PIECE.min(goal - taker.taken())).is_ok();
-            std::thread::sleep(PAUSE);
-            run.aligned_lost =
-                run.aligned_lost.max(aligned.saturating_sub(aligned_of(lab, stays)?));
-            let sight = Sight::take(&lab.daemon)?;
-            let now = lab.vm.guest.driver_number("ready")?;
-            // What is on its way to the host is not ready either: a batch.
-            run.early += u64::from(now + 32 < ready && sight.free_huge > 32);
-            ready = now;
-            eprintln!(
-                "  {:6.1} s: {} MiB taken, {sight:?}, {now} ready, stalled {:.3} s, wanted {}",
-                start.elapsed().as_secs_f64(),
-                taker.taken() / MIB,
-                stalled_seconds()?,
-                lab.vm.guest.driver_number("owed")?,
-            );
+/// Has the program take its memory, and looks after each piece.
+fn drive(lab: &Lab, taker: &mut Taker, goal: u64, order: &mut Order) -> anyhow::Result<Run> {
+    let start = Instant::now();
+    let mut run = Run::default();
+    let mut taken = true;
+    while taken && taker.taken() < goal && start.elapsed() < PATIENCE {
+        taken = taker.take(PIECE.min(goal - taker.taken())).is_ok();
+        std::thread::sleep(PAUSE);
+        order.observe(&Look::take(lab)?);
+        run.looks += 1;
+        if run.looks % VERIFY_EVERY == 0 {
+            lab.vm.guest.verify_process("stays")?;
+            lab.vm.guest.verify("sparse")?;
+            run.verified += 1;
         }
-        run.seconds = start.elapsed().as_secs_f64();
-        Ok(run)
+        let left = order.last();
+        eprintln!(
+            "  {:6.1} s: {} MiB taken; left: {} free, {} sparse, {} ready, {} aligned; wanted {}",
+            start.elapsed().as_secs_f64(),
+            taker.taken() / MIB,
+            left.free.len(),
+            left.sparse.len(),
+            left.ready.len(),
+            left.aligned.len(),
+            lab.vm.guest.driver_number("owed")?,
+        );
     }
-}
-
-/// How many of these blocks are huge in the host.
-fn aligned_of(lab: &Lab, blocks: &BTreeSet<u64>) -> anyhow::Result<u64> {
-    Ok(lab.memory.huge_blocks()?.intersection(blocks).count() as u64)
+    run.seconds = start.elapsed().as_secs_f64();
+    Ok(run)
 }
 
 /// Somebody in the group who reads a file over and over, which takes cache: he

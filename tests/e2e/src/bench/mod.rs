@@ -9,6 +9,7 @@ pub mod give_back;
 pub mod host_pressure;
 pub mod memory_changes;
 pub mod migrate;
+pub mod order;
 pub mod pressure;
 pub mod restart;
 pub mod reuse;
