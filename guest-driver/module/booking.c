@@ -732,6 +732,11 @@ static void booking_work(struct work_struct *work)
 
 	set_target(gemini);
 	open = take_answers(gemini);
+	/* Also for what is given back, which goes on without booking. */
+	if (time_after(jiffies, booking->forgiven + FORGIVE)) {
+		booking->forgiven = jiffies;
+		gemini_map_forgive(&gemini->map);
+	}
 	if (!READ_ONCE(booking->enabled))
 		goto out;
 	if (!allowed(gemini)) {
@@ -745,10 +750,6 @@ static void booking_work(struct work_struct *work)
 			__GFP_NOWARN);
 	if (!found)
 		goto out;
-	if (time_after(jiffies, booking->forgiven + FORGIVE)) {
-		booking->forgiven = jiffies;
-		gemini_map_forgive(&gemini->map);
-	}
 	for_each_node_state(nid, N_MEMORY) {
 		trim(gemini, nid);
 		if (!gemini_booking_paused(gemini) &&
