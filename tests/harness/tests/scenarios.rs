@@ -8,9 +8,7 @@ use anyhow::ensure;
 use common::Result;
 use gemini_harness::daemon::default_program;
 use gemini_harness::memory::BLOCK_SIZE;
-use gemini_harness::{
-    budgets, hostile, hugetlb_short, policy_scale, ready, restart, run, scale, settings, sys,
-};
+use gemini_harness::{budgets, hostile, hugetlb_short, ready, restart, run, scale, settings, sys};
 
 #[test]
 fn the_workload_is_aligned_under_gemini_alone() -> Result {
@@ -47,21 +45,6 @@ fn a_large_guest_is_cheap() -> Result {
     plan.resident = 1 << 27;
     plan.idle = Duration::from_secs(4);
     let scenario = scale::measure(&plan)?;
-    ensure!(scenario.passed(), "{scenario}");
-    Ok(())
-}
-
-#[test]
-fn deciding_is_cheap() -> Result {
-    let plan = policy_scale::Plan {
-        program: default_program()?,
-        large: 1 << 34,
-        rounds: 21,
-        daemons: 2,
-        small: 1 << 32,
-        idle: Duration::from_secs(3),
-    };
-    let scenario = policy_scale::measure(&plan)?;
     ensure!(scenario.passed(), "{scenario}");
     Ok(())
 }
