@@ -45,8 +45,10 @@ pub fn serve(path: &Path) -> anyhow::Result<()> {
         .name("vfio-user".into())
         .spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                // Ends with QEMU.
-                let _ = converse(stream);
+                // How it ends with QEMU, or why QEMU ends.
+                if let Err(error) = converse(stream) {
+                    eprintln!("vfio-user: {error:#}");
+                }
             }
         })
         .context("cannot start a thread")?;

@@ -57,6 +57,7 @@ fn freed_huge_pages_that_the_balloon_took_are_not_collapsed() -> anyhow::Result<
         // At each end a block of which the balloon has a part.
         size -= STEP;
         set_balloon(&mut lab, size)?;
+        // For the daemon, which is not to do anything: that is no event.
         std::thread::sleep(Duration::from_millis(200));
     }
     let status = lab.daemon.status()?;

@@ -162,7 +162,9 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool, control: bool) -> anyhow::
         if let Err(error) = changing.sequence() {
             // Nobody could look into it without what the guest says.
             changing.log = 0;
-            let _ = changing.complaints();
+            if let Err(error) = changing.complaints() {
+                eprintln!("no log of the guest: {error:#}");
+            }
             return Err(error.context(format!("sequence {number}")));
         }
     }
