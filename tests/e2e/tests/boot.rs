@@ -1,12 +1,19 @@
 //! The guest itself, and what is said about it from outside.
 
+use std::time::Duration;
+
 use anyhow::{ensure, Context};
 use gemini_e2e::lab::Bench;
 use gemini_e2e::outside::{GuestMemory, HostState};
+use gemini_e2e::process;
 use gemini_e2e::vm::{Vm, VmConfig};
 use gemini_e2e::MIB;
-use gemini_guest::probe::{Probe, Register};
+use gemini_guest::probe::{Executed, Probe, Register};
 use gemini_guest::protocol::{BlockState, Break, PageSize};
+use serde_json::json;
+
+/// How long the guest may take to follow.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A guest without the device: what the other tests rely on holds.
 #[test]
@@ -80,4 +87,46 @@ fn mmio_reaches_its_device_while_the_memory_map_changes() -> anyhow::Result<()> 
     ensure!(register.value != u32::MAX && register.reads > 1000, "{register:?}");
     ensure!(register.wrong == 0, "{register:?}");
     Ok(())
+}
+
+/// A guest executes what stands in its memory, also where a DIMM was exchanged
+/// for another one (qemu-patches, "forget the code of RAM that goes").
+#[test]
+fn code_in_an_exchanged_dimm_is_what_was_written() -> anyhow::Result<()> {
+    const MEMORY: u64 = 768 * MIB;
+    const DIMM: u64 = 256 * MIB;
+    /// Devices' memory begins there in a q35 machine with so little of its own.
+    const FROM: u64 = 1 << 20;
+    let bench = Bench::from_env()?;
+    let mut config = VmConfig::new("exchanged-dimm", bench.accel);
+    config.memory = MEMORY;
+    // Programs get their memory from there first.
+    config.kernel_arguments.push("memhp_default_state=online_movable".to_owned());
+    let sizes = format!("{}M,slots=1,maxmem={}M", MEMORY / MIB, (MEMORY + (1 << 30)) / MIB);
+    config.qemu_arguments.extend(["-m".to_owned(), sizes]);
+    let mut vm = Vm::boot(&bench.assets, config)?;
+    for round in 0..3_u32 {
+        let backend = json!({
+            "qom-type": "memory-backend-memfd", "id": "memory", "size": DIMM, "share": true,
+        });
+        vm.qmp.execute("object-add", backend)?;
+        let dimm = json!({"driver": "pc-dimm", "id": "dimm", "memdev": "memory"});
+        vm.qmp.execute("device_add", dimm)?;
+        let guest = &vm.guest;
+        process::wait_for("the guest has its DIMM", PATIENCE, || {
+            let online = guest.pages()?.online;
+            let pages = online.iter().filter(|run| run.first >= FROM).map(|run| run.count);
+            Ok((pages.sum::<u64>() * 4096 == DIMM).then_some(()))
+        })?;
+        let code = Probe::Code { bytes: DIMM / 2, seed: round << 24, from: FROM };
+        let executed: Executed = guest.probe(&code)?.context("the probe was killed")?;
+        ensure!(executed.above > 10_000, "round {round}: {executed:?}");
+        ensure!(executed.wrong == 0, "round {round}: {executed:?}");
+        vm.qmp.execute("device_del", json!({"id": "dimm"}))?;
+        process::wait_for("the guest gives up its DIMM", PATIENCE, || {
+            Ok(vm.qmp.memory_devices()?.is_empty().then_some(()))
+        })?;
+        vm.qmp.execute("object-del", json!({"id": "memory"}))?;
+    }
+    vm.expect_alive()
 }

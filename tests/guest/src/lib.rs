@@ -9,6 +9,7 @@
 pub mod agent;
 pub mod blocks;
 pub mod buddy;
+pub mod code;
 pub mod counting;
 pub mod echo;
 pub mod faults;

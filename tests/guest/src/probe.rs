@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::PageSize;
-use crate::{counting, echo, faults, mmio, pressure};
+use crate::{code, counting, echo, faults, mmio, pressure};
 
 /// A probe and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +54,15 @@ pub enum Probe {
         others: Vec<String>,
         /// How often they are switched off and on.
         rounds: u32,
+    },
+    /// Executes a function in each page of new memory. Prints [`Executed`].
+    Code {
+        /// Bytes of memory.
+        bytes: u64,
+        /// What the first function returns; the next ones return what follows.
+        seed: u32,
+        /// Page frame from which on pages are counted.
+        from: u64,
     },
 }
 
@@ -138,6 +147,17 @@ pub struct Register {
     pub wrong: u64,
 }
 
+/// What came of functions that were written and executed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Executed {
+    /// Pages with a function.
+    pub pages: u64,
+    /// Functions that returned something else than what they were written to.
+    pub wrong: u64,
+    /// Pages at the given frame or above.
+    pub above: u64,
+}
+
 /// Runs the probe that `text` describes and returns what it prints.
 ///
 /// # Errors
@@ -149,6 +169,7 @@ pub fn run(text: &str) -> anyhow::Result<String> {
         Probe::Count { work, units } => serde_json::to_value(counting::count(work, units)?),
         Probe::Take { kind, bytes } => serde_json::to_value(pressure::take(kind, bytes)?),
         Probe::Echo { size, count } => serde_json::to_value(echo::flood(size, count)?),
+        Probe::Code { bytes, seed, from } => serde_json::to_value(code::run(bytes, seed, from)?),
         Probe::Mmio { read, others, rounds } => {
             serde_json::to_value(mmio::read_while_others_go(&read, &others, rounds)?)
         }
