@@ -216,6 +216,10 @@ struct gemini_isolated {
  * @range: what was isolated last
  * @next: the one to be written next
  * @returned: blocks given back
+ * @await: looks whether anybody answers for what is busy
+ * @awaited: number of releaseq's request that was made last when memory was
+ *	isolated
+ * @away: nobody did, when @await looked last
  */
 struct gemini_isolation {
 #ifdef CONFIG_FUNCTION_TRACER
@@ -228,6 +232,9 @@ struct gemini_isolation {
 	struct gemini_isolated range[GEMINI_ISOLATED];
 	unsigned int next;
 	atomic64_t returned;
+	struct delayed_work await;
+	u64 awaited;
+	bool away;
 };
 
 /**

@@ -8,13 +8,16 @@
  * lets the caller try for ever.  So an ftrace callback on that function gives
  * the blocks of its range back first.  What is busy cannot be given back yet,
  * and nothing waits for it: it goes back when it is idle, for who tries again
- * or tries still.
+ * or tries still.  If the device is away that may be never, and who tries still
+ * does nothing else; so the device is reset, after which nobody can drop what
+ * was busy.
  *
  * Without this callback the driver holds nothing.
  */
 #include <linux/ftrace.h>
 #include <linux/gfp.h>
 #include <linux/jiffies.h>
+#include <linux/virtio_config.h>
 
 #include "compat.h"
 #include "gemini.h"
@@ -27,6 +30,9 @@
  * until all are, what was given back could be held again.
  */
 #define WINDOW		(2 * HZ)
+
+/* Between two looks at whether somebody answers for what is busy. */
+#define AWAIT		HZ
 
 #define FUNCTION	"start_isolate_page_range"
 
@@ -43,6 +49,39 @@ static void remember(struct gemini_isolation *isolation, u64 first, u64 end)
 	range = &isolation->range[isolation->next++ % GEMINI_ISOLATED];
 	*range = (struct gemini_isolated) { first, end, jiffies + WINDOW };
 	spin_unlock(&isolation->lock);
+}
+
+/* Requests on releaseq are answered in their order. */
+static bool answered(struct gemini *gemini)
+{
+	return READ_ONCE(gemini->release.answered) >=
+	       READ_ONCE(gemini->isolation.awaited);
+}
+
+/*
+ * Two looks have to find the device away: a process that lost its connection
+ * gets the time to finish what it was doing.
+ */
+static void await_work(struct work_struct *work)
+{
+	struct gemini_isolation *isolation =
+		container_of(to_delayed_work(work), struct gemini_isolation,
+			     await);
+	struct gemini *gemini = container_of(isolation, struct gemini,
+					     isolation);
+	bool before = isolation->away;
+	u32 status;
+
+	isolation->away = false;
+	if (answered(gemini))
+		return;
+	virtio_cread_le(gemini->vdev, struct virtio_gemini_config, status,
+			&status);
+	isolation->away = status & VIRTIO_GEMINI_AWAY;
+	if (isolation->away && before)
+		mod_delayed_work(gemini->wq, &gemini->reset_work, 0);
+	else
+		queue_delayed_work(gemini->wq, &isolation->await, AWAIT);
 }
 
 /*
@@ -77,6 +116,9 @@ static void about_to_isolate(unsigned long ip, unsigned long parent_ip,
 	gemini_trim_recall(gemini, first, end - first);
 	gemini_booking_pause(gemini);
 	atomic64_add(freed, &isolation->returned);
+	WRITE_ONCE(isolation->awaited, READ_ONCE(gemini->release.made));
+	if (!answered(gemini))
+		queue_delayed_work(gemini->wq, &isolation->await, AWAIT);
 	trace_gemini_isolate(gemini, first, end - first, freed);
 }
 
@@ -219,12 +261,14 @@ void gemini_isolation_stop(struct gemini *gemini)
 	WRITE_ONCE(isolation->active, false);
 	unregister_ftrace_function(&isolation->ops);
 	ftrace_free_filter(&isolation->ops);
+	cancel_delayed_work_sync(&isolation->await);
 	isolation->state = "off";
 }
 
 void gemini_isolation_init(struct gemini *gemini)
 {
 	spin_lock_init(&gemini->isolation.lock);
+	INIT_DELAYED_WORK(&gemini->isolation.await, await_work);
 	gemini->isolation.state = "off";
 }
 

@@ -124,7 +124,10 @@ static int start(struct gemini *gemini)
 	return 0;
 }
 
-/* The device says that it cannot go on without a reset, or somebody asks. */
+/*
+ * The device says that it cannot go on without a reset, or is away while memory
+ * is wanted that it has, or somebody asks.
+ */
 static void reset_work(struct work_struct *work)
 {
 	struct gemini *gemini = container_of(to_delayed_work(work),
@@ -274,11 +277,16 @@ static void gemini_remove(struct virtio_device *vdev)
 {
 	struct gemini *gemini = vdev->priv;
 
-	gemini_placement_exit(gemini);
 	disable_delayed_work_sync(&gemini->reset_work);
 	mutex_lock(&gemini->lifecycle);
 	stop(gemini);
 	mutex_unlock(&gemini->lifecycle);
+	/*
+	 * Before anything else: removing a hook waits until every task has
+	 * slept, and one that tries to set held memory offline does not sleep.
+	 */
+	gemini_hold_free_all(gemini);
+	gemini_placement_exit(gemini);
 	gemini_debugfs_remove(gemini);
 	gemini_timeout_stop(gemini);
 	gemini_bucket_exit(gemini);

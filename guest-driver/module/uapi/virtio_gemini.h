@@ -49,8 +49,14 @@ struct virtio_gemini_config {
 	__le32 bucket_max;		/* blocks; 0: the driver's choice */
 	__le64 generation;		/* for people; drivers use the batches' */
 	__le32 release_max;		/* most unanswered blocks on releaseq */
-	__le32 reserved;
+	__le32 status;			/* VIRTIO_GEMINI_AWAY */
 };
+
+/*
+ * Nothing takes what the driver makes available: the process that serves the
+ * device is not there.
+ */
+#define VIRTIO_GEMINI_AWAY		(1 << 0)
 
 /*
  * A batch is the content of one hintq or reportq buffer: this header, then

@@ -2,11 +2,12 @@
 //! those that it holds.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{ensure, Context};
 use gemini_e2e::guest::Guest;
-use gemini_e2e::lab::{Bench, Lab};
+use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
 use gemini_e2e::process;
 use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::{Fragment, PageSize};
@@ -184,84 +185,176 @@ fn fragmentation_is_what_the_allocators_lists_say() -> anyhow::Result<()> {
     lab.daemon.stop()
 }
 
+/// A section of the guest's memory that can go offline.
+struct Section<'a> {
+    guest: &'a Guest,
+    state: String,
+    blocks: Range<u64>,
+}
+
+impl<'a> Section<'a> {
+    fn find(guest: &'a Guest) -> anyhow::Result<Self> {
+        // By trying it: the kernel's own memory may be anywhere.
+        let number: u64 = guest
+            .shell(
+                "cd /sys/devices/system/memory && for m in memory*; do \
+                 grep -q '^Movable' $m/valid_zones && echo offline 2>/dev/null > $m/state && \
+                 echo online_movable > $m/state && echo ${m#memory} && break; done",
+            )?
+            .trim()
+            .parse()
+            .context("no memory can go offline")?;
+        let size = guest.read_file("/sys/devices/system/memory/block_size_bytes")?;
+        let count = u64::from_str_radix(size.trim(), 16)? / BLOCK;
+        // For as long as it is remembered that somebody wanted it offline.
+        std::thread::sleep(Duration::from_secs(3));
+        Ok(Section {
+            guest,
+            state: format!("/sys/devices/system/memory/memory{number}/state"),
+            blocks: number * count..(number + 1) * count,
+        })
+    }
+
+    /// Its blocks that the driver holds.
+    fn held(&self) -> anyhow::Result<Vec<u64>> {
+        Ok(self
+            .guest
+            .driver_blocks()?
+            .into_iter()
+            .filter(|run| run.guest == "booked")
+            .flat_map(|run| run.first..run.first + run.count)
+            .filter(|block| self.blocks.contains(block))
+            .collect())
+    }
+
+    /// Has the driver hold `count` blocks anywhere, 20 and more of them here.
+    fn hold(&self, count: u32) -> anyhow::Result<Vec<u64>> {
+        self.guest.driver_command(&format!("book any {count}"))?;
+        let held = self.held()?;
+        ensure!(held.len() >= 20, "{} blocks held in {}", held.len(), self.state);
+        Ok(held)
+    }
+
+    /// Asks for it to go offline, and does not wait.
+    fn start_offlining(&self) -> anyhow::Result<()> {
+        let state = &self.state;
+        self.guest.shell(&format!(
+            "rm -f /offlined; (echo offline > {state}; echo $? > /offlined) \
+             < /dev/null > /dev/null 2>&1 &"
+        ))?;
+        Ok(())
+    }
+
+    fn is(&self, state: &str) -> anyhow::Result<bool> {
+        Ok(self.guest.read_file(&self.state)?.trim() == state)
+    }
+
+    fn wait_offline(&self) -> anyhow::Result<()> {
+        process::wait_for("memory goes offline", FOLLOW, || Ok(self.is("offline")?.then_some(())))?;
+        process::wait_for("the one who asked for it knows", FOLLOW, || {
+            Ok((self.guest.read_file("/offlined")?.trim() == "0").then_some(()))
+        })
+    }
+
+    fn bring_online(&self) -> anyhow::Result<()> {
+        self.guest.write_file(&self.state, "online_movable")
+    }
+}
+
+fn boot_with_movable_memory(bench: &Bench, name: &str) -> anyhow::Result<Lab> {
+    let lab = Lab::start(bench, name, "none", |config| {
+        config.kernel_arguments = vec!["movablecore=512M".into()];
+    })?;
+    lab.vm.guest.hints_only()?;
+    ensure!(text_of(&lab.vm.guest, "isolation")? == "on");
+    Ok(lab)
+}
+
 /// Memory whose blocks are held goes offline; not while the host may still drop
 /// one of them, but as soon as it answered.
 #[test]
 fn held_blocks_make_way_for_offlining() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
-    let mut lab = Lab::start(&bench, "bucket-offline", "none", |config| {
-        config.kernel_arguments = vec!["movablecore=512M".into()];
-    })?;
+    let mut lab = boot_with_movable_memory(&bench, "bucket-offline")?;
     let guest = &lab.vm.guest;
-    guest.hints_only()?;
-    ensure!(text_of(guest, "isolation")? == "on");
-    // One that can go offline at all: the kernel's own memory may be anywhere.
-    let section: u64 = guest
-        .shell(
-            "cd /sys/devices/system/memory && for m in memory*; do \
-             grep -q '^Movable' $m/valid_zones && echo offline 2>/dev/null > $m/state && \
-             echo online_movable > $m/state && echo ${m#memory} && break; done",
-        )?
-        .trim()
-        .parse()
-        .context("no memory can go offline")?;
+    let section = Section::find(guest)?;
     // The kernel tells of those that cannot.
     let log = guest.log_position()?;
-    let size = guest.read_file("/sys/devices/system/memory/block_size_bytes")?;
-    let per_section = u64::from_str_radix(size.trim(), 16)? / BLOCK;
-    let range = section * per_section..(section + 1) * per_section;
-    // For as long as it is remembered that somebody wanted it offline.
-    std::thread::sleep(Duration::from_secs(3));
-    guest.driver_command("book any 220")?;
-    let booked = || -> anyhow::Result<Vec<u64>> {
-        Ok(guest
-            .driver_blocks()?
-            .into_iter()
-            .filter(|run| run.guest == "booked")
-            .flat_map(|run| run.first..run.first + run.count)
-            .collect())
-    };
-    let held = booked()?;
-    let inside: Vec<u64> = held.iter().copied().filter(|block| range.contains(block)).collect();
-    ensure!(inside.len() >= 20, "{} blocks held in memory{section}", inside.len());
-    let state = format!("/sys/devices/system/memory/memory{section}/state");
+    let inside = section.hold(220)?;
+    let held = guest.driver_number("held")?;
 
     // The host may drop this one at any time, until it answers.
     lab.daemon.process.signal(libc::SIGSTOP)?;
     guest.driver_command(&format!("release {} 1 nowait", inside[0]))?;
-    guest.shell(&format!(
-        "(echo offline > {state}; echo $? > /offlined) < /dev/null > /dev/null 2>&1 &"
-    ))?;
+    section.start_offlining()?;
     wait_number(guest, "returned_isolation", |count| count + 1 >= inside.len() as u64, FOLLOW)?;
-    std::thread::sleep(Duration::from_secs(1));
-    let under_way = guest.read_file(&state)?;
-    let left: Vec<u64> = booked()?.into_iter().filter(|block| range.contains(block)).collect();
+    // Longer than it takes to give a daemon up that is gone; this one is not.
+    std::thread::sleep(Duration::from_secs(4));
+    let under_way = section.is("going-offline")?;
+    let left = section.held()?;
     lab.daemon.process.signal(libc::SIGCONT)?;
     ensure!(left == inside[..1], "{left:?} are held with one release under way");
-    ensure!(under_way.trim() == "going-offline", "memory{section} is {under_way}");
+    ensure!(under_way, "{} did not wait", section.state);
 
-    process::wait_for("memory goes offline", FOLLOW, || {
-        Ok((guest.read_file(&state)?.trim() == "offline").then_some(()))
-    })?;
-    process::wait_for("the one who asked for it knows", FOLLOW, || {
-        Ok((guest.read_file("/offlined")?.trim() == "0").then_some(()))
-    })?;
+    section.wait_offline()?;
     let returned = guest.driver_number("returned_isolation")?;
     ensure!(returned == inside.len() as u64, "{returned} of {} returned", inside.len());
     let left = guest.driver_number("held")?;
-    ensure!(left + returned == held.len() as u64, "{left} left, {returned} returned");
+    ensure!(left + returned == held, "{left} left, {returned} returned");
 
     // And once more, with nothing under way.
-    guest.write_file(&state, "online_movable")?;
+    section.bring_online()?;
     std::thread::sleep(Duration::from_secs(3));
-    guest.driver_command("book any 50")?;
-    let inside = booked()?.into_iter().filter(|block| range.contains(block)).count();
-    ensure!(inside >= 20, "{inside} blocks held in memory{section} again");
-    guest.write_file(&state, "offline").context("held blocks did not make way")?;
+    let inside = section.hold(50)?.len();
+    guest.write_file(&section.state, "offline").context("held blocks did not make way")?;
     let again = guest.driver_number("returned_isolation")? - returned;
     ensure!(again == inside as u64, "{again} of {inside} returned");
-    guest.write_file(&state, "online_movable")?;
+    section.bring_online()?;
     guest.driver_command("free all")?;
     expect_calm(guest, log)?;
     lab.daemon.stop()
+}
+
+/// Memory goes offline though a daemon had some of it to drop when it died, and
+/// nobody starts another one; and the driver can be unloaded meanwhile.
+#[test]
+fn memory_goes_offline_without_a_daemon() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut lab = boot_with_movable_memory(&bench, "bucket-offline-alone")?;
+    let log = {
+        let section = Section::find(&lab.vm.guest)?;
+        let log = lab.vm.guest.log_position()?;
+        let inside = section.hold(220)?;
+        lab.daemon.process.signal(libc::SIGSTOP)?;
+        lab.vm.guest.driver_command(&format!("release {} 1 nowait", inside[0]))?;
+        section.start_offlining()?;
+        lab.daemon.process.kill()?;
+        section.wait_offline()?;
+        ensure!(section.held()?.is_empty());
+        section.bring_online()?;
+        log
+    };
+    lab.restart_daemon()?;
+    lab.daemon.wait_synced(SYNC_TIMEOUT)?;
+
+    let section = Section::find(&lab.vm.guest)?;
+    lab.vm.guest.driver_command("free all")?;
+    let inside = section.hold(220)?;
+    lab.daemon.process.signal(libc::SIGSTOP)?;
+    lab.vm.guest.driver_command(&format!("release {} 1 nowait", inside[0]))?;
+    section.start_offlining()?;
+    process::wait_for("it goes offline", FOLLOW, || {
+        Ok(section.is("going-offline")?.then_some(()))
+    })?;
+    lab.daemon.process.kill()?;
+    // Before the driver gives the daemon up.
+    lab.vm.guest.unload_driver()?;
+    section.wait_offline()?;
+    section.bring_online()?;
+    let complaints = lab.vm.guest.complaints(log)?;
+    let resets = |text: &str| text.ends_with("resetting the device");
+    let others: Vec<_> = complaints.iter().filter(|told| !resets(&told.text)).collect();
+    ensure!(others.is_empty(), "{others:?}");
+    ensure!(complaints.len() == 1, "the device was reset {} times", complaints.len());
+    Ok(())
 }

@@ -49,7 +49,10 @@ fn base_pages_are_scattered_over_all_blocks_until_the_fragmenter_ends() -> anyho
         }
     }
     eprintln!("{free} blocks are free, of the others {low} are below 4 GiB and {high} above");
-    ensure!(free <= 16 && low > 900 && high > 400, "{free} free, {low} low, {high} high");
+    // One in fifty: what the kernel itself used while the fragmenter worked, and
+    // gave back since, was nobody's to fill.
+    ensure!(free * 50 <= free + low + high, "{free} free, {low} low, {high} high");
+    ensure!(low > 900 && high > 400, "{free} free, {low} low, {high} high");
     vm.guest.verify_process("f")?;
 
     vm.guest.end("f")?;

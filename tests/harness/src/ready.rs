@@ -61,6 +61,8 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
     for block in AREA_BLOCKS..AREA_BLOCKS + plan.blocks {
         machine.guest.book(block)?;
     }
+    // It comes after the full state.
+    machine.driver.wait_until("advice", PATIENCE, |driver| driver.advice().is_some())?;
     let most = u64::from(machine.driver.advice().context("no advice")?.release_max);
     for (name, size) in [("renew_by_1", 1), ("renew_by_16", 16)] {
         use_all(&mut machine, plan.blocks)?;
