@@ -172,12 +172,11 @@ install_mmdebstrap() {
 		apt-get -c "$APT_CONFIG_PRIVATE" install -y --no-install-recommends mmdebstrap
 }
 
-# overlay_on ROOT: mounts a copy of ROOT at /mnt/root, where changes go to memory,
-# and with the mount namespace.
+# overlay_on ROOT DIR: mounts a copy of ROOT at DIR, in a file system of memory, where
+# changes stay, and go with the mount namespace.
 overlay_on() {
-	mount -t tmpfs -o mode=755 overlay /mnt
-	mkdir /mnt/upper /mnt/work /mnt/root
-	mount -t overlay overlay -o "lowerdir=$1,upperdir=/mnt/upper,workdir=/mnt/work" /mnt/root
+	mkdir "$2" "$2-upper" "$2-work"
+	mount -t overlay overlay -o "lowerdir=$1,upperdir=$2-upper,workdir=$2-work" "$2"
 }
 
 # firmware_of_debian FILE: where Debian's packages have it.

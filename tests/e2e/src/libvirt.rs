@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context};
 use clap::Args;
-use gemini_guest::protocol::PORT_NAME;
+use gemini_guest::protocol::{PageSize, PORT_NAME};
 
 use crate::accel::AccelChoice;
 use crate::attached;
@@ -24,11 +24,16 @@ use crate::outside::GuestMemory;
 use crate::process::{self, Guarded};
 use crate::qmp::Qmp;
 use crate::vm::log_directory;
+use crate::BLOCK;
 
 const MEMORY: u64 = 1 << 30;
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 const DOMAIN: &str = "gemini-test";
+/// The domains that are shipped.
+const EXAMPLE: &str = "gemini-example";
+const EXAMPLE_SOCKET: &str = "/run/virtio-gemini/gemini-example.sock";
+const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Where scripts/test-libvirt puts the patched QEMU, as docs/libvirt.md says.
 const EMULATOR: &str = "/opt/virtio-gemini/bin/qemu-system-x86_64";
@@ -39,6 +44,9 @@ pub struct LibvirtArgs {
     /// Debian root with libvirt in it
     #[arg(long, value_name = "DIRECTORY")]
     root: PathBuf,
+    /// Another one, which stands for the host that a domain migrates to
+    #[arg(long, value_name = "DIRECTORY")]
+    destination: PathBuf,
     /// `gemini-virt-xml`
     #[arg(long, value_name = "PROGRAM")]
     virt_xml: PathBuf,
@@ -53,15 +61,16 @@ pub struct LibvirtArgs {
 /// If anything is not as it should be.
 pub fn run(args: &LibvirtArgs) -> anyhow::Result<()> {
     let bench = Bench::new(AccelChoice::from_env()?)?;
-    let host = Libvirt::start(args)?;
-    host.define_examples()?;
-
+    let host = Libvirt::start(args, &args.root, None)?;
     let place = Place::new("libvirt-daemon")?;
     let user = host.user()?;
     // The socket's directory belongs to whom libvirt runs QEMU as.
     chown(place.directory(), Some(user.0), Some(user.1))?;
     let config = daemon_config(&bench, &place, user)?;
-    let original = host.domain(&bench, &place)?;
+    host.take_kernel(&bench)?;
+    host.try_examples(&bench, &place, &config)?;
+
+    let original = domain(&place);
     host.define(&original)?;
     // libvirt writes controllers that it has added in another order once it reads them.
     host.define(&host.virsh(&["dumpxml", "--inactive", DOMAIN])?)?;
@@ -96,10 +105,15 @@ pub fn run(args: &LibvirtArgs) -> anyhow::Result<()> {
     running.guest.free("kept")?;
     running.expect_aligned("saved and restored")?;
 
-    host.virsh(&["destroy", DOMAIN])?;
-    process::wait_for("the daemon notices", SYNC_TIMEOUT, || {
-        Ok((!running.daemon.status()?.connected).then_some(()))
-    })?;
+    let other_place = Place::new("libvirt-destination")?;
+    chown(other_place.directory(), Some(user.0), Some(user.1))?;
+    let other = Libvirt::start(args, &args.destination, Some(&other_place))?;
+    other.take_kernel(&bench)?;
+    let running = running.migrate(&host, &place, &other, &other_place, &config)?;
+    running.expect_aligned("migrated")?;
+
+    other.virsh(&["destroy", DOMAIN])?;
+    running.expect_disconnected()?;
     running.daemon.stop()?;
     // The daemon comes after the domain, and finds it.
     let running = Running::start_with_late_daemon(&host, &place, &config)?;
@@ -143,6 +157,7 @@ fn daemon_config(bench: &Bench, place: &Place, user: (u32, u32)) -> anyhow::Resu
 /// libvirt's daemons.
 struct Libvirt {
     root: PathBuf,
+    uri: String,
     virt_xml: PathBuf,
     examples: PathBuf,
     // Ended in this order.
@@ -151,34 +166,49 @@ struct Libvirt {
 }
 
 impl Libvirt {
-    fn start(args: &LibvirtArgs) -> anyhow::Result<Self> {
-        let logs = log_directory("libvirt")?;
+    /// On a host of its own in `root`: as another host, reached by a socket in
+    /// `place`, if there is one.
+    fn start(args: &LibvirtArgs, root: &Path, place: Option<&Place>) -> anyhow::Result<Self> {
+        let logs = log_directory(if place.is_some() { "libvirt-destination" } else { "libvirt" })?;
         let start = |name: &'static str| {
             let log = logs.join(format!("{name}.log"));
             fs::write(&log, "")?;
-            let mut command = Command::new("chroot");
-            command.arg(&args.root).arg(name);
+            // A domain does not migrate to where it is: libvirt compares these.
+            let mut command = Command::new("unshare");
+            command.args(["--uts", "sh", "-c", r#"hostname "$1"; exec chroot "$2" "$3""#, "-"]);
+            command.arg(if place.is_some() { "destination" } else { "source" });
+            command.arg(root).arg(name);
             Guarded::start(name, command, &log)
         };
+        let mut uri = "qemu:///system".to_owned();
+        let path = root.join("etc/libvirt/libvirtd.conf");
+        let mut settings = fs::read_to_string(&path)?;
+        settings += &format!("host_uuid = \"{}\"\n", host_uuid(place.is_some()));
+        if let Some(place) = place {
+            let directory = place.directory().display();
+            settings += &format!("unix_sock_dir = \"{directory}\"\n");
+            uri = format!("qemu+unix:///system?socket={directory}/libvirt-sock");
+        }
+        fs::write(&path, settings)?;
         let virtlogd = start("virtlogd")?;
         let mut libvirtd = start("libvirtd")?;
-        let host = |libvirtd| Libvirt {
-            root: args.root.clone(),
+        process::wait_for("libvirtd answers", START_TIMEOUT, || {
+            libvirtd.expect_running()?;
+            let answer = virsh(root, &uri, &["uri"]).output()?;
+            Ok(answer.status.success().then_some(()))
+        })?;
+        Ok(Libvirt {
+            root: root.to_owned(),
+            uri,
             virt_xml: args.virt_xml.clone(),
             examples: args.examples.clone(),
             _libvirtd: libvirtd,
             _virtlogd: virtlogd,
-        };
-        process::wait_for("libvirtd answers", START_TIMEOUT, || {
-            libvirtd.expect_running()?;
-            let answer = virsh(&args.root, &["uri"]).output()?;
-            Ok(answer.status.success().then_some(()))
-        })?;
-        Ok(host(libvirtd))
+        })
     }
 
     fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = virsh(&self.root, arguments).output()?;
+        let output = virsh(&self.root, &self.uri, arguments).output()?;
         if !output.status.success() {
             bail!("virsh {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
@@ -191,8 +221,17 @@ impl Libvirt {
         self.virsh(&["define", "--validate", "/run/domain.xml"]).map(drop)
     }
 
-    /// libvirt takes each domain that is shipped, and the tool knows it.
-    fn define_examples(&self) -> anyhow::Result<()> {
+    /// libvirt takes and starts each domain that is shipped, and the tool knows
+    /// it.
+    fn try_examples(
+        &self,
+        bench: &Bench,
+        place: &Place,
+        config: &DaemonConfig,
+    ) -> anyhow::Result<()> {
+        let images = self.root.join("var/lib/libvirt/images");
+        fs::create_dir_all(&images)?;
+        fs::File::create(images.join(format!("{EXAMPLE}.img")))?.set_len(1 << 20)?;
         let mut count = 0;
         for entry in fs::read_dir(&self.examples)? {
             let path = entry?.path();
@@ -203,12 +242,51 @@ impl Libvirt {
             let xml = fs::read_to_string(&path)?.replace("type='kvm'", "type='qemu'");
             let xml = xml.replace("<cpu mode='host-passthrough'/>", "<cpu mode='maximum'/>");
             self.define(&xml).with_context(|| path.display().to_string())?;
-            self.virsh(&["undefine", "gemini-example"])?;
+            self.virsh(&["undefine", EXAMPLE])?;
             self.virt_xml(&["remove"], &xml)?;
+            let bootable = bootable(&xml, place)?;
+            self.try_example(bench, place, config, &bootable)
+                .with_context(|| path.display().to_string())?;
             count += 1;
         }
         ensure!(count > 0, "no domain in {}", self.examples.display());
-        step(&format!("{count} shipped domains are taken"));
+        step(&format!("{count} shipped domains are taken and start"));
+        Ok(())
+    }
+
+    fn try_example(
+        &self,
+        bench: &Bench,
+        place: &Place,
+        config: &DaemonConfig,
+        xml: &str,
+    ) -> anyhow::Result<()> {
+        let hugetlb = xml.contains("<hugepages>");
+        if hugetlb {
+            bench.set(NR_HUGEPAGES, &(MEMORY / BLOCK).to_string())?;
+        }
+        self.define(xml)?;
+        let mut daemon = place.start(config)?;
+        let (guest, memory) = boot(self, place, EXAMPLE)?;
+        if hugetlb {
+            daemon.wait_synced(SYNC_TIMEOUT)?;
+            guest.fill("kept", MEMORY / 4, 1, PageSize::Huge)?;
+            process::wait_for("the guest knows its hugetlb pages", SYNC_TIMEOUT, || {
+                let runs = guest.driver_blocks()?;
+                let known = runs.iter().filter(|run| run.host == "hugetlb" && run.guest == "huge");
+                let known: u64 = known.map(|run| run.count).sum();
+                Ok((known >= MEMORY / 4 / BLOCK - 4).then_some(()))
+            })?;
+            guest.verify("kept")?;
+        } else {
+            attached::become_aligned(&guest, &memory, daemon.control())?;
+        }
+        self.virsh(&["destroy", EXAMPLE])?;
+        self.virsh(&["undefine", EXAMPLE])?;
+        daemon.stop()?;
+        if hugetlb {
+            bench.set(NR_HUGEPAGES, "0")?;
+        }
         Ok(())
     }
 
@@ -239,8 +317,8 @@ impl Libvirt {
         Ok((number("etc/passwd")?, number("etc/group")?))
     }
 
-    /// A domain as a user has it: without the device, with arguments of its own.
-    fn domain(&self, bench: &Bench, place: &Place) -> anyhow::Result<String> {
+    /// What domains boot has to be there where they start.
+    fn take_kernel(&self, bench: &Bench) -> anyhow::Result<()> {
         let boot = self.root.join("boot");
         for (from, name) in [
             (&bench.assets.guest.kernel, "test-kernel"),
@@ -249,17 +327,19 @@ impl Libvirt {
             fs::copy(from, boot.join(name))?;
             fs::set_permissions(boot.join(name), Permissions::from_mode(0o644))?;
         }
-        let directory = place.directory().display();
-        Ok(format!(
-            "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+        Ok(())
+    }
+}
+
+/// A domain as a user has it: without the device, with arguments of its own.
+fn domain(place: &Place) -> String {
+    format!(
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{DOMAIN}</name>
   <memory unit='MiB'>{}</memory>
   <vcpu>2</vcpu>
   <os>
-    <type arch='x86_64' machine='q35'>hvm</type>
-    <kernel>/boot/test-kernel</kernel>
-    <initrd>/boot/test-initrd</initrd>
-    <cmdline>console=ttyS0 quiet panic=-1 transparent_hugepage=always gemini.driver=1</cmdline>
+    <type arch='x86_64' machine='q35'>hvm</type>{BOOT}
   </os>
   <features>
     <acpi/>
@@ -267,28 +347,73 @@ impl Libvirt {
   <cpu mode='maximum'/>
   <on_reboot>restart</on_reboot>
   <devices>
-    <emulator>{EMULATOR}</emulator>
-    <serial type='null'/>
-    <channel type='unix'>
-      <source mode='bind' path='{directory}/guest'/>
-      <target type='virtio' name='{PORT_NAME}'/>
-    </channel>
+    <emulator>{EMULATOR}</emulator>{}
     <memballoon model='none'/>
   </devices>
-  <qemu:commandline>
-    <qemu:arg value='-qmp'/>
-    <qemu:arg value='unix:{directory}/qmp,server=on,wait=off'/>
+  <qemu:commandline>{}
   </qemu:commandline>
 </domain>
 ",
-            MEMORY >> 20
-        ))
+        MEMORY >> 20,
+        devices(place),
+        monitor(place)
+    )
+}
+
+/// A domain that is shipped, as it has to be for the test guest.
+fn bootable(xml: &str, place: &Place) -> anyhow::Result<String> {
+    let directory = place.directory().display();
+    let mut xml = xml.to_owned();
+    for (from, to) in [
+        ("<memory unit='GiB'>4</memory>", format!("<memory unit='MiB'>{}</memory>", MEMORY >> 20)),
+        ("hvm</type>", format!("hvm</type>{BOOT}")),
+        ("<console type='pty'/>", devices(place)),
+        ("<qemu:commandline>", format!("<qemu:commandline>{}", monitor(place))),
+        (EXAMPLE_SOCKET, format!("{directory}/gemini.sock")),
+    ] {
+        ensure!(xml.contains(from), "no {from}");
+        xml = xml.replace(from, &to);
+    }
+    Ok(xml)
+}
+
+const BOOT: &str = "
+    <kernel>/boot/test-kernel</kernel>
+    <initrd>/boot/test-initrd</initrd>
+    <cmdline>console=ttyS0 quiet panic=-1 transparent_hugepage=always gemini.driver=1</cmdline>";
+
+fn devices(place: &Place) -> String {
+    format!(
+        "
+    <serial type='null'/>
+    <channel type='unix'>
+      <source mode='bind' path='{}/guest'/>
+      <target type='virtio' name='{PORT_NAME}'/>
+    </channel>",
+        place.directory().display()
+    )
+}
+
+fn monitor(place: &Place) -> String {
+    format!(
+        "
+    <qemu:arg value='-qmp'/>
+    <qemu:arg value='unix:{}/qmp,server=on,wait=off'/>",
+        place.directory().display()
+    )
+}
+
+fn host_uuid(destination: bool) -> &'static str {
+    if destination {
+        "6c2f41ae-3d5c-4a55-9a55-2d1c3bb4e002"
+    } else {
+        "6c2f41ae-3d5c-4a55-9a55-2d1c3bb4e001"
     }
 }
 
-fn virsh(root: &Path, arguments: &[&str]) -> Command {
+fn virsh(root: &Path, uri: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new("chroot");
-    command.arg(root).args(["virsh", "-q", "-c", "qemu:///system"]).args(arguments);
+    command.arg(root).args(["virsh", "-q", "-c", uri]).args(arguments);
     command.env("LC_ALL", "C").stdin(Stdio::null());
     command
 }
@@ -303,7 +428,7 @@ struct Running {
 impl Running {
     fn start(host: &Libvirt, place: &Place, config: &DaemonConfig) -> anyhow::Result<Self> {
         let daemon = place.start(config)?;
-        let (guest, memory) = boot(host, place)?;
+        let (guest, memory) = boot(host, place, DOMAIN)?;
         Ok(Running { guest, memory, daemon })
     }
 
@@ -312,8 +437,47 @@ impl Running {
         place: &Place,
         config: &DaemonConfig,
     ) -> anyhow::Result<Self> {
-        let (guest, memory) = boot(host, place)?;
+        let (guest, memory) = boot(host, place, DOMAIN)?;
         Ok(Running { guest, memory, daemon: place.start(config)? })
+    }
+
+    /// Moves to another host, under load, and returns the domain as it is there.
+    fn migrate(
+        self,
+        from: &Libvirt,
+        from_place: &Place,
+        to: &Libvirt,
+        to_place: &Place,
+        config: &DaemonConfig,
+    ) -> anyhow::Result<Self> {
+        let daemon = to_place.start(config)?;
+        let path = |place: &Place| place.directory().to_string_lossy().into_owned();
+        let xml = from.virsh(&["dumpxml", "--migratable", DOMAIN])?;
+        let xml = xml.replace(&path(from_place), &path(to_place));
+        fs::write(from.root.join("run/destination.xml"), xml)?;
+        self.guest.start_churn("load", MEMORY / 16, 1)?;
+        from.virsh(&[
+            "migrate",
+            "--live",
+            "--xml",
+            "/run/destination.xml",
+            DOMAIN,
+            &to.uri,
+            "tcp://127.0.0.1",
+        ])?;
+        self.expect_disconnected()?;
+        self.daemon.stop()?;
+        let (guest, memory) = look(to, to_place, DOMAIN)?;
+        guest.stop_churn("load")?;
+        guest.verify("kept")?;
+        guest.free("kept")?;
+        Ok(Running { guest, memory, daemon })
+    }
+
+    fn expect_disconnected(&self) -> anyhow::Result<()> {
+        process::wait_for("the daemon notices", SYNC_TIMEOUT, || {
+            Ok((!self.daemon.status()?.connected).then_some(()))
+        })
     }
 
     fn wait_ready(&self) -> anyhow::Result<()> {
@@ -338,11 +502,16 @@ impl Running {
     }
 }
 
-fn boot(host: &Libvirt, place: &Place) -> anyhow::Result<(Guest, GuestMemory)> {
-    host.virsh(&["start", DOMAIN])?;
+fn boot(host: &Libvirt, place: &Place, domain: &str) -> anyhow::Result<(Guest, GuestMemory)> {
+    host.virsh(&["start", domain])?;
+    look(host, place, domain)
+}
+
+/// The domain that runs there.
+fn look(host: &Libvirt, place: &Place, domain: &str) -> anyhow::Result<(Guest, GuestMemory)> {
     let guest = Guest::connect(&place.directory().join("guest"))?;
     guest.wait_ready(BOOT_TIMEOUT, || Ok(()))?;
-    let path = host.root.join(format!("run/libvirt/qemu/{DOMAIN}.pid"));
+    let path = host.root.join(format!("run/libvirt/qemu/{domain}.pid"));
     let pid = fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))?
         .trim()

@@ -8,6 +8,7 @@ pub mod budgets;
 pub mod cleanup;
 pub mod daemon;
 pub mod driver;
+pub mod figure2;
 pub mod figures;
 pub mod fragment;
 pub mod frontend;

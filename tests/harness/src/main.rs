@@ -8,8 +8,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use gemini_harness::figures::Scenario;
 use gemini_harness::{
-    budgets, cleanup, fragment, give_back, hostile, hugetlb_short, policy_scale, ready, report,
-    reserve, restart, run, scale, settings, shares, stall,
+    budgets, cleanup, figure2, fragment, give_back, hostile, hugetlb_short, policy_scale, ready,
+    report, reserve, restart, run, scale, settings, shares, stall,
 };
 
 /// Drive a real vhost-device-gemini with a model guest: no virtual machine, no root.
@@ -103,6 +103,11 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// When a TLB entry covers 2 MiB, on this machine's own processor.
+    Figure2 {
+        #[command(flatten)]
+        common: Common,
+    },
     /// What a reserve of huge pages would be worth in a fragmented host.
     Reserve {
         #[command(flatten)]
@@ -151,6 +156,7 @@ fn main() -> ExitCode {
         Command::Ready { common } => ready(&common),
         Command::GiveBack { common } => give_back(&common),
         Command::HugetlbShort { common } => hugetlb_short(&common),
+        Command::Figure2 { common } => figure2(&common),
         Command::Reserve { common } => reserve(&common),
         Command::Fragment { fmfi, seed, seconds } => hold_fragments(fmfi, seed, seconds),
         Command::Restart { common, fault_daemon } => restart(&common, fault_daemon.as_deref()),
@@ -252,6 +258,11 @@ fn hugetlb_short(common: &Common) -> anyhow::Result<bool> {
     let program = run::program(common.daemon.as_deref())?;
     let plan = hugetlb_short::Plan::new(program, common.quick, common.seed);
     finish(&hugetlb_short::measure(&plan)?, common.json.as_deref())
+}
+
+fn figure2(common: &Common) -> anyhow::Result<bool> {
+    let plan = figure2::Plan::new(common.quick, common.seed);
+    finish(&figure2::measure(&plan)?, common.json.as_deref())
 }
 
 fn reserve(common: &Common) -> anyhow::Result<bool> {

@@ -3,7 +3,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Size of a base page in bytes. The harness runs on machines with 4 KiB pages.
 pub const PAGE_SIZE: u64 = 4096;
@@ -283,6 +283,126 @@ impl Mapping {
         let address = self.at(offset, len);
         // SAFETY: the range is ours and shared, so its contents are the file's.
         check(unsafe { libc::madvise(address.cast(), len, libc::MADV_DONTNEED) }).map(|_| ())
+    }
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `file` from `from` on at `offset`, in place of what is
+    /// mapped there.
+    ///
+    /// # Errors
+    /// Those of `mmap`.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn replace(&self, offset: u64, file: &File, from: u64, len: u64) -> io::Result<()> {
+        let length = to_usize(len)?;
+        let address = self.at(offset, length);
+        // SAFETY: the range lies inside our mapping, of which no reference exists.
+        let mapped = unsafe {
+            libc::mmap(
+                address.cast(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                to_off(from)?,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Reads `count` words at random places of the first `len` bytes, each place
+    /// known only when the word before is there, and returns how long it took.
+    ///
+    /// # Panics
+    /// If `len` is not a power of two, or not inside.
+    pub fn read_at_random(&self, len: u64, count: u64, seed: u64) -> Duration {
+        assert!(len.is_power_of_two() && len <= self.len(), "{len} bytes at random");
+        let mask = (len - 1) & !7;
+        let base = self.base as u64;
+        let mut state = seed;
+        let start = Instant::now();
+        for _ in 0..count {
+            // Knuth's multiplier; the upper bits are the random ones.
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let place = (base + ((state >> 20) & mask)) as *const u64;
+            // SAFETY: aligned, and inside the mapping by the mask.
+            state = state.wrapping_add(unsafe { place.read_volatile() });
+        }
+        let time = start.elapsed();
+        std::hint::black_box(state);
+        time
+    }
+}
+
+/// Counts misses of the data TLBs of the calling thread, outside of the kernel.
+#[derive(Debug)]
+pub struct MissCounter(File);
+
+impl MissCounter {
+    /// Begins to count.
+    ///
+    /// # Errors
+    /// Those of `perf_event_open`: ENOENT where the processor, or a hypervisor
+    /// under it, has no such counter.
+    pub fn new() -> io::Result<Self> {
+        /// `PERF_ATTR_SIZE_VER0` of `struct perf_event_attr`.
+        #[repr(C)]
+        #[derive(Default)]
+        struct Attributes {
+            kind: u32,
+            size: u32,
+            config: u64,
+            sample_period: u64,
+            sample_type: u64,
+            read_format: u64,
+            flags: u64,
+            wakeup_events: u32,
+            breakpoint: u32,
+            config1: u64,
+        }
+        const SIZE: u32 = 64;
+        const _: () = assert!(size_of::<Attributes>() == SIZE as usize);
+        const HARDWARE_CACHE: u32 = 3;
+        /// The data TLB, reads, misses.
+        const DTLB_READ_MISS: u64 = 3 | 1 << 16;
+        const EXCLUDE_KERNEL_AND_HYPERVISOR: u64 = 1 << 5 | 1 << 6;
+        let attributes = Attributes {
+            kind: HARDWARE_CACHE,
+            size: SIZE,
+            config: DTLB_READ_MISS,
+            flags: EXCLUDE_KERNEL_AND_HYPERVISOR,
+            ..Attributes::default()
+        };
+        let (this_thread, any_cpu, no_group, flags) = (0, -1, -1, 0);
+        // SAFETY: the attributes live across the call, and tell their size.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_perf_event_open,
+                &raw const attributes,
+                this_thread,
+                any_cpu,
+                no_group,
+                flags,
+            )
+        };
+        let fd = check(libc::c_int::try_from(fd).map_err(io::Error::other)?)?;
+        // SAFETY: the descriptor was just created and nobody else owns it.
+        Ok(MissCounter(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    /// Misses so far.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub fn read(&self) -> io::Result<u64> {
+        let mut count = [0; 8];
+        (&self.0).read_exact(&mut count)?;
+        Ok(u64::from_ne_bytes(count))
     }
 }
 
