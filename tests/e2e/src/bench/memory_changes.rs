@@ -127,6 +127,9 @@ struct Seen {
     /// Times that the guest's kernel told that it had to try again to move a
     /// page out of what it sets offline.
     retries: usize,
+    /// Times that the driver reset the device, as it does where memory is to go
+    /// offline and no daemon is there to answer for it.
+    device_resets: usize,
     /// Files of memory that the daemon holds though QEMU does not.
     leftover_files: usize,
     /// Most bytes of the guest's free blocks that the host did not have.
@@ -190,6 +193,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool, control: bool) -> anyhow::
     scenario.figure("daemon_deaths", f64::from(seen.deaths), Bar::AtMost(0.0));
     scenario.figure("guest_complaints", seen.complaints as f64, Bar::AtMost(0.0));
     scenario.figure("migrations_retried", seen.retries as f64, Bar::None);
+    scenario.figure("device_resets", seen.device_resets as f64, Bar::None);
     scenario.figure("leftover_files", seen.leftover_files as f64, Bar::AtMost(0.0));
     scenario.figure("free_absent_bytes_max", seen.free_absent as f64, Bar::AtLeast(1.0));
     for action in Action::ALL.into_iter().collect::<BTreeSet<_>>() {
@@ -411,8 +415,10 @@ impl Changing {
 
     fn complaints(&mut self) -> anyhow::Result<()> {
         let complaints = self.lab.vm.guest.complaints(self.log)?;
+        let reset = |text: &&str| text.ends_with("resetting the device");
         let texts = complaints.iter().map(|complaint| complaint.text.as_str());
-        let (retries, others) = sort_out_retries(texts);
+        self.seen.device_resets += texts.clone().filter(reset).count();
+        let (retries, others) = sort_out_retries(texts.filter(|text| !reset(text)));
         for other in &others {
             eprintln!("guest: {other}");
         }
@@ -608,13 +614,35 @@ impl Changing {
         self.seen.free_absent = self.seen.free_absent.max(absent.len() as u64 * crate::BLOCK);
         let later = self.lab.view()?;
         for state in [HostState::Base, HostState::Huge] {
-            let back: Vec<u64> = later.free(state).intersection(&absent).copied().collect();
+            let mut back = later.free(state);
+            back.retain(|block| absent.contains(block));
+            if state == HostState::Huge {
+                self.wait_held(&mut back)?;
+            }
             if !back.is_empty() {
                 eprintln!("blocks that are {state:?} again, and free: {back:?}");
                 self.seen.repopulated += back.len() as u64 * crate::BLOCK;
             }
         }
         self.count_files()
+    }
+
+    /// What the driver has made huge for its stock while it was free it holds
+    /// soon: takes those blocks out.
+    fn wait_held(&self, blocks: &mut BTreeSet<u64>) -> anyhow::Result<()> {
+        if !self.lab.vm.config.driver {
+            return Ok(());
+        }
+        let deadline = Instant::now() + AGREE;
+        while !blocks.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(200));
+            for run in self.lab.vm.guest.driver_blocks()? {
+                if run.guest == "booked" {
+                    blocks.retain(|block| !(run.first..run.first + run.count).contains(block));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What there is to know of memory that came back: where the guest has
@@ -645,17 +673,18 @@ impl Changing {
     }
 }
 
-/// Counts the reports of the kernel that a page could not be moved just now, and
-/// returns what else there is.
+/// Counts the reports of the kernel that a page could not be moved, or isolated,
+/// just now, and returns what else there is.
 ///
 /// Setting memory offline tries until it succeeds, and tells at a limited rate
-/// what it could not move at once: a page that was just being freed, or moved.
+/// what it could not move at once: a page that was just being freed, or moved, or
+/// that the driver had asked a daemon to drop.
 /// That is no complaint where it succeeds in the end; where it does not, the
 /// memory is not given up, and that is counted.
 fn sort_out_retries<'a>(messages: impl Iterator<Item = &'a str>) -> (usize, Vec<&'a str>) {
-    const BEGINS: &str = "migrating pfn ";
+    const BEGINS: [&str; 2] = ["migrating pfn ", "failed to isolate pfn "];
     const SUPPRESSED: &str = " callbacks suppressed";
-    const DETAILS: [&str; 9] = [
+    const DETAILS: [&str; 10] = [
         "page: refcount:",
         "head: ",
         "memcg:",
@@ -665,10 +694,11 @@ fn sort_out_retries<'a>(messages: impl Iterator<Item = &'a str>) -> (usize, Vec<
         "page_type: ",
         "raw: ",
         "page dumped because: migration failure",
+        "page dumped because: isolation failed",
     ];
     let mut retries = 0;
     let others = messages.filter(|text| {
-        let begins = text.starts_with(BEGINS);
+        let begins = BEGINS.iter().any(|begins| text.starts_with(begins));
         retries += usize::from(begins);
         let limited = text.starts_with("do_migrate_range: ") && text.ends_with(SUPPRESSED);
         !begins && !limited && !DETAILS.iter().any(|detail| text.starts_with(detail))
