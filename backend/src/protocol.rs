@@ -39,6 +39,9 @@ pub const MAX_RANGES: u32 = 256;
 /// log2 of the size of a base page in bytes, the unit of TRIM.
 pub const PAGE_SHIFT: u32 = 12;
 
+/// Status of the configuration: no process takes what the driver makes available.
+pub const AWAY: u32 = 1 << 0;
+
 /// A batch of [`Record`]s.
 pub const BATCH_STATE: u16 = 0;
 /// A batch of exactly one [`Advice`].
@@ -179,6 +182,8 @@ wire_struct! {
         generation: u64 = 16,
         /// Most unanswered blocks on `releaseq`.
         release_max: u32 = 24,
+        /// [`AWAY`], which is the front end's to say: 0 from here.
+        status: u32 = 28,
     }
 }
 

@@ -38,6 +38,7 @@ fn constants() -> BTreeMap<&'static str, u64> {
         ("VIRTIO_GEMINI_MAX_RECORDS", u64::from(MAX_RECORDS)),
         ("VIRTIO_GEMINI_MAX_RANGES", u64::from(MAX_RANGES)),
         ("VIRTIO_GEMINI_PAGE_SHIFT", u64::from(PAGE_SHIFT)),
+        ("VIRTIO_GEMINI_AWAY", u64::from(AWAY)),
         ("VIRTIO_GEMINI_BATCH_STATE", u64::from(BATCH_STATE)),
         ("VIRTIO_GEMINI_BATCH_ADVICE", u64::from(BATCH_ADVICE)),
         ("VIRTIO_GEMINI_SYNC_START", u64::from(SYNC_START)),

@@ -81,10 +81,15 @@ fn freed_aligned_blocks_survive_small_allocations_and_are_reused() -> anyhow::Re
 
     guest.fill("second", 256 * MIB, 3, PageSize::Huge)?;
     guest.driver_command("census")?;
-    let again = host_huge_blocks(guest, "huge")?.intersection(&aligned).count();
+    let second = host_huge_blocks(guest, "huge")?;
+    // Blocks of the stock may have come before some of them, which then still wait.
+    let waiting = host_huge_blocks(guest, "booked")?;
+    let whole = aligned.iter().filter(|block| second.contains(block) || waiting.contains(block));
+    let whole = whole.count();
     ensure!(
-        again * 100 >= aligned.len() * 95,
-        "{again} of {} aligned blocks are aligned again",
+        second.len() * 100 >= aligned.len() * 95 && whole * 100 >= aligned.len() * 95,
+        "{} blocks are aligned again, {whole} of {} from before are whole",
+        second.len(),
         aligned.len()
     );
     for name in ["storm", "second"] {
