@@ -219,7 +219,7 @@ struct gemini_isolated {
  * @await: looks whether anybody answers for what is busy
  * @awaited: number of releaseq's request that was made last when memory was
  *	isolated
- * @away: nobody did, when @await looked last
+ * @away: the device was away when @await looked last
  */
 struct gemini_isolation {
 #ifdef CONFIG_FUNCTION_TRACER

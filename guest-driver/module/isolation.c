@@ -72,16 +72,18 @@ static void await_work(struct work_struct *work)
 	bool before = isolation->away;
 	u32 status;
 
+	/* Also for the next time that somebody isolates memory. */
 	isolation->away = false;
 	if (answered(gemini))
 		return;
 	virtio_cread_le(gemini->vdev, struct virtio_gemini_config, status,
 			&status);
-	isolation->away = status & VIRTIO_GEMINI_AWAY;
-	if (isolation->away && before)
+	if (before && (status & VIRTIO_GEMINI_AWAY)) {
 		mod_delayed_work(gemini->wq, &gemini->reset_work, 0);
-	else
-		queue_delayed_work(gemini->wq, &isolation->await, AWAIT);
+		return;
+	}
+	isolation->away = status & VIRTIO_GEMINI_AWAY;
+	queue_delayed_work(gemini->wq, &isolation->await, AWAIT);
 }
 
 /*
@@ -256,13 +258,14 @@ void gemini_isolation_stop(struct gemini *gemini)
 {
 	struct gemini_isolation *isolation = &gemini->isolation;
 
-	if (!isolation->active)
-		return;
-	WRITE_ONCE(isolation->active, false);
-	unregister_ftrace_function(&isolation->ops);
-	ftrace_free_filter(&isolation->ops);
+	if (isolation->active) {
+		WRITE_ONCE(isolation->active, false);
+		unregister_ftrace_function(&isolation->ops);
+		ftrace_free_filter(&isolation->ops);
+		isolation->state = "off";
+	}
+	/* The test of a callback that was not kept may have queued it, too. */
 	cancel_delayed_work_sync(&isolation->await);
-	isolation->state = "off";
 }
 
 void gemini_isolation_init(struct gemini *gemini)
