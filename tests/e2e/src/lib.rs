@@ -19,6 +19,7 @@ pub mod guest;
 pub mod lab;
 pub mod libvirt;
 pub mod migration;
+pub mod offlining;
 pub mod outside;
 pub mod process;
 pub mod qmp;

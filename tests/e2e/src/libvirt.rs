@@ -262,8 +262,10 @@ impl Libvirt {
         xml: &str,
     ) -> anyhow::Result<()> {
         let hugetlb = xml.contains("<hugepages>");
+        let pool = fs::read_to_string(NR_HUGEPAGES)?.trim().parse::<u64>()?;
         if hugetlb {
-            bench.set(NR_HUGEPAGES, &(MEMORY / BLOCK).to_string())?;
+            // Beside those that are somebody else's.
+            bench.set(NR_HUGEPAGES, &(pool + MEMORY / BLOCK).to_string())?;
         }
         self.define(xml)?;
         let mut daemon = place.start(config)?;
@@ -285,7 +287,7 @@ impl Libvirt {
         self.virsh(&["undefine", EXAMPLE])?;
         daemon.stop()?;
         if hugetlb {
-            bench.set(NR_HUGEPAGES, "0")?;
+            bench.set(NR_HUGEPAGES, &pool.to_string())?;
         }
         Ok(())
     }

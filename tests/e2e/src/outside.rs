@@ -31,7 +31,7 @@ struct Part {
     gpa: Range<u64>,
     /// QEMU's address of the first byte.
     address: u64,
-    /// The mapping that it lies in: all of a memory file.
+    /// The mapping that it lies in: all of a memfd.
     mapping: Range<u64>,
     /// Whether the guest has only the pages of it that it plugged (virtio-mem).
     pluggable: bool,
@@ -104,19 +104,19 @@ impl GuestMemory {
         let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
             .with_context(|| format!("cannot read the memory map of process {pid}"))?;
         let mappings: Vec<Range<u64>> =
-            maps.lines().filter(|line| line.contains(" rw-s ")).filter_map(parse_range).collect();
+            maps.lines().filter(|line| line.contains("/memfd:")).filter_map(parse_range).collect();
         let first = qmp.host_address(BLOCK)?;
         let mapping = mappings
             .iter()
             .find(|range| range.contains(&first) && range.end - range.start == size)
-            .with_context(|| format!("process {pid} maps no shared memory of {size} bytes"))?;
+            .with_context(|| format!("process {pid} maps no memfd of {size} bytes"))?;
         let mut parts = base_parts(mapping);
         for device in qmp.memory_devices()? {
             let address = qmp.host_address(device.gpa.start)?;
             let mapping = mappings
                 .iter()
                 .find(|range| range.contains(&address))
-                .with_context(|| format!("{address:#x} is in no shared memory"))?;
+                .with_context(|| format!("{address:#x} is in no memfd"))?;
             parts.push(Part {
                 gpa: device.gpa,
                 address,

@@ -8,6 +8,8 @@ use std::time::Duration;
 use anyhow::{ensure, Context};
 use gemini_e2e::guest::Guest;
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
+use gemini_e2e::offlining::sort_out_retries;
+use gemini_e2e::outside::HostState;
 use gemini_e2e::process;
 use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::{Fragment, PageSize};
@@ -47,7 +49,10 @@ fn wait_number(
 
 fn expect_calm(guest: &Guest, log: u64) -> anyhow::Result<()> {
     let complaints = guest.complaints(log)?;
-    ensure!(complaints.is_empty(), "{complaints:?}");
+    let texts = complaints.iter().map(|complaint| complaint.text.as_str());
+    // That it has to wait for a block is what some of these tests are about.
+    let (_, others) = sort_out_retries(texts);
+    ensure!(others.is_empty(), "{others:?}");
     Ok(())
 }
 
@@ -81,15 +86,28 @@ fn freed_aligned_blocks_survive_small_allocations_and_are_reused() -> anyhow::Re
 
     guest.fill("second", 256 * MIB, 3, PageSize::Huge)?;
     guest.driver_command("census")?;
-    let second = host_huge_blocks(guest, "huge")?;
-    // Blocks of the stock may have come before some of them, which then still wait.
-    let waiting = host_huge_blocks(guest, "booked")?;
-    let whole = aligned.iter().filter(|block| second.contains(block) || waiting.contains(block));
-    let whole = whole.count();
+    // By what QEMU and the program's own page table say.
+    let huge: BTreeSet<u64> = lab
+        .memory
+        .states()?
+        .into_iter()
+        .filter(|(_, state)| *state == HostState::Huge)
+        .map(|(block, _)| block)
+        .collect();
+    let second = guest.blocks_of("second")?;
+    let got = second.iter().flatten().filter(|block| huge.contains(block)).count();
     ensure!(
-        second.len() * 100 >= aligned.len() * 95 && whole * 100 >= aligned.len() * 95,
-        "{} blocks are aligned again, {whole} of {} from before are whole",
-        second.len(),
+        got * 100 >= second.len() * 95,
+        "{got} of {} blocks of the second program are aligned at once",
+        second.len()
+    );
+    // The stock may have been filled up meanwhile: as many as came from there still wait.
+    let waiting = host_huge_blocks(guest, "booked")?;
+    let kept = |block: &&u64| second.contains(&Some(**block)) || waiting.contains(*block);
+    let kept = aligned.intersection(&huge).filter(kept).count();
+    ensure!(
+        kept * 100 >= aligned.len() * 95,
+        "{kept} of {} aligned blocks are aligned again, or wait for it",
         aligned.len()
     );
     for name in ["storm", "second"] {
@@ -326,8 +344,9 @@ fn held_blocks_make_way_for_offlining() -> anyhow::Result<()> {
 fn memory_goes_offline_without_a_daemon() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
     let mut lab = boot_with_movable_memory(&bench, "bucket-offline-alone")?;
-    let log = {
+    {
         let section = Section::find(&lab.vm.guest)?;
+        // The kernel tells of those that cannot go offline.
         let log = lab.vm.guest.log_position()?;
         let inside = section.hold(220)?;
         lab.daemon.process.signal(libc::SIGSTOP)?;
@@ -337,12 +356,16 @@ fn memory_goes_offline_without_a_daemon() -> anyhow::Result<()> {
         section.wait_offline()?;
         ensure!(section.held()?.is_empty());
         section.bring_online()?;
-        log
-    };
+        let told = lab.vm.guest.complaints(log)?;
+        let (_, told) = sort_out_retries(told.iter().map(|complaint| complaint.text.as_str()));
+        let once = told.len() == 1 && told[0].ends_with("resetting the device");
+        ensure!(once, "{told:?}");
+    }
     lab.restart_daemon()?;
     lab.daemon.wait_synced(SYNC_TIMEOUT)?;
 
     let section = Section::find(&lab.vm.guest)?;
+    let log = lab.vm.guest.log_position()?;
     lab.vm.guest.driver_command("free all")?;
     let inside = section.hold(220)?;
     lab.daemon.process.signal(libc::SIGSTOP)?;
@@ -356,10 +379,5 @@ fn memory_goes_offline_without_a_daemon() -> anyhow::Result<()> {
     lab.vm.guest.unload_driver()?;
     section.wait_offline()?;
     section.bring_online()?;
-    let complaints = lab.vm.guest.complaints(log)?;
-    let resets = |text: &str| text.ends_with("resetting the device");
-    let others: Vec<_> = complaints.iter().filter(|told| !resets(&told.text)).collect();
-    ensure!(others.is_empty(), "{others:?}");
-    ensure!(complaints.len() == 1, "the device was reset {} times", complaints.len());
-    Ok(())
+    expect_calm(&lab.vm.guest, log)
 }
