@@ -172,8 +172,8 @@ install_mmdebstrap() {
 		apt-get -c "$APT_CONFIG_PRIVATE" install -y --no-install-recommends mmdebstrap
 }
 
-# overlay_on ROOT DIR: mounts a copy of ROOT at DIR, in a file system of memory, where
-# changes stay, and go with the mount namespace.
+# overlay_on ROOT DIR: mounts a copy of ROOT at DIR. What is changed in it lies beside
+# DIR, which has to be in a tmpfs: it goes with that, and not into ROOT.
 overlay_on() {
 	mkdir "$2" "$2-upper" "$2-work"
 	mount -t overlay overlay -o "lowerdir=$1,upperdir=$2-upper,workdir=$2-work" "$2"
