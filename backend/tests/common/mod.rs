@@ -104,9 +104,12 @@ pub fn populate(memory: &Memory, block: u64) -> Outcome {
         results[0].1
     };
     match once() {
-        // It holds its first page by now.
+        // It holds its first page by now, or is huge: khugepaged, which a first look at a process
+        // wakes up where faults give huge pages, takes a block with one page, too.
         Err(Refusal::Again) => match patiently(Err(Refusal::Again), once) {
-            Ok(Collapsed::Copied { bytes: PAGE }) => Ok(Collapsed::Populated),
+            Ok(Collapsed::Copied { bytes: PAGE } | Collapsed::AlreadyHuge) => {
+                Ok(Collapsed::Populated)
+            }
             other => other,
         },
         other => other,

@@ -201,7 +201,9 @@ fn fragmentation_is_what_the_allocators_lists_say() -> anyhow::Result<()> {
     ensure!(full >= 450, "fragmented to an index of {full}");
     guest.driver_command("book any 40")?;
     let held = compare("with blocks held")?;
-    ensure!(held.abs_diff(full) <= 20, "holding blocks looks like another state: {full}, {held}");
+    // Not counting them would add 200. What lies on the processors' own lists, which neither
+    // counts, is up to an eighth of what is free here, and whole blocks are among it.
+    ensure!(held.abs_diff(full) <= 100, "holding blocks looks like another state: {full}, {held}");
     guest.driver_command("free all")?;
     guest.end("holes")?;
     ensure!(whole < 500, "a fresh guest with an index of {whole}");

@@ -39,6 +39,8 @@ pub struct Plan {
     pub small: u64,
     /// How long the idle daemons are watched.
     pub idle: Duration,
+    /// Whether times have bars: they are for the sizes of the full run, on a quiet machine.
+    pub timed: bool,
 }
 
 impl Plan {
@@ -54,6 +56,7 @@ impl Plan {
             daemons: if quick { 4 } else { 16 },
             small: if quick { 1 << 32 } else { 1 << 36 },
             idle: Duration::from_secs(if quick { 5 } else { 20 }),
+            timed: !quick,
         }
     }
 }
@@ -131,15 +134,16 @@ fn large(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
     }
     let memory_used = ProcessFigures::of(daemon.pid())?;
     let reports = blocks as f64 / median(&full);
+    let timed = |bar| if plan.timed { bar } else { Bar::None };
     #[rustfmt::skip]
     let figures = [
         ("large_blocks", blocks as f64, Bar::None),
         ("changed_blocks", changing.len() as f64, Bar::AtLeast((blocks / 100 - 2) as f64)),
         ("changes_ms_median", 1e3 * median(&applied), Bar::None),
-        ("changes_ms_worst", 1e3 * slowest(&applied), Bar::Below(50.0)),
+        ("changes_ms_worst", 1e3 * slowest(&applied), timed(Bar::Below(50.0))),
         ("policy_pass_ms_median", 1e3 * median(&passes), Bar::None),
-        ("policy_pass_ms_worst", 1e3 * slowest(&passes), Bar::Below(50.0)),
-        ("reports_per_second", reports, Bar::AtLeast(5e6)),
+        ("policy_pass_ms_worst", 1e3 * slowest(&passes), timed(Bar::Below(50.0))),
+        ("reports_per_second", reports, timed(Bar::AtLeast(5e6))),
         ("reports_per_second_worst", blocks as f64 / slowest(&full), Bar::None),
         ("wrong_blocks", wrong as f64, Bar::AtMost(0.0)),
         ("rss_anon_mib", memory_used.rss_anon as f64 / MIB, Bar::None),
