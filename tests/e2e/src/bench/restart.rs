@@ -1,16 +1,18 @@
 //! The daemon dies by SIGKILL under a guest under load, and comes back.
 
+use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
-use gemini_guest::protocol::PageSize;
+use gemini_guest::protocol::{Break, PageSize};
 use gemini_harness::figures::{Bar, Scenario};
 
 use crate::assets;
 use crate::daemon::DaemonConfig;
 use crate::lab::{Bench, Lab};
 use crate::process;
+use crate::{BLOCK, MIB};
 
 /// Time from the reconnect to both layers' full state.
 const RESYNC_BAR_SECONDS: f64 = 2.0;
@@ -18,13 +20,19 @@ const RESYNC_BAR_SECONDS: f64 = 2.0;
 /// How long QEMU and guest may take to be back; the bar is judged apart.
 const RESYNC_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where a request can be when the daemon dies.
+/// Requests about whole blocks, and where each, and a trim, can be when the daemon dies.
 const REQUESTS: [&str; 3] = ["prepare", "release", "renew"];
 const STEPS: [&str; 3] = ["fetched", "done", "published"];
 
 /// Requests under way at such a time, and which of them the daemon dies of.
 const OUTSTANDING: u32 = 6;
 const FATAL: u32 = 3;
+
+/// Bytes of the program whose blocks are trimmed. Each block is several requests.
+const SPARSE: u64 = 16 * MIB;
+
+/// How long the daemon may take to make that program's memory huge.
+const SETTLE: Duration = Duration::from_secs(120);
 
 /// What a series of deaths has shown.
 #[derive(Default)]
@@ -64,6 +72,11 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
             points += 1;
         }
     }
+    for step in STEPS {
+        let point = format!("trim.{step}");
+        die_trimming(&mut lab, &mut seen, &point).with_context(|| point.clone())?;
+        points += 1;
+    }
     let churned = lab.vm.guest.stop_churn("load")?;
     let complaints = lab.vm.guest.tell_complaints(log)?;
 
@@ -82,7 +95,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     scenario.arg("rounds", rounds);
     scenario.arg("outstanding_requests", OUTSTANDING);
     scenario.figure("kills", f64::from(seen.kills), Bar::None);
-    let all_points = (REQUESTS.len() * STEPS.len()) as f64;
+    let all_points = ((REQUESTS.len() + 1) * STEPS.len()) as f64;
     scenario.figure("kill_points", f64::from(points), Bar::AtLeast(all_points));
     scenario.figure("resync_seconds_max", slowest, Bar::Below(RESYNC_BAR_SECONDS));
     scenario.figure("resync_seconds_mean", mean, Bar::None);
@@ -92,9 +105,9 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     Ok(scenario)
 }
 
-/// Has the daemon die at `point`, with several requests under way.
-fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow::Result<()> {
-    // Another daemon first: one that will die there.
+/// Starts another daemon in place of the one that runs: one that will die at `point`. Those after
+/// it will not.
+fn arm(lab: &mut Lab, seen: &mut Seen, point: &str) -> anyhow::Result<()> {
     lab.kill_daemon()?;
     let ordinary = lab.daemon_config.clone();
     lab.daemon_config = DaemonConfig {
@@ -102,9 +115,68 @@ fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow:
         environment: vec![("GEMINI_FAULT".to_owned(), format!("{point}:{FATAL}"))],
         ..ordinary.clone()
     };
-    come_back(lab, seen)?;
+    let came_back = come_back(lab, seen);
     lab.daemon_config = ordinary;
+    came_back
+}
 
+/// Waits for the daemon's death, and for the next one to answer all that was under way.
+fn follow(lab: &mut Lab, seen: &mut Seen) -> anyhow::Result<()> {
+    let status = lab.daemon.process.wait(RESYNC_TIMEOUT)?;
+    ensure!(status.signal() == Some(libc::SIGKILL), "the daemon ended with {status}");
+    come_back(lab, seen)?;
+    process::wait_for("every request is answered", RESYNC_TIMEOUT, || {
+        let pending = lab.vm.guest.driver_number("ctrl_pending")?
+            + lab.vm.guest.driver_number("release_pending")?;
+        Ok((pending == 0).then_some(()))
+    })
+}
+
+/// Starts a program whose blocks are huge in the host, with an eighth of each in use; which these
+/// are.
+fn sparse_program(lab: &mut Lab) -> anyhow::Result<Vec<String>> {
+    lab.vm.guest.fill("sparse", SPARSE, 7, PageSize::Huge)?;
+    let own: BTreeSet<u64> = lab.vm.guest.blocks_of("sparse")?.into_iter().flatten().collect();
+    let aligned = process::wait_for("the sparse program is aligned", SETTLE, || {
+        let aligned: Vec<u64> = own.intersection(&lab.memory.huge_blocks()?).copied().collect();
+        Ok((aligned.len() as u64 * BLOCK >= SPARSE * 3 / 4).then_some(aligned))
+    })?;
+    lab.vm.guest.break_pages("sparse", Break::Split, 1)?;
+    lab.vm.guest.break_pages("sparse", Break::DropScattered, 1)?;
+    lab.vm.guest.driver_command("census")?;
+    Ok(aligned.iter().map(u64::to_string).collect())
+}
+
+/// Has the daemon die at `point` while blocks are trimmed, one after the other.
+fn die_trimming(lab: &mut Lab, seen: &mut Seen, point: &str) -> anyhow::Result<()> {
+    arm(lab, seen, point)?;
+    let before = lab.vm.guest.driver_number("trimmed_pages")?;
+    // What the load leaves of these pages is trimmed at once. The command waits for its answers,
+    // those of the next daemon, too.
+    let blocks = sparse_program(lab)?;
+    lab.vm.guest.shell(&format!(
+        "cd /sys/kernel/debug/virtio_gemini/*/ || exit; \
+         (for block in {}; do echo trim $block > command; cat command; done; echo all) \
+         > /trimmed 2>&1 < /dev/null &",
+        blocks.join(" ")
+    ))?;
+    let told = |lab: &Lab| lab.vm.guest.read_file("/trimmed").unwrap_or_default();
+    follow(lab, seen).with_context(|| told(lab))?;
+    process::wait_for("the blocks are trimmed", RESYNC_TIMEOUT, || {
+        Ok(told(lab).ends_with("all\n").then_some(()))
+    })?;
+    let pages = lab.vm.guest.driver_number("trimmed_pages")? - before;
+    ensure!(pages >= u64::from(FATAL), "{pages} pages were trimmed");
+    if let Err(error) = lab.vm.guest.verify("sparse") {
+        eprintln!("{point}: {error:#}");
+        seen.losses += 1;
+    }
+    lab.vm.guest.free("sparse")
+}
+
+/// Has the daemon die at `point`, with several requests under way.
+fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow::Result<()> {
+    arm(lab, seen, point)?;
     let told = lab.vm.guest.driver_command(&format!("book any {OUTSTANDING}"))?;
     let blocks: Vec<u64> = told.lines().filter_map(|line| line.parse().ok()).collect();
     ensure!(blocks.len() == OUTSTANDING as usize, "the driver booked {told}");
@@ -114,16 +186,7 @@ fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow:
     for block in &blocks {
         lab.vm.guest.driver_command(&format!("{request} {block} 1 nowait"))?;
     }
-    let status = lab.daemon.process.wait(RESYNC_TIMEOUT)?;
-    ensure!(status.signal() == Some(libc::SIGKILL), "the daemon ended with {status}");
-    come_back(lab, seen)?;
-
-    // Everything that was under way is answered by the next daemon.
-    process::wait_for("every request is answered", RESYNC_TIMEOUT, || {
-        let pending = lab.vm.guest.driver_number("ctrl_pending")?
-            + lab.vm.guest.driver_number("release_pending")?;
-        Ok((pending == 0).then_some(()))
-    })?;
+    follow(lab, seen)?;
     if request == "prepare" {
         // The other two may have dropped these; nothing drops on ctrlq.
         for block in &blocks {
