@@ -1,0 +1,68 @@
+//! What the evaluation must show, and whether it does.
+
+use super::Notes;
+use crate::document::{Cell, Part, Section, Table};
+use crate::goals::{goals, Verdict};
+use crate::paper;
+use crate::runs::Runs;
+
+/// The bars, and notes to them.
+#[must_use]
+pub fn section(runs: &Runs, notes: &Notes) -> Section {
+    let mut section = Section::new("What it must show, and whether it does");
+    section.text(format!(
+        "The evaluation of the Gemini paper ({}) redone with this project, on real guests. Where \
+         nothing else is said, figures are medians over repetitions in fragmented memory and a \
+         clean VM. The paper's numbers are from another machine, other kernels and other sizes \
+         of data: they stand beside ours for orientation.",
+        paper::CITATION
+    ));
+    if runs.quick() {
+        section.warning(
+            "These are quick runs. They show that everything works, and measure little: data fit \
+             the TLB better than they should.",
+        );
+    }
+    if runs.emulated() {
+        section.warning(
+            "Guests were emulated. TLB figures are **simulated** (docs/tlb-simulator.md), and not \
+             validated for what a walk costs; wall times are those of emulation, which has no \
+             TLB: they show overhead, and nothing that huge pages gain."
+                .replace("**", ""),
+        );
+    }
+    let header = ["goal", "what", "measured", "bar", "verdict", "the paper's"];
+    let mut table = Table::new("Goals, in fragmented memory", header);
+    let goals = goals(runs);
+    for goal in &goals {
+        table.row(vec![
+            Cell::text(format!("`{}`", goal.id)),
+            Cell::text(goal.what),
+            Cell::text(&goal.figure),
+            Cell::text(goal.bar),
+            goal.verdict.cell(),
+            Cell::text(goal.paper),
+        ]);
+    }
+    let count = |verdict| goals.iter().filter(|goal| goal.verdict == verdict).count();
+    section.text(format!(
+        "Met: {}. Missed: {}. Not measured, or not all of it: {}. Told, without a bar: {}.",
+        count(Verdict::Met),
+        count(Verdict::Missed),
+        count(Verdict::NotMeasured),
+        count(Verdict::Told)
+    ));
+    section.table(table);
+    let short = goals.iter().filter(|goal| goal.verdict == Verdict::Missed);
+    let told: Vec<_> = short
+        .map(|goal| {
+            let note = notes.get(goal.id).map_or("no cause is told yet", String::as_str);
+            format!("`{}`: {note}", goal.id)
+        })
+        .collect();
+    if !told.is_empty() {
+        section.text("What fell short, and why:");
+        section.parts.push(Part::List(told));
+    }
+    section
+}
