@@ -1,5 +1,8 @@
 //! Draws bars, lines and pictures of memory.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
 use crate::document::{significant, Bars, BlockKind, Lines, Maps, Scale, Series, Style};
 use crate::stats::Summary;
 use crate::svg::{number, Anchor, Fill, Pattern, Svg};
@@ -272,7 +275,7 @@ fn bars_row(
                 format!("{}, {}: {}", bars.groups[group], series.name, significant(value.median));
             let rectangle = [x, y.min(bottom), bar, (y - bottom).abs()];
             svg.rectangle(rectangle, fill(series.style), &tip);
-            if value.count > 1 {
+            if value.low < value.high {
                 whisker(svg, x + bar / 2.0, y_of(value.low), y_of(value.high));
             }
         }
@@ -326,7 +329,7 @@ pub fn lines(lines: &Lines, id: &str) -> String {
     };
     for &at in &lines.at {
         svg.line((x_of(at), bottom), (x_of(at), bottom + 5.0), BLACK, 1.0, "");
-        svg.text((x_of(at), bottom + 20.0), Anchor::Middle, LABEL, &significant(at));
+        svg.text((x_of(at), bottom + 20.0), Anchor::Middle, LABEL, &tick_text(at));
     }
     svg.text((left + width / 2.0, bottom + 42.0), Anchor::Middle, LABEL, &lines.across);
     for series in &lines.series {
@@ -388,17 +391,29 @@ pub fn maps(maps: &Maps, id: &str) -> String {
         let x = LEFT - 40.0 + (place % 2) as f64 * (MAP_LINE as f64 * CELL + 32.0);
         let y = top + (place / 2) as f64 * picture;
         svg.text((x, y + 12.0), Anchor::Start, LABEL, title);
-        for (line, blocks) in blocks.chunks(MAP_LINE).enumerate() {
-            let y = y + 18.0 + line as f64 * CELL;
-            let mut start = 0;
-            for run in blocks.chunk_by(|one, other| one == other) {
-                let at = [x + start as f64 * CELL, y, run.len() as f64 * CELL, CELL];
-                svg.rectangle(at, block_fill(run[0]), "");
-                start += run.len();
-            }
+        for (kind, outline) in outlines(blocks, (x, y + 18.0)) {
+            svg.area(&outline, block_fill(kind));
         }
     }
     svg.finish()
+}
+
+/// Around neighbouring blocks of the same kind, as one path a kind: a picture of rectangles would
+/// be many times as long.
+fn outlines(blocks: &[BlockKind], (left, top): (f64, f64)) -> BTreeMap<BlockKind, String> {
+    let mut outlines: BTreeMap<_, String> = BTreeMap::new();
+    for (line, blocks) in blocks.chunks(MAP_LINE).enumerate() {
+        let mut start = 0;
+        for run in blocks.chunk_by(|one, other| one == other) {
+            let end = start + run.len();
+            let [from, to] = [start, end].map(|column| number(left + column as f64 * CELL));
+            let [above, below] = [line, line + 1].map(|line| number(top + line as f64 * CELL));
+            let _ =
+                write!(outlines.entry(run[0]).or_default(), "M{from} {above}H{to}V{below}H{from}Z");
+            start = end;
+        }
+    }
+    outlines
 }
 
 #[cfg(test)]
@@ -423,6 +438,7 @@ mod tests {
                 series("gemini", 7, vec![Summary::of(vec![0.1, 0.2]), one(1.5)]),
             ],
             line: Some((1.0, "base pages".into())),
+            in_table: false,
         }
     }
 

@@ -130,15 +130,16 @@ impl Cell {
         number.map_or(Cell::NotMeasured, |number| Cell::Number(number.into()))
     }
 
-    /// A median and, over several repetitions, the smallest and the greatest.
+    /// A median and, where repetitions differ in what is shown, the smallest and the greatest.
     #[must_use]
     pub fn summary(summary: Option<Summary>, show: fn(f64) -> String) -> Self {
         Self::number(summary.map(|summary| {
             let median = show(summary.median);
-            if summary.count < 2 {
+            let (low, high) = (show(summary.low), show(summary.high));
+            if low == high {
                 return median;
             }
-            format!("{median} ({}..{})", show(summary.low), show(summary.high))
+            format!("{median} ({low}..{high})")
         }))
     }
 
@@ -185,6 +186,8 @@ pub struct Bars {
     pub series: Vec<Series>,
     /// A line across at a value, and what it means.
     pub line: Option<(f64, String)>,
+    /// Whether a table of the section has the same numbers.
+    pub in_table: bool,
 }
 
 impl Bars {
@@ -206,7 +209,7 @@ pub struct Series {
     pub values: Vec<Option<Summary>>,
 }
 
-/// Lines over a logarithmic horizontal axis.
+/// Lines over a logarithmic horizontal axis. A table of the section has the same numbers.
 #[derive(Clone, Debug)]
 pub struct Lines {
     /// Heading of the plot.
@@ -233,13 +236,13 @@ pub struct Maps {
 /// What a block of guest memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum BlockKind {
-    /// Huge at neither layer, not in use.
+    /// None of the others.
     Nothing,
-    /// Used base pages.
+    /// In use, as base pages at both layers.
     Base,
     /// Huge in the guest alone.
     Guest,
-    /// In use, and huge in the host alone.
+    /// In use or held, and huge in the host alone.
     Host,
     /// Huge at both layers.
     Aligned,
@@ -252,10 +255,10 @@ impl BlockKind {
     pub const ALL: [(BlockKind, char, &'static str); 6] = [
         (BlockKind::Aligned, 'A', "huge at both layers"),
         (BlockKind::Guest, 'g', "huge in the guest alone"),
-        (BlockKind::Host, 'h', "in use, huge in the host alone"),
+        (BlockKind::Host, 'h', "in use or held, huge in the host alone"),
         (BlockKind::Free, 'f', "free, huge in the host"),
-        (BlockKind::Base, 'b', "base pages"),
-        (BlockKind::Nothing, '.', "not in use"),
+        (BlockKind::Base, 'b', "in use, base pages at both layers"),
+        (BlockKind::Nothing, '.', "none of these"),
     ];
 
     /// What `letter` means; unknown ones mean nothing.

@@ -183,12 +183,12 @@ fn table_3(runs: &Runs, goals: &mut Vec<Goal>) {
         Some((policy, mean(&values(&found))?, found.len()))
     });
     let told: Vec<_> = others
-        .map(|(policy, mean, count)| format!("`{policy}` {} over {}", share(mean), over(count)))
+        .map(|(policy, mean, count)| format!("`{policy}` {} ({count})", share(mean)))
         .collect();
     let complete = told.len() == policies(Kind::Uncoordinated).count();
     goals.push(goal(
         "1.others",
-        "mean `aligned_rate` of every uncoordinated policy",
+        "mean `aligned_rate` of every uncoordinated policy, workloads in brackets",
         "told",
         "at most 33 % on average",
         (!told.is_empty()).then(|| {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use crate::charts;
 use crate::document::{pieces, Cell, Document, Part, Table};
-use crate::markdown::{bars_table, lines_table};
+use crate::markdown::bars_table;
 use crate::svg::escape;
 
 const STYLE: &str = "
@@ -26,7 +26,7 @@ td.missed { font-weight: 700; color: #a03d00; }
 figure { margin: 1.5rem 0; }
 svg { max-width: 100%; height: auto; }
 details { font-size: .9rem; margin-bottom: 1.5rem; }
-code { font-size: .92em; background: #f2f2f2; }
+code { font-size: .92em; background: #f2f2f2; white-space: nowrap; }
 nav ol { columns: 2; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; }
   figure, tr { break-inside: avoid; } nav, details { display: none; } .scroll { overflow: visible; } }
@@ -74,21 +74,19 @@ fn write_part(page: &mut String, part: &Part, id: &str) {
             Ok(())
         }
         Part::Bars(bars) => {
-            plot(page, &charts::bars(bars, id), &bars_table(bars));
+            let _ = writeln!(page, "<figure>\n{}</figure>", charts::bars(bars, id));
+            if !bars.in_table {
+                page.push_str("<details><summary>The numbers</summary>\n");
+                table(page, &bars_table(bars));
+                page.push_str("</details>\n");
+            }
             Ok(())
         }
         Part::Lines(lines) => {
-            plot(page, &charts::lines(lines, id), &lines_table(lines));
-            Ok(())
+            writeln!(page, "<figure>\n{}</figure>", charts::lines(lines, id))
         }
         Part::Maps(maps) => writeln!(page, "<figure>\n{}</figure>", charts::maps(maps, id)),
     };
-}
-
-fn plot(page: &mut String, svg: &str, numbers: &Table) {
-    let _ = write!(page, "<figure>\n{svg}</figure>\n<details><summary>The numbers</summary>\n");
-    table(page, numbers);
-    page.push_str("</details>\n");
 }
 
 fn table(page: &mut String, table: &Table) {

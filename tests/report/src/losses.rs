@@ -144,8 +144,7 @@ fn lone_blocks(runs: &Runs, place: Place) -> String {
     };
     match (lone(|found| found.guest_huge), lone(|found| found.host_huge)) {
         (Some(guest), Some(host)) => format!(
-            "{:.0} blocks are huge in the guest alone, {:.0} in the host alone (free ones \
-             included)",
+            "{:.0} blocks are huge in the guest alone, {:.0} in use or held in the host alone",
             guest.median, host.median
         ),
         _ => "the counts of huge blocks were not had".into(),

@@ -1,10 +1,9 @@
-//! A document as Markdown. Plots become tables of what they show, and memory one letter a block.
+//! A document as Markdown. Plots become tables of what they show, if no other table has it, and
+//! memory one letter a block.
 
 use std::fmt::Write as _;
 
-use crate::document::{
-    pieces, significant, Bars, BlockKind, Cell, Document, Lines, Maps, Part, Series, Table,
-};
+use crate::document::{pieces, significant, Bars, BlockKind, Cell, Document, Maps, Part, Table};
 
 /// Letters in a line of a picture of memory.
 const LETTERS: usize = 64;
@@ -15,7 +14,12 @@ pub fn render(document: &Document) -> String {
     let mut text = format!("# {}\n", inline(&document.title));
     for section in &document.sections {
         let _ = write!(text, "\n## {}\n", inline(&section.title));
-        for part in &section.parts {
+        let has_words = |part: &&Part| match part {
+            Part::Bars(bars) => !bars.in_table,
+            Part::Lines(_) => false,
+            _ => true,
+        };
+        for part in section.parts.iter().filter(has_words) {
             text.push('\n');
             match part {
                 Part::Text(words) => {
@@ -31,7 +35,7 @@ pub fn render(document: &Document) -> String {
                 }
                 Part::Table(shown) => table(&mut text, shown),
                 Part::Bars(bars) => table(&mut text, &bars_table(bars)),
-                Part::Lines(lines) => table(&mut text, &lines_table(lines)),
+                Part::Lines(_) => {}
                 Part::Maps(shown) => maps(&mut text, shown),
             }
         }
@@ -42,24 +46,13 @@ pub fn render(document: &Document) -> String {
 /// What bars show, as a table.
 #[must_use]
 pub fn bars_table(bars: &Bars) -> Table {
-    let caption = format!("{}: {}", bars.title, bars.axis);
-    values(caption, &bars.group, &bars.groups, &bars.series)
-}
-
-/// What lines show, as a table.
-#[must_use]
-pub fn lines_table(lines: &Lines) -> Table {
-    let at: Vec<_> = lines.at.iter().map(|&at| significant(at)).collect();
-    values(format!("{}: {}", lines.title, lines.axis), &lines.across, &at, &lines.series)
-}
-
-fn values(caption: String, rows: &str, names: &[String], series: &[Series]) -> Table {
-    let header = std::iter::once(rows).chain(series.iter().map(|series| series.name.as_str()));
-    let mut table = Table::new(caption, header);
-    for (place, name) in names.iter().enumerate() {
-        let mut row = vec![Cell::text(name)];
-        row.extend(series.iter().map(|series| Cell::summary(series.values[place], significant)));
-        table.row(row);
+    let names = bars.series.iter().map(|series| series.name.as_str());
+    let header = std::iter::once(bars.group.as_str()).chain(names);
+    let mut table = Table::new(format!("{}: {}", bars.title, bars.axis), header);
+    for (place, name) in bars.groups.iter().enumerate() {
+        let values = bars.series.iter().map(|series| series.values[place]);
+        let cells = values.map(|value| Cell::summary(value, significant));
+        table.row(std::iter::once(Cell::text(name)).chain(cells).collect());
     }
     table
 }

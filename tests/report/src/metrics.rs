@@ -88,6 +88,16 @@ pub const CPU_PER_BLOCK: Metric = lower("host CPU per aligned block", |run| {
     per_block(run, daemon + costs(run, |costs| costs.host_kernel_cpu_seconds)?)
 });
 
+/// Accesses to data an operation: what stands for work where no instructions are counted.
+pub const ACCESSES: Metric =
+    lower("accesses to data", |run| per_operation(run, |tlb| tlb.accesses));
+
+/// Share of the first program's aligned blocks that still wait, whole, for the next one.
+pub const WAITING: Metric = higher("waiting", |run| {
+    let reuse = run.reuse.as_ref()?;
+    share(reuse.waiting?, reuse.aligned_before?)
+});
+
 /// Share of the first program's aligned blocks that the second one has.
 pub const REUSED: Metric = higher("reused", |run| {
     let reuse = run.reuse.as_ref()?;

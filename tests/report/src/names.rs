@@ -38,16 +38,23 @@ pub const POLICIES: [Policy; 14] = [
     Policy { name: BASE, kind: Kind::Base, what: "base pages at both layers" },
     uncoordinated("misaligned", "huge pages at both layers, kept off each other"),
     uncoordinated("thp", "Linux's transparent huge pages, always, at both layers"),
-    uncoordinated("kubevirt-like", "the host collapses all that is resident, once"),
+    uncoordinated(
+        "kubevirt-like",
+        "the host collapses all that is resident, once the data is loaded",
+    ),
     uncoordinated("ingens-like", "an emulation of Ingens at the host"),
     uncoordinated("hawkeye-like", "an emulation of HawkEye at the host"),
-    Policy { name: STATIC, kind: Kind::Static, what: "static huge pages at both layers" },
+    Policy {
+        name: STATIC,
+        kind: Kind::Static,
+        what: "the host's from a pool, set aside; a guest whose memory is whole",
+    },
     Policy { name: GEMINI, kind: Kind::Gemini, what: "this project, all of it" },
     without("gemini-no-placement", "guest huge pages are not put on ready blocks"),
     without("gemini-no-booking", "no block is held for a huge page"),
     without("gemini-no-bucket", "freed blocks are not held back whole"),
     without("gemini-no-prepare", "no stock of blocks is made ready ahead"),
-    without("gemini-no-repair", "the host collapses nothing"),
+    without("gemini-no-repair", "the host collapses nothing that the guest did not ask for"),
     without("gemini-no-promoter", "the guest's agent promotes nothing"),
 ];
 

@@ -123,7 +123,7 @@ impl fmt::Display for Machine {
 pub struct Alignment {
     /// Blocks that the guest has huge.
     pub guest_huge: Option<f64>,
-    /// Blocks that the host has huge.
+    /// Blocks in use, or held, that the host has huge.
     pub host_huge: Option<f64>,
     /// Blocks that both have huge.
     pub aligned: Option<f64>,
@@ -199,6 +199,8 @@ pub struct Reuse {
     pub aligned_before: Option<f64>,
     /// Those of them that the second program has, aligned.
     pub reused: Option<f64>,
+    /// Those of them that are whole, huge in the host, and held for who comes next.
+    pub waiting: Option<f64>,
 }
 
 /// Free memory that is unusable for huge pages, 0 to 1.
@@ -215,9 +217,9 @@ pub struct Fmfi {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Maps {
-    /// Before the workload.
+    /// When the workload has loaded its data.
     pub before: Option<String>,
-    /// While it was measured.
+    /// At the end of its measured phase.
     pub after: Option<String>,
 }
 
@@ -325,7 +327,8 @@ impl Records {
         let cannot_read = || format!("cannot read the directory {}", dir.display());
         for entry in std::fs::read_dir(dir).with_context(cannot_read)? {
             let path = entry.with_context(cannot_read)?.path();
-            let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes()[0] == b'.');
+            let hidden =
+                path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
             let json = path.extension().is_some_and(|extension| extension == "json");
             if json && !hidden && !others.contains(&path.as_path()) {
                 paths.push(path);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::metrics::{Better, Metric};
 use crate::names::{self, STATIC};
-use crate::record::{Record, Records};
+use crate::record::{Record, Records, Run};
 use crate::stats::Summary;
 
 /// Which runs: all repetitions of one policy somewhere.
@@ -91,6 +91,16 @@ impl Runs {
         let mut names: Vec<_> = names.into_iter().map(String::as_str).collect();
         names.sort_by_key(|name| names::workload_rank(name));
         names
+    }
+
+    /// Names of the workloads that were run, or tried, with memory and VM like that.
+    #[must_use]
+    pub fn workloads_at(&self, state: &str, vm: &str) -> Vec<&str> {
+        let there = |run: &Run| run.state == state && run.vm == vm;
+        let at = |name: &&str| {
+            self.records.iter().any(|record| there(&record.run) && record.run.workload == *name)
+        };
+        self.workloads().into_iter().filter(at).collect()
     }
 
     /// The runs of `place` with figures, in the order of their repetitions.

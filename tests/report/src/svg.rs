@@ -91,11 +91,7 @@ impl Svg {
 
     /// A rectangle with an outline. What `tip` says is shown to who points at it.
     pub fn rectangle(&mut self, [x, y, width, height]: [f64; 4], fill: Fill, tip: &str) {
-        self.fills.insert(fill);
-        let fill = match fill.pattern {
-            Pattern::Solid => fill.colour.to_owned(),
-            _ => format!("url(#{})", self.pattern_id(fill)),
-        };
+        let fill = self.fill(fill);
         let _ = write!(
             self.body,
             "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{fill}\" \
@@ -110,6 +106,15 @@ impl Svg {
         } else {
             let _ = writeln!(self.body, "><title>{}</title></rect>", escape(tip));
         }
+    }
+
+    /// Areas with outlines: `d` as SVG has it.
+    pub fn area(&mut self, d: &str, fill: Fill) {
+        let fill = self.fill(fill);
+        let _ = writeln!(
+            self.body,
+            "<path d=\"{d}\" fill=\"{fill}\" stroke=\"#000\" stroke-width=\"0.4\"/>"
+        );
     }
 
     /// A path: `d` as SVG has it, without a fill. `dash` as SVG has it, nothing for a whole line.
@@ -195,6 +200,15 @@ impl Svg {
         text.push_str(&self.body);
         text.push_str("</svg>\n");
         text
+    }
+
+    /// What the attribute `fill` has for `fill`.
+    fn fill(&mut self, fill: Fill) -> String {
+        self.fills.insert(fill);
+        match fill.pattern {
+            Pattern::Solid => fill.colour.to_owned(),
+            _ => format!("url(#{})", self.pattern_id(fill)),
+        }
     }
 
     fn pattern_id(&self, fill: Fill) -> String {

@@ -1,12 +1,14 @@
 //! Tables 3 and 4: how the huge pages of both layers meet.
 
 use super::{by_workload, mean_cell, medians, or_nothing};
-use crate::document::{percent, share, Bars, Cell, Scale, Section, Series, Style, Table};
-use crate::metrics::{ALIGNED_COVERAGE, ALIGNED_RATE, REUSED};
-use crate::names::{in_paper, main_policies, Kind, FRAGMENTED, GEMINI, POLICIES, STATES, VMS};
+use crate::document::{percent, plain, share, Bars, Cell, Scale, Section, Series, Style, Table};
+use crate::metrics::{ALIGNED_COVERAGE, ALIGNED_RATE, REUSED, WAITING};
+use crate::names::{in_paper, main_policies, FRAGMENTED, GEMINI, POLICIES, STATES, VMS};
 use crate::paper;
 use crate::runs::{Place, Runs};
 use crate::stats::{mean, Summary};
+
+const NO_BUCKET: &str = "gemini-no-bucket";
 
 const DEFINITIONS: &str = "Counted from outside, by QEMU's page tables and the guest's \
     kernel. `aligned_rate`: of the huge pages in use at either layer, the share that is huge at \
@@ -36,7 +38,7 @@ fn table_3(runs: &Runs) -> Section {
 }
 
 fn bars(runs: &Runs, (state, vm): (&str, &str)) -> Bars {
-    let workloads = runs.workloads();
+    let workloads = runs.workloads_at(state, vm);
     let series = main_policies().enumerate().map(|(style, policy)| {
         let of =
             |workload: &&str| runs.summary(Place { workload, policy, state, vm }, ALIGNED_RATE);
@@ -46,7 +48,7 @@ fn bars(runs: &Runs, (state, vm): (&str, &str)) -> Bars {
         Series { name: policy.into(), style: Style(style), values }
     });
     let series = series.collect();
-    let names = workloads.iter().map(|workload| crate::document::plain(workload));
+    let names = workloads.iter().map(|workload| plain(workload));
     Bars {
         title: format!("Alignment, {state} memory, {vm} VM"),
         axis: "aligned_rate".into(),
@@ -55,6 +57,7 @@ fn bars(runs: &Runs, (state, vm): (&str, &str)) -> Bars {
         groups: names.chain(["mean".into()]).collect(),
         series,
         line: None,
+        in_table: true,
     }
 }
 
@@ -83,7 +86,7 @@ fn beside_the_paper(runs: &Runs) -> Table {
         }
         table.row(row);
     }
-    let all = runs.workloads().len();
+    let all = runs.workloads_at(FRAGMENTED, "clean").len();
     let mut row = vec![Cell::text("mean of all"), Cell::text("mean of its 16")];
     for (policy, system) in &pairs {
         let found = medians(runs, policy, (FRAGMENTED, "clean"), ALIGNED_RATE);
@@ -115,32 +118,34 @@ fn table_4(runs: &Runs) -> Section {
 
 /// What became of the first program's aligned blocks, with the bucket and without.
 fn reuse(runs: &Runs) -> Table {
-    let of_gemini = POLICIES
-        .iter()
-        .filter(|policy| policy.kind == Kind::Gemini || policy.name == "gemini-no-bucket");
-    let names: Vec<_> = of_gemini.map(|policy| policy.name).collect();
+    let columns = [
+        ("gemini", GEMINI, REUSED),
+        ("still waiting", GEMINI, WAITING),
+        ("without the bucket", NO_BUCKET, REUSED),
+        ("still waiting", NO_BUCKET, WAITING),
+    ];
     let mut table = Table::new(
         format!(
-            "Share of the first program's aligned blocks that the second one has, aligned (the \
-             paper, by its huge bucket: {})",
+            "Share of the first program's aligned blocks that the second one has, aligned, and of \
+             those that are held whole for the next one (the paper, by its huge bucket: {})",
             percent(paper::REUSED)
         ),
-        std::iter::once("workload").chain(names.iter().copied()),
+        std::iter::once("workload").chain(columns.map(|(name, ..)| name)),
     );
-    let at = |workload, policy| Place { workload, policy, state: FRAGMENTED, vm: "reused" };
+    let place = |workload, policy| Place { workload, policy, state: FRAGMENTED, vm: "reused" };
     for workload in runs.workloads() {
-        let found: Vec<_> =
-            names.iter().map(|policy| runs.summary(at(workload, policy), REUSED)).collect();
+        let found =
+            columns.map(|(_, policy, metric)| runs.summary(place(workload, policy), metric));
         if found.iter().any(Option::is_some) {
             let cells = found.into_iter().map(|found| Cell::summary(found, percent));
-            table.row(std::iter::once(Cell::text(workload)).chain(cells).collect());
+            table.row(std::iter::once(Cell::text(plain(workload))).chain(cells).collect());
         }
     }
     if !table.rows.is_empty() {
-        let all = runs.workloads().len();
         let mut row = vec![Cell::text("mean")];
-        for policy in names {
-            let found = medians(runs, policy, (FRAGMENTED, "reused"), REUSED);
+        for (_, policy, metric) in columns {
+            let found = medians(runs, policy, (FRAGMENTED, "reused"), metric);
+            let all = runs.workloads_at(FRAGMENTED, "reused").len();
             row.push(mean_cell(&found, all, mean(&found), percent));
         }
         table.row(row);
@@ -155,7 +160,6 @@ fn states(runs: &Runs) -> Section {
         (ALIGNED_RATE, "mean `aligned_rate` over workloads"),
         (ALIGNED_COVERAGE, "mean `aligned_coverage` over workloads"),
     ] {
-        let all = runs.workloads().len();
         let policies = POLICIES.map(|policy| policy.name);
         let mut table = Table::new(
             caption,
@@ -168,6 +172,7 @@ fn states(runs: &Runs) -> Section {
             for state in STATES {
                 for vm in VMS {
                     let found = medians(runs, policy, (state, vm), metric);
+                    let all = runs.workloads_at(state, vm).len();
                     row.push(mean_cell(&found, all, mean(&found), share));
                 }
             }

@@ -7,7 +7,7 @@ use crate::document::{
     percent, share, significant, Bars, Cell, Scale, Section, Series, Style, Table,
 };
 use crate::metrics::{
-    ALIGNED_COVERAGE, ALIGNED_RATE, COPIED, CYCLES, INSTRUCTIONS, MISSES, REUSED,
+    ACCESSES, ALIGNED_COVERAGE, ALIGNED_RATE, COPIED, CYCLES, INSTRUCTIONS, MISSES, REUSED,
     SECONDS_TO_ALIGNMENT, THROUGHPUT,
 };
 use crate::names::{policies, Kind, BASE, FRAGMENTED, GEMINI, INDIFFERENT, VMS};
@@ -57,6 +57,7 @@ fn ablation(runs: &Runs) -> Section {
         groups: names.iter().map(short).collect(),
         series: series.collect(),
         line: None,
+        in_table: true,
     });
     for vm in VMS.into_iter().filter(|vm| measured(vm)) {
         section.table(ablation_table(runs, vm));
@@ -78,7 +79,7 @@ fn ablation_table(runs: &Runs, vm: &str) -> Table {
             "reused",
         ],
     );
-    let all = runs.workloads().len();
+    let all = runs.workloads_at(FRAGMENTED, vm).len();
     for policy in std::iter::once(GEMINI).chain(policies(Kind::Ablation)) {
         let lost = |metric| {
             let found = shares(runs, policy, FRAGMENTED, vm, metric);
@@ -108,13 +109,13 @@ fn overhead(runs: &Runs) -> Section {
              memory (the paper: {})",
             paper::OVERHEAD
         ),
-        ["workload", "VM", "instructions", "cycles, estimated", "throughput (wall time)"],
+        ["workload", "VM", "instructions", "cycles", "accesses to data", "throughput (wall time)"],
     );
     for workload in INDIFFERENT {
         for vm in VMS {
             let place = Place { workload, policy: GEMINI, state: FRAGMENTED, vm };
             let mut row = vec![Cell::text(workload), Cell::text(vm)];
-            for metric in [INSTRUCTIONS, CYCLES, THROUGHPUT] {
+            for metric in [INSTRUCTIONS, CYCLES, ACCESSES, THROUGHPUT] {
                 let ratio = runs.relative(place, BASE, metric);
                 let change = ratio.map(|ratio| Summary {
                     median: ratio.median - 1.0,

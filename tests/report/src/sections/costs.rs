@@ -27,10 +27,18 @@ const COLUMNS: [(&str, Metric); 9] = [
 #[must_use]
 pub fn section(runs: &Runs) -> Section {
     let mut section = Section::new("Costs: memory, copying, CPU, time to alignment");
+    if runs.all().iter().any(|record| record.costs.is_some()) {
+        section.text(
+            "From the start of the workload to its end. Host RSS of `hugetlb` is all of the pool \
+             that its guest was given: nobody else can use it. CPU of the host's kernel is that of \
+             the threads that make and find huge pages, whoever they worked for; that of the \
+             guest's kernel includes its agent.",
+        );
+    }
     section.bars(relative_bars(
         runs,
-        "Memory of the host, fragmented memory, clean VM",
-        "host RSS to that of none",
+        "Host RSS, fragmented memory, clean VM",
+        "ratio to none",
         (FRAGMENTED, "clean"),
         HOST_RSS,
         Scale::Linear,
@@ -84,11 +92,12 @@ fn means(runs: &Runs, state: &str, vm: &str) -> Table {
         format!("Means over workloads, {state} memory, {vm} VM"),
         std::iter::once("policy").chain(COLUMNS.iter().map(|(name, _)| *name)),
     );
+    let all = runs.workloads_at(state, vm).len();
     for policy in POLICIES {
         let mut row = vec![Cell::text(format!("`{}`", policy.name))];
         for (_, metric) in COLUMNS {
             let found = medians(runs, policy.name, (state, vm), metric);
-            row.push(mean_cell(&found, runs.workloads().len(), mean(&found), significant));
+            row.push(mean_cell(&found, all, mean(&found), significant));
         }
         if row[1..].iter().any(|cell| *cell != Cell::NotMeasured) {
             table.row(row);

@@ -1,4 +1,4 @@
-//! Block maps before and after.
+//! Block maps: when the data is loaded, and at the end.
 
 use super::or_nothing;
 use crate::document::{plain, BlockKind, Maps, Part, Section};
@@ -9,10 +9,11 @@ use crate::runs::{Place, Runs};
 /// The maps of one workload under every policy.
 #[must_use]
 pub fn section(runs: &Runs) -> Section {
-    let mut section = Section::new("Block maps, before and after");
+    let mut section = Section::new("Block maps: data loaded, and measured");
     if let Some((workload, state, vm)) = most_maps(runs) {
         section.text(format!(
-            "A cell is a block of 2 MiB, in the order of guest physical addresses. Shown is the \
+            "A cell is a block of 2 MiB, in the order of guest physical addresses: when the data is \
+             loaded, and at the end of the measured phase. Shown is the \
              workload with maps under the most policies, fragmented memory and the clean VM \
              preferred: {}; the first repetition.",
             plain(workload)
@@ -23,7 +24,7 @@ pub fn section(runs: &Runs) -> Section {
             else {
                 continue;
             };
-            for (when, blocks) in [("before", before), ("while measured", after)] {
+            for (when, blocks) in [("data loaded", before), ("measured", after)] {
                 let title = format!("{}, {when}", record.run.policy);
                 pictures.push((title, blocks.chars().map(BlockKind::of).collect()));
             }

@@ -61,7 +61,7 @@ fn by_workload(
     metric: Metric,
     show: fn(f64) -> String,
 ) -> Table {
-    let workloads = runs.workloads();
+    let workloads = runs.workloads_at(state, vm);
     let header = std::iter::once("workload").chain(main_policies());
     let mut table = Table::new(caption, header);
     let at = |workload, policy| Place { workload, policy, state, vm };
@@ -130,6 +130,7 @@ fn relative_bars(
         groups,
         series,
         line: Some((1.0, "none (base pages)".into())),
+        in_table: false,
     }
 }
 

@@ -88,8 +88,9 @@ fn misses_of_others(runs: &Runs, vm: &str) -> Vec<f64> {
 fn misses(runs: &Runs) -> Section {
     let mut section = Section::new(format!("TLB misses ({})", tlb_kind(runs)));
     for vm in VMS {
-        let title = format!("TLB misses, {FRAGMENTED} memory, {vm} VM ({})", tlb_kind(runs));
-        let axis = "misses an operation, to those of none";
+        let title =
+            format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM ({})", tlb_kind(runs));
+        let axis = "ratio to none";
         let place = (FRAGMENTED, vm);
         section.bars(relative_bars(runs, &title, axis, place, MISSES, Scale::Logarithmic));
         let caption = format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM");
@@ -113,7 +114,8 @@ fn states(runs: &Runs, what: &str, metric: Metric) -> Table {
             for policy in shown() {
                 let found = ratios(runs, policy, (state, vm), metric);
                 let mean = geometric_mean(&found);
-                row.push(super::mean_cell(&found, runs.workloads().len(), mean, significant));
+                let all = runs.workloads_at(state, vm).len();
+                row.push(super::mean_cell(&found, all, mean, significant));
             }
             if row[1..].iter().any(|cell| *cell != Cell::NotMeasured) {
                 table.row(row);
@@ -142,9 +144,15 @@ fn speed(runs: &Runs) -> Section {
         ] {
             let kind = if metric.name == CYCLES.name { tlb_kind(runs) } else { time_kind(runs) };
             let title = format!("{name}, {FRAGMENTED} memory, {vm} VM ({kind})");
-            let axis = format!("{} to that of none", metric.name);
             let place = (FRAGMENTED, vm);
-            section.bars(relative_bars(runs, &title, &axis, place, metric, Scale::Linear));
+            section.bars(relative_bars(
+                runs,
+                &title,
+                "ratio to none",
+                place,
+                metric,
+                Scale::Linear,
+            ));
         }
     }
     for (what, metric) in

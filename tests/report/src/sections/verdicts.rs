@@ -2,7 +2,7 @@
 
 use super::Notes;
 use crate::document::{Cell, Part, Section, Table};
-use crate::goals::{goals, Verdict};
+use crate::goals::{goals, Goal, Verdict};
 use crate::paper;
 use crate::runs::Runs;
 
@@ -25,10 +25,9 @@ pub fn section(runs: &Runs, notes: &Notes) -> Section {
     }
     if runs.emulated() {
         section.warning(
-            "Guests were emulated. TLB figures are **simulated** (docs/tlb-simulator.md), and not \
-             validated for what a walk costs; wall times are those of emulation, which has no \
-             TLB: they show overhead, and nothing that huge pages gain."
-                .replace("**", ""),
+            "Guests were emulated. TLB figures are simulated (docs/tlb-simulator.md), and not \
+             validated for what a walk costs. Wall times are those of emulation, which has no TLB: \
+             they show overhead, and nothing that huge pages gain.",
         );
     }
     let header = ["goal", "what", "measured", "bar", "verdict", "the paper's"];
@@ -39,7 +38,7 @@ pub fn section(runs: &Runs, notes: &Notes) -> Section {
             Cell::text(format!("`{}`", goal.id)),
             Cell::text(goal.what),
             Cell::text(&goal.figure),
-            Cell::text(goal.bar),
+            Cell::Number(goal.bar.into()),
             goal.verdict.cell(),
             Cell::text(goal.paper),
         ]);
@@ -53,16 +52,21 @@ pub fn section(runs: &Runs, notes: &Notes) -> Section {
         count(Verdict::Told)
     ));
     section.table(table);
-    let short = goals.iter().filter(|goal| goal.verdict == Verdict::Missed);
-    let told: Vec<_> = short
-        .map(|goal| {
-            let note = notes.get(goal.id).map_or("no cause is told yet", String::as_str);
-            format!("`{}`: {note}", goal.id)
-        })
-        .collect();
+    let told: Vec<_> = goals.iter().filter_map(|goal| shortfall(goal, notes)).collect();
     if !told.is_empty() {
         section.text("What fell short, and why:");
         section.parts.push(Part::List(told));
     }
     section
+}
+
+/// What is known of why a goal is not met.
+fn shortfall(goal: &Goal, notes: &Notes) -> Option<String> {
+    let note = notes.get(goal.id).map(String::as_str);
+    let why = match goal.verdict {
+        Verdict::Missed => note.unwrap_or("no cause is told yet"),
+        Verdict::NotMeasured => note?,
+        Verdict::Met | Verdict::Told => return None,
+    };
+    Some(format!("`{}`: {why}", goal.id))
 }

@@ -59,7 +59,7 @@ pub fn record(workload: &str, policy: &str, state: &str, vm: &str, repetition: u
         "costs": {"host_rss_mib": rss, "guest_used_mib": 390.0, "copied_mib": copied,
             "daemon_cpu_seconds": 0.5, "host_kernel_cpu_seconds": 0.25,
             "guest_kernel_cpu_seconds": null, "moved_blocks": null},
-        "reuse": (vm == "reused").then(|| json!({"aligned_before": 100, "reused": 97})),
+        "reuse": (vm == "reused").then(|| json!({"aligned_before": 100, "reused": 97, "waiting": 1})),
         "fmfi": {"guest": 0.9, "host": 0.8},
         "maps": {"before": map(&"g".repeat(130)), "after": map(&aligned)},
         "failure": null
