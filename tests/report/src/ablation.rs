@@ -15,16 +15,15 @@ pub const LEAST_GAIN: f64 = 0.10;
 #[must_use]
 pub fn share_of_gain(runs: &Runs, place: Place, metric: Metric) -> Option<f64> {
     let median = |policy| Some(runs.summary(place.under(policy), metric)?.median);
-    let (base, gemini) = (median(BASE)?, median(GEMINI)?);
-    let gain = gemini - base;
+    let (base, gemini, part) = (median(BASE)?, median(GEMINI)?, median(place.policy)?);
+    let better_by = |value: f64, other: f64| match metric.better {
+        Better::Higher => value - other,
+        Better::Lower => other - value,
+    };
+    let gain = better_by(gemini, base);
     // A coverage is a share already, and that of base pages may be 0.
     let least = if metric.name == ALIGNED_COVERAGE.name { LEAST_GAIN } else { LEAST_GAIN * base };
-    let gained = match metric.better {
-        Better::Higher => gain,
-        Better::Lower => -gain,
-    };
-    (gained > 0.0 && gained >= least)
-        .then(|| median(place.policy).map(|part| (gemini - part) / gain))?
+    (gain > 0.0 && gain >= least).then(|| better_by(gemini, part) / gain)
 }
 
 /// The shares of all workloads that have one.

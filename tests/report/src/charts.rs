@@ -109,6 +109,7 @@ impl Axis {
         Axis { scale: Scale::Linear, low: first * step, high: last * step, ticks }
     }
 
+    /// Always with 1, which is what ratios are seen against.
     fn logarithmic(values: &[f64]) -> Self {
         let positive = || values.iter().copied().filter(|&value| value > 0.0);
         let low = positive().fold(f64::INFINITY, f64::min).min(1.0).log10().floor();

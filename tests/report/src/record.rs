@@ -47,7 +47,7 @@ pub struct Record {
     pub failure: Option<String>,
 }
 
-/// What tells one run from all others.
+/// What tells one run from all others. They are ordered by place first, then by repetition.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Run {
     /// Name of the workload.

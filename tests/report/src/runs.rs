@@ -1,6 +1,6 @@
 //! The runs that pages are made from, and the questions that are asked of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::metrics::{Better, Metric};
 use crate::names::{self, STATIC};
@@ -8,7 +8,7 @@ use crate::record::{Record, Records, Run};
 use crate::stats::Summary;
 
 /// Which runs: all repetitions of one policy somewhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place<'a> {
     /// Name of the workload.
     pub workload: &'a str,
@@ -21,6 +21,11 @@ pub struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
+    fn of(record: &'a Record) -> Self {
+        let Run { workload, policy, state, vm, .. } = &record.run;
+        Place { workload, policy, state, vm }
+    }
+
     /// The same place under another policy.
     #[must_use]
     pub fn under(self, policy: &'a str) -> Self {
@@ -31,6 +36,7 @@ impl<'a> Place<'a> {
 /// Runs that may be compared.
 #[derive(Clone, Debug)]
 pub struct Runs {
+    /// Ordered by what was run, so that the runs of a place are neighbours.
     records: Vec<Record>,
     /// Records of quick runs that were left out, because there are full ones.
     pub quick_left_out: usize,
@@ -55,8 +61,9 @@ impl Runs {
     pub fn select(records: Records) -> Self {
         let Records { all, unreadable } = records;
         let (quick, full): (Vec<_>, Vec<_>) = all.into_iter().partition(Record::quick);
-        let (records, quick_left_out) =
+        let (mut records, quick_left_out) =
             if full.is_empty() { (quick, 0) } else { (full, quick.len()) };
+        records.sort_by(|one, other| one.run.cmp(&other.run));
         Runs { records, quick_left_out, unreadable }
     }
 
@@ -87,8 +94,9 @@ impl Runs {
     /// Names of the workloads, known ones first.
     #[must_use]
     pub fn workloads(&self) -> Vec<&str> {
-        let names: BTreeSet<_> = self.records.iter().map(|record| &record.run.workload).collect();
-        let mut names: Vec<_> = names.into_iter().map(String::as_str).collect();
+        let mut names: Vec<_> =
+            self.records.iter().map(|record| record.run.workload.as_str()).collect();
+        names.dedup();
         names.sort_by_key(|name| names::workload_rank(name));
         names
     }
@@ -106,17 +114,21 @@ impl Runs {
     /// The runs of `place` with figures, in the order of their repetitions.
     #[must_use]
     pub fn at(&self, place: Place) -> Vec<&Record> {
-        let mut runs: Vec<_> = self.records.iter().filter(|record| is_at(record, place)).collect();
-        runs.retain(|record| record.failure.is_none());
-        runs.sort_by(|one, other| one.run.cmp(&other.run));
-        runs
+        self.tried_at(place).iter().filter(|record| record.failure.is_none()).collect()
+    }
+
+    /// Those that failed, too.
+    fn tried_at(&self, place: Place) -> &[Record] {
+        let start = self.records.partition_point(|record| Place::of(record) < place);
+        let end = self.records.partition_point(|record| Place::of(record) <= place);
+        &self.records[start..end]
     }
 
     /// What there is of `place`.
     #[must_use]
     pub fn done(&self, place: Place) -> Done {
         match self.at(place).len() {
-            0 if self.records.iter().any(|record| is_at(record, place)) => Done::Failed,
+            0 if !self.tried_at(place).is_empty() => Done::Failed,
             0 => Done::Nothing,
             runs => Done::Runs(runs),
         }
@@ -180,12 +192,4 @@ pub fn better(metric: Metric, value: f64, other: f64) -> bool {
         Better::Higher => value > other,
         Better::Lower => value < other,
     }
-}
-
-fn is_at(record: &Record, place: Place) -> bool {
-    let run = &record.run;
-    run.workload == place.workload
-        && run.policy == place.policy
-        && run.state == place.state
-        && run.vm == place.vm
 }

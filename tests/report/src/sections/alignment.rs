@@ -99,7 +99,7 @@ fn beside_the_paper(runs: &Runs) -> Table {
 
 fn table_4(runs: &Runs) -> Section {
     let place = (FRAGMENTED, "reused");
-    let mut section = Section::new("Table 4: alignment in a reused VM, both layers fragmented");
+    let mut section = Section::new("Table 4: the reused VM, both layers fragmented");
     let rates = by_workload(runs, "`aligned_rate`, reused VM", place, ALIGNED_RATE, share);
     let coverages =
         by_workload(runs, "`aligned_coverage`, reused VM", place, ALIGNED_COVERAGE, share);

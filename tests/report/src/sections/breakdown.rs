@@ -1,4 +1,4 @@
-//! Figures 15 and 16: what each component brings, and what `gemini` costs where there is
+//! After the paper's figures of breakdown and overhead: what each component brings, and what `gemini` costs where there is
 //! nothing to gain.
 
 use super::{mean_cell, medians, or_nothing};
@@ -22,7 +22,7 @@ pub fn sections(runs: &Runs) -> Vec<Section> {
 }
 
 fn ablation(runs: &Runs) -> Section {
-    let mut section = Section::new("Figures 15 and 16: what each component brings");
+    let mut section = Section::new("Breakdown: what each component brings");
     let names: Vec<_> = policies(Kind::Ablation).collect();
     let measured = |vm: &str| {
         names.iter().any(|name| !medians(runs, name, (FRAGMENTED, vm), ALIGNED_RATE).is_empty())

@@ -56,7 +56,7 @@ fn table(document: &Figure2) -> Table {
         _ => "both to guest alone",
     });
     let mut table = Table::new(
-        "Median time of a read in ns, from lower to upper quartile in brackets; misses of a read \
+        "Median time of a read in ns, distance of its quartiles in brackets; misses of a read \
          by the hardware's counter, where there is one; and the ratio of huge pages at both layers \
          to each other combination",
         std::iter::once("MiB").chain(titles).chain(ratios),

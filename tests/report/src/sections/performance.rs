@@ -1,4 +1,4 @@
-//! Figures 8 and 11: throughput, latency and TLB misses, against base pages.
+//! After the paper's figures of throughput, latency and TLB misses, against base pages.
 
 use super::{by_workload, ratios, relative_bars};
 use crate::document::{significant, Cell, Scale, Section, Table};
@@ -33,11 +33,12 @@ fn time_kind(runs: &Runs) -> &'static str {
 }
 
 fn beside_the_paper(runs: &Runs) -> Section {
-    let mut section = Section::new("Figures 8, 11 and their kind: means beside the paper's");
+    let mut section = Section::new("After the paper's Figures 8 to 16: means beside the paper's");
     section.text(format!(
-        "The paper's figures of performance show throughput, latency and TLB misses of each \
-         workload under each system, in a clean and in a reused VM. Here are the means, and below \
-         each workload. TLB: {}. Time: {}.",
+        "The paper's figures of its evaluation show throughput, latency and TLB misses of each \
+         workload under each system, in a clean and in a reused VM, what each component brings, \
+         and the overhead. Here are the means; the sections that follow have each workload. TLB: \
+         {}. Time: {}.",
         tlb_kind(runs),
         time_kind(runs)
     ));
@@ -90,7 +91,7 @@ fn misses(runs: &Runs) -> Section {
     for vm in VMS {
         let title =
             format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM ({})", tlb_kind(runs));
-        let axis = "ratio to none";
+        let axis = "ratio to none, logarithmic";
         let place = (FRAGMENTED, vm);
         section.bars(relative_bars(runs, &title, axis, place, MISSES, Scale::Logarithmic));
         let caption = format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM");
@@ -137,7 +138,7 @@ fn speed(runs: &Runs) -> Section {
     }
     for vm in VMS {
         for (name, metric) in [
-            ("Cycles (estimated by the simulator)", CYCLES),
+            ("Cycles", CYCLES),
             ("Throughput", THROUGHPUT),
             ("Mean latency", MEAN_LATENCY),
             ("p99 latency", P99_LATENCY),
