@@ -1,7 +1,8 @@
 //! What the evaluation must show, and whether it does.
 //!
-//! A goal is met only by all that it asks for: with fewer workloads than that, or without one of
-//! the figures, it counts as not measured, or as missed if what there is falls short already.
+//! A goal is met only by all that it asks for: with fewer workloads than Table 3 has to have, or
+//! without one of the policies, it counts as not measured, or as missed if what there is falls
+//! short already. Reuse asks for no number of workloads.
 
 use crate::ablation;
 use crate::document::{percent, share, significant, Cell};
@@ -17,6 +18,9 @@ use crate::stats::{geometric_mean, mean};
 
 /// Workloads that Table 3 has to have.
 const WORKLOADS: usize = 8;
+
+/// Workloads that have to have 83 % fewer misses.
+const FEWER_ON: usize = 3;
 
 /// What became of a goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,14 +217,13 @@ fn misses(runs: &Runs, goals: &mut Vec<Goal>) {
         "<= 1.15",
         "not told",
         highest(&to_static).map(|(workload, worst)| {
-            let all = to_static.len() == medians(runs, GEMINI, "clean", MISSES).len();
             let mean = geometric_mean(&values(&to_static)).map_or("n/m".into(), significant);
             let figure = format!(
                 "{} ({workload}); geometric mean {mean} over {}",
                 significant(worst),
                 over(to_static.len())
             );
-            (figure, verdict_of_part(worst <= 1.15, all))
+            (figure, verdict_of_part(worst <= 1.15, to_static.len() >= WORKLOADS))
         }),
     ));
     let fewer: Vec<_> = medians(runs, GEMINI, "clean", MISSES)
@@ -231,6 +234,11 @@ fn misses(runs: &Runs, goals: &mut Vec<Goal>) {
             (best > 0.0).then_some((workload, 1.0 - misses / best))
         })
         .collect();
+    let has_all = |workload| {
+        let place = Place { workload, policy: GEMINI, state: FRAGMENTED, vm: "clean" };
+        policies(Kind::Uncoordinated)
+            .all(|policy| runs.summary(place.under(policy), MISSES).is_some())
+    };
     goals.push(goal(
         "2.uncoordinated",
         "workloads with at least 83 % fewer misses than under the best uncoordinated policy",
@@ -244,7 +252,16 @@ fn misses(runs: &Runs, goals: &mut Vec<Goal>) {
             } else {
                 format!(" ({})", reached.join(", "))
             };
-            (format!("{} of {}{which}", reached.len(), fewer.len()), verdict(reached.len() >= 3))
+            // The best of some policies only may not be the best.
+            let sure = reached.iter().filter(|workload| has_all(workload)).count();
+            let judged = if sure >= FEWER_ON {
+                Verdict::Met
+            } else if fewer.len() < FEWER_ON || reached.len() >= FEWER_ON {
+                Verdict::NotMeasured
+            } else {
+                Verdict::Missed
+            };
+            (format!("{} of {}{which}", reached.len(), fewer.len()), judged)
         }),
     ));
     goals.push(goal(
@@ -292,7 +309,7 @@ fn costs(runs: &Runs, goals: &mut Vec<Goal>) {
                 percent(worst - 1.0),
                 over(memory.len())
             );
-            (figure, verdict(worst <= 1.05))
+            (figure, verdict_of_part(worst <= 1.05, memory.len() >= WORKLOADS))
         }),
     ));
     for (id, what, metric, unit) in [

@@ -10,8 +10,8 @@ use crate::stats::Summary;
 /// Better by less than this is a tie.
 pub const MARGIN: f64 = 0.02;
 
-/// Coverages that differ by less are alike: a block or two.
-const ALIKE: f64 = 0.02;
+/// Coverages that differ by less are alike: about a block in 200.
+const ALIKE: f64 = 0.005;
 
 /// How `gemini` stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,12 +22,10 @@ pub fn section(runs: &Runs, notes: &Notes) -> Section {
     let comparisons = compare(runs);
     let mut counts = Table::new("Comparisons", ["figure", "wins", "ties", "loses"]);
     for name in names {
+        let of_it: Vec<_> = comparisons.iter().filter(|found| found.metric.name == name).collect();
         let of = |outcome| {
-            let found = comparisons
-                .iter()
-                .filter(|found| found.metric.name == name && found.outcome == outcome)
-                .count();
-            Cell::Number(found.to_string())
+            let found = of_it.iter().filter(|found| found.outcome == outcome).count();
+            Cell::number((!of_it.is_empty()).then(|| found.to_string()))
         };
         let row = [Outcome::Wins, Outcome::Ties, Outcome::Loses].map(of);
         counts.row(std::iter::once(Cell::text(name)).chain(row).collect());

@@ -97,8 +97,8 @@ fn misses(runs: &Runs) -> Section {
         let caption = format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM");
         section.table(by_workload(runs, &caption, place, MISSES, significant));
     }
-    section.table(states(runs, "TLB misses", MISSES));
-    section.table(states(runs, "reads of page tables", WALK_READS));
+    section.table(states(runs, "TLB misses an operation", MISSES));
+    section.table(states(runs, "Reads of page tables an operation", WALK_READS));
     super::or_nothing(section)
 }
 
@@ -106,7 +106,7 @@ fn misses(runs: &Runs) -> Section {
 fn states(runs: &Runs, what: &str, metric: Metric) -> Table {
     let shown = || main_policies().filter(|policy| *policy != BASE);
     let mut table = Table::new(
-        format!("{what} to those of `none`, geometric mean over workloads"),
+        format!("{what}, ratio to `none`: geometric mean over workloads"),
         std::iter::once("memory, VM").chain(shown()),
     );
     for state in STATES {
@@ -130,10 +130,9 @@ fn speed(runs: &Runs) -> Section {
     let mut section = Section::new(format!("Throughput and latency ({})", time_kind(runs)));
     if runs.emulated() {
         section.text(
-            "An emulated guest has no TLB that huge pages could help: what differs here is the \
-             work of kernels and daemon, and the noise of the machine. Where the simulator tells \
-             cycles, they are an estimate of what a processor would have needed, with walk costs \
-             that were not validated.",
+            "Wall times of an emulated guest are those of QEMU's software, the simulator's own work \
+             for every miss included: they tell nothing of what a processor would gain. Where \
+             cycles are told, they are an estimate, with walk costs that were not validated.",
         );
     }
     for vm in VMS {
@@ -157,7 +156,7 @@ fn speed(runs: &Runs) -> Section {
         }
     }
     for (what, metric) in
-        [("cycles", CYCLES), ("throughput", THROUGHPUT), ("p99 latency", P99_LATENCY)]
+        [("Cycles an operation", CYCLES), ("Throughput", THROUGHPUT), ("p99 latency", P99_LATENCY)]
     {
         section.table(states(runs, what, metric));
     }

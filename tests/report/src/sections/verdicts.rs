@@ -26,8 +26,8 @@ pub fn section(runs: &Runs, notes: &Notes) -> Section {
     if runs.emulated() {
         section.warning(
             "Guests were emulated. TLB figures are simulated (docs/tlb-simulator.md), and not \
-             validated for what a walk costs. Wall times are those of emulation, which has no TLB: \
-             they show overhead, and nothing that huge pages gain.",
+             validated for what a walk costs. Wall times are those of QEMU's software, the \
+             simulator's own work included, and tell nothing of what a processor would gain.",
         );
     }
     let header = ["goal", "what", "measured", "bar", "verdict", "the paper's"];
