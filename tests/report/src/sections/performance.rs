@@ -1,0 +1,164 @@
+//! After the paper's figures of throughput, latency and TLB misses, against base pages.
+
+use super::{by_workload, ratios, relative_bars};
+use crate::document::{significant, Cell, Scale, Section, Table};
+use crate::metrics::{Metric, CYCLES, MEAN_LATENCY, MISSES, P99_LATENCY, THROUGHPUT, WALK_READS};
+use crate::names::{main_policies, policies, Kind, BASE, FRAGMENTED, GEMINI, STATES, VMS};
+use crate::paper;
+use crate::runs::{Place, Runs};
+use crate::stats::geometric_mean;
+
+/// Means beside the paper's, TLB misses, and performance.
+#[must_use]
+pub fn sections(runs: &Runs) -> Vec<Section> {
+    vec![beside_the_paper(runs), misses(runs), speed(runs)]
+}
+
+/// What is said of figures of the TLB.
+fn tlb_kind(runs: &Runs) -> &'static str {
+    if runs.emulated() {
+        "simulated; walk costs unvalidated"
+    } else {
+        "hardware counters"
+    }
+}
+
+/// What is said of wall times.
+fn time_kind(runs: &Runs) -> &'static str {
+    if runs.emulated() {
+        "wall time of an emulated guest"
+    } else {
+        "wall time"
+    }
+}
+
+fn beside_the_paper(runs: &Runs) -> Section {
+    let mut section = Section::new("After the paper's Figures 8 to 16: means beside the paper's");
+    section.text(format!(
+        "The paper's figures of its evaluation show throughput, latency and TLB misses of each \
+         workload under each system, in a clean and in a reused VM, what each component brings, \
+         and the overhead. Here are the means; the sections that follow have each workload. TLB: \
+         {}. Time: {}.",
+        tlb_kind(runs),
+        time_kind(runs)
+    ));
+    let mut table = Table::new(
+        "Geometric means over workloads, fragmented memory",
+        ["figure", "clean VM", "the paper's", "reused VM", "the paper's"],
+    );
+    for (name, metric, paper) in [
+        ("throughput of `gemini` to `none`", THROUGHPUT, paper::THROUGHPUT),
+        ("mean latency of `gemini` to `none`", MEAN_LATENCY, paper::MEAN_LATENCY),
+        ("p99 latency of `gemini` to `none`", P99_LATENCY, paper::P99_LATENCY),
+    ] {
+        let ours = |vm| geometric_mean(&ratios(runs, GEMINI, (FRAGMENTED, vm), metric));
+        row(&mut table, name, VMS.map(ours), paper);
+    }
+    row(
+        &mut table,
+        "TLB misses of the uncoordinated policies to those of `gemini`",
+        VMS.map(|vm| geometric_mean(&misses_of_others(runs, vm))),
+        paper::MISSES_OF_OTHERS,
+    );
+    section.table(table);
+    section
+}
+
+fn row(table: &mut Table, name: &str, [clean, reused]: [Option<f64>; 2], paper: paper::Mean) {
+    table.row(vec![
+        Cell::text(name),
+        Cell::number(clean.map(significant)),
+        Cell::Number(significant(paper.clean)),
+        Cell::number(reused.map(significant)),
+        Cell::Number(significant(paper.reused)),
+    ]);
+}
+
+/// Misses of each uncoordinated policy under each workload, as ratios to those of `gemini`.
+fn misses_of_others(runs: &Runs, vm: &str) -> Vec<f64> {
+    let mut ratios = Vec::new();
+    for workload in runs.workloads() {
+        for policy in policies(Kind::Uncoordinated) {
+            let place = Place { workload, policy, state: FRAGMENTED, vm };
+            ratios.extend(runs.relative(place, GEMINI, MISSES).map(|ratio| ratio.median));
+        }
+    }
+    ratios
+}
+
+fn misses(runs: &Runs) -> Section {
+    let mut section = Section::new(format!("TLB misses ({})", tlb_kind(runs)));
+    for vm in VMS {
+        let title =
+            format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM ({})", tlb_kind(runs));
+        let axis = "ratio to none, logarithmic";
+        let place = (FRAGMENTED, vm);
+        section.bars(relative_bars(runs, &title, axis, place, MISSES, Scale::Logarithmic));
+        let caption = format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM");
+        section.table(by_workload(runs, &caption, place, MISSES, significant));
+    }
+    section.table(states(runs, "TLB misses an operation", MISSES));
+    section.table(states(runs, "Reads of page tables an operation", WALK_READS));
+    super::or_nothing(section)
+}
+
+/// Geometric means over workloads, of every state.
+fn states(runs: &Runs, what: &str, metric: Metric) -> Table {
+    let shown = || main_policies().filter(|policy| *policy != BASE);
+    let mut table = Table::new(
+        format!("{what}, ratio to `none`: geometric mean over workloads"),
+        std::iter::once("memory, VM").chain(shown()),
+    );
+    for state in STATES {
+        for vm in VMS {
+            let mut row = vec![Cell::text(format!("{state}, {vm}"))];
+            for policy in shown() {
+                let found = ratios(runs, policy, (state, vm), metric);
+                let mean = geometric_mean(&found);
+                let all = runs.workloads_at(state, vm).len();
+                row.push(super::mean_cell(&found, all, mean, significant));
+            }
+            if row[1..].iter().any(|cell| *cell != Cell::NotMeasured) {
+                table.row(row);
+            }
+        }
+    }
+    table
+}
+
+fn speed(runs: &Runs) -> Section {
+    let mut section = Section::new(format!("Throughput and latency ({})", time_kind(runs)));
+    if runs.emulated() {
+        section.text(
+            "Wall times of an emulated guest are those of QEMU's software, the simulator's own work \
+             for every miss included: they tell nothing of what a processor would gain. Where \
+             cycles are told, they are an estimate, with walk costs that were not validated.",
+        );
+    }
+    for vm in VMS {
+        for (name, metric) in [
+            ("Cycles", CYCLES),
+            ("Throughput", THROUGHPUT),
+            ("Mean latency", MEAN_LATENCY),
+            ("p99 latency", P99_LATENCY),
+        ] {
+            let kind = if metric.name == CYCLES.name { tlb_kind(runs) } else { time_kind(runs) };
+            let title = format!("{name}, {FRAGMENTED} memory, {vm} VM ({kind})");
+            let place = (FRAGMENTED, vm);
+            section.bars(relative_bars(
+                runs,
+                &title,
+                "ratio to none",
+                place,
+                metric,
+                Scale::Linear,
+            ));
+        }
+    }
+    for (what, metric) in
+        [("Cycles an operation", CYCLES), ("Throughput", THROUGHPUT), ("p99 latency", P99_LATENCY)]
+    {
+        section.table(states(runs, what, metric));
+    }
+    section
+}
