@@ -51,6 +51,8 @@
 #define UNUSED			(2 * HZ)
 /* What is to be given back to the host goes there in this time, or not at all. */
 #define GIVING			(5 * HZ)
+/* A balloon that has not grown for so long has its size. */
+#define BALLOON_QUIET		(5 * HZ)
 
 /*
  * Free host-huge blocks that are held only if the stock needs them: those that
@@ -515,6 +517,32 @@ static bool ask_for_held(struct gemini *gemini, int nid)
 	return true;
 }
 
+#if IS_ENABLED(CONFIG_MEMORY_BALLOON) && IS_ENABLED(CONFIG_VM_EVENT_COUNTERS)
+/*
+ * Has no balloon grown of late?  Free blocks are not held while the host is asked
+ * for huge pages, and what a balloon takes and drops meanwhile would come back
+ * for nobody.
+ */
+static noinline bool balloons_rest(struct gemini *gemini)
+{
+	struct gemini_booking *booking = &gemini->booking;
+	unsigned long events[NR_VM_EVENT_ITEMS];
+
+	all_vm_events(events);
+	if (booking->inflated != events[BALLOON_INFLATE]) {
+		booking->inflated = events[BALLOON_INFLATE];
+		booking->inflated_time = jiffies;
+	}
+	return !booking->inflated ||
+	       time_after(jiffies, booking->inflated_time + BALLOON_QUIET);
+}
+#else
+static bool balloons_rest(struct gemini *gemini)
+{
+	return true;
+}
+#endif
+
 /* Has free blocks made host-huge; a later look books them. */
 static bool ask_for_free(struct gemini *gemini, const struct candidates *found,
 			 u64 need)
@@ -532,7 +560,8 @@ static bool ask_for_free(struct gemini *gemini, const struct candidates *found,
 			ranges[count++] = (struct gemini_range) {
 				found->best[i].block, 1
 			};
-	if (!count || submit(gemini, VIRTIO_GEMINI_REQ_PREPARE, ranges, count))
+	if (!count || !balloons_rest(gemini) ||
+	    submit(gemini, VIRTIO_GEMINI_REQ_PREPARE, ranges, count))
 		return false;
 	for (i = 0; i < count; i++)
 		gemini_map_flag(&gemini->map, ranges[i].first,

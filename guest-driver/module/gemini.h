@@ -283,6 +283,8 @@ struct gemini_timeout {
  * @demand_rate: huge pages asked for in a second, times 256, decaying
  * @credit: blocks that may be emptied now, times HZ
  * @credit_time: when that was reckoned, in jiffies
+ * @inflated: pages that balloons have taken, ever, when last looked at
+ * @inflated_time: when that had changed, in jiffies
  * @plain: blocks booked by plain allocations
  * @exact: free blocks booked at their addresses
  * @evacuated: blocks emptied and booked
@@ -311,6 +313,8 @@ struct gemini_booking {
 	u64 demand_rate;
 	u64 credit;
 	unsigned long credit_time;
+	unsigned long inflated;
+	unsigned long inflated_time;
 	u64 plain;
 	u64 exact;
 	u64 evacuated;
