@@ -257,12 +257,14 @@ impl State {
         let mut refused = 0;
         // A batch names each block at most once; this bounds what one batch can cost.
         let mut allowance = self.map.len();
+        let mut ranges = Vec::new();
         for record in records {
             let Some(state) = GuestState::from_wire(record.state) else {
                 refused += 1;
                 continue;
             };
-            let ranges: Vec<_> = self.map.index_ranges(record.first, record.count).collect();
+            ranges.clear();
+            ranges.extend(self.map.index_ranges(record.first, record.count));
             let blocks: usize = ranges.iter().map(ExactSizeIterator::len).sum();
             if blocks == 0 && state == GuestState::Unknown {
                 continue; // memory that was unplugged: the VMM was faster
@@ -273,7 +275,7 @@ impl State {
             }
             allowance -= blocks;
             let used = u16::try_from(record.used).unwrap_or(u16::MAX);
-            for index in ranges.into_iter().flatten() {
+            for index in ranges.drain(..).flatten() {
                 self.set_guest(index, state, used);
             }
         }
@@ -326,9 +328,10 @@ impl State {
         mut counts: impl FnMut(&mut Self, usize) -> bool,
     ) -> bool {
         let mut news = false;
+        let mut ranges = Vec::new();
         for run in runs {
-            let ranges: Vec<_> = self.map.index_ranges(run.first, run.count).collect();
-            for index in ranges.into_iter().flatten() {
+            ranges.extend(self.map.index_ranges(run.first, run.count));
+            for index in ranges.drain(..).flatten() {
                 if !counts(self, index) {
                     continue;
                 }
