@@ -12,8 +12,8 @@
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
 //! Beside them: [`adapt`] (Algorithm 1), [`block_map`] (both states of every block), [`bitmap`],
-//! [`budget`], [`fmfi`] (how fragmented the host is), [`pressure`] (how short of memory),
-//! [`protocol`] (the wire format), [`shares`] (what several VMs have of the host), [`sandbox`]
+//! [`budget`], [`fmfi`] (how fragmented the host is), [`pressure`] (how short of memory), [`files`]
+//! (those that it reads again and again), [`protocol`] (the wire format), [`shares`] (what several VMs have of the host), [`sandbox`]
 //! (what the daemon gives up before it serves), [`settings`] (each declared once),
 //! [`configuration`] (where they come from), [`control`] (the control socket and metrics),
 //! [`ctl`] (its client, `geminictl`), [`config`] (the command line), [`logging`],
@@ -34,6 +34,7 @@ pub mod ctl;
 pub mod device;
 pub mod engine;
 pub mod fault;
+pub mod files;
 pub mod fmfi;
 pub mod logging;
 pub mod notify;

@@ -6,9 +6,10 @@
 //! without want of room is somebody else's, in a cgroup of his own, and nothing that a guest gives
 //! would help him.
 //!
-//! [`View::read`] reads files; all else is a pure computation.
+//! [`Sources`] and [`HugetlbCgroups`] read files; all else is a pure computation.
 
 use crate::backing::own_proc;
+use crate::files::Files;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -48,21 +49,50 @@ pub struct View {
     pub stalled: Duration,
 }
 
-impl View {
+/// Where the host tells it. To look takes some tens of microseconds, as often as once a second for
+/// as long as there is a guest: nothing is searched for anew that can be where it was.
+#[derive(Debug, Default)]
+pub struct Sources {
+    files: Files,
+    /// What the VMM's cgroups were found by: the process, and what it says of them.
+    member: Option<(i32, String)>,
+    /// Directories of the cgroups, from the VMM's own upwards.
+    cgroups: Vec<(PathBuf, Version)>,
+}
+
+impl Sources {
     /// Looks; `vmm` is the process whose cgroups count. What cannot be read is left out.
-    pub fn read(vmm: Option<i32>) -> Self {
-        let text = |path: &Path| fs::read_to_string(path).ok();
-        let mut rooms: Vec<Room> =
-            text(Path::new("/proc/meminfo")).as_deref().and_then(machine).into_iter().collect();
-        if let (Some(pid), Ok(mounts)) = (vmm, own("mountinfo")) {
-            let groups = text(Path::new(&format!("/proc/{pid}/cgroup"))).unwrap_or_default();
-            if let Some((dir, top, version)) = cgroup_of("memory", &groups, &mounts) {
-                let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
-                rooms.extend(chain.filter_map(|dir| cgroup(dir, version)));
-            }
+    pub fn view(&mut self, vmm: Option<i32>) -> View {
+        self.find_cgroups(vmm);
+        let Self { files, cgroups, .. } = self;
+        let mut rooms = Vec::with_capacity(1 + cgroups.len());
+        rooms.extend(files.read(Path::new("/proc/meminfo")).as_deref().and_then(machine));
+        rooms.extend(cgroups.iter().filter_map(|(dir, version)| cgroup(files, dir, *version)));
+        let stalled = files.read(Path::new("/proc/pressure/memory"));
+        View { rooms, stalled: stalled.as_deref().and_then(stalled_time).unwrap_or_default() }
+    }
+
+    /// There is no guest: keeps nothing open.
+    pub fn close(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Finds the VMM's memory cgroups, if it is another one or has moved to others.
+    fn find_cgroups(&mut self, vmm: Option<i32>) {
+        let member = vmm.and_then(|pid| {
+            let groups = self.files.read(Path::new(&format!("/proc/{pid}/cgroup")))?;
+            Some((pid, groups))
+        });
+        if member == self.member {
+            return;
         }
-        let stalled = text(Path::new("/proc/pressure/memory"));
-        Self { rooms, stalled: stalled.as_deref().and_then(stalled_time).unwrap_or_default() }
+        // Also of a VMM that is gone nothing stays open.
+        self.files.close();
+        self.cgroups = member.as_ref().map_or_else(Vec::new, |(_, groups)| {
+            let mounts = own("mountinfo").unwrap_or_default();
+            cgroups_of("memory", groups, &mounts)
+        });
+        self.member = member;
     }
 }
 
@@ -133,6 +163,15 @@ fn cgroup_of(controller: &str, groups: &str, mounts: &str) -> Option<(PathBuf, P
     None
 }
 
+/// The same and all above it, from the process's own upwards; none where nothing is found.
+fn cgroups_of(controller: &str, groups: &str, mounts: &str) -> Vec<(PathBuf, Version)> {
+    let found = cgroup_of(controller, groups, mounts).map(|(dir, top, version)| {
+        let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
+        chain.map(|dir| (dir.to_owned(), version)).collect()
+    });
+    found.unwrap_or_default()
+}
+
 /// The hugetlb cgroups that this process allocates in.
 #[derive(Debug, Default)]
 pub struct HugetlbCgroups(Vec<(PathBuf, Version)>);
@@ -142,11 +181,7 @@ impl HugetlbCgroups {
     pub fn find() -> Self {
         let groups = own("cgroup").unwrap_or_default();
         let mounts = own("mountinfo").unwrap_or_default();
-        let found = cgroup_of("hugetlb", &groups, &mounts).map(|(dir, top, version)| {
-            let chain = dir.ancestors().take_while(|dir| dir.starts_with(&top));
-            chain.map(|dir| (dir.to_owned(), version)).collect()
-        });
-        Self(found.unwrap_or_default())
+        Self(cgroups_of("hugetlb", &groups, &mounts))
     }
 
     /// Bytes of pages of a size that may still be allocated; `None` without a limit.
@@ -176,22 +211,18 @@ fn size_name(bytes: u64) -> String {
     }
 }
 
-/// The room of one cgroup, if it has a limit.
-fn cgroup(dir: &Path, version: Version) -> Option<Room> {
-    let text = |name: &str| fs::read_to_string(dir.join(name)).ok();
-    let number = |name: &str| text(name)?.trim().parse::<u64>().ok();
-    let (limit, used) = match version {
-        Version::One => (number("memory.limit_in_bytes")?, number("memory.usage_in_bytes")?),
-        Version::Two => {
-            let limits = [number("memory.high"), number("memory.max")];
-            (limits.into_iter().flatten().min()?, number("memory.current")?)
-        }
+/// The room of one cgroup, if it has a limit. Without one nothing else is read.
+fn cgroup(files: &mut Files, dir: &Path, version: Version) -> Option<Room> {
+    let (limits, usage): (&[&str], _) = match version {
+        Version::One => (&["memory.limit_in_bytes"], "memory.usage_in_bytes"),
+        Version::Two => (&["memory.high", "memory.max"], "memory.current"),
     };
+    let mut number = |name: &str| files.read(&dir.join(name))?.trim().parse::<u64>().ok();
     // Version 1 writes "none" as a number of this size.
-    if limit >= 1 << 60 {
-        return None;
-    }
-    Some(Room { limit, free: limit.saturating_sub(used) + cache(&text("memory.stat")?, version) })
+    let limit = limits.iter().filter_map(|name| number(name)).min().filter(|l| *l < 1 << 60)?;
+    let used = number(usage)?;
+    let cache = cache(&files.read(&dir.join("memory.stat"))?, version);
+    Some(Room { limit, free: limit.saturating_sub(used) + cache })
 }
 
 /// Bytes of a cgroup's cache that could be dropped: what is on the lists of files. Memory of a
@@ -350,6 +381,28 @@ mod tests {
         let (dir, _, version) = cgroup_of("memory", "0::/outer/vm", two).unwrap();
         assert_eq!((dir.as_path(), version), (Path::new("/sys/fs/cgroup/vm"), Version::Two));
         assert_eq!(cgroup_of("memory", "0::/other", two), None, "it cannot be seen from here");
+    }
+
+    #[test]
+    fn a_cgroup_has_room_below_its_limit_and_what_it_has_cached() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let mut files = Files::default();
+        let mut room = |version| cgroup(&mut files, dir.path(), version).map(|r| (r.limit, r.free));
+        assert_eq!(room(Version::Two), None);
+        write("memory.max", "max\n");
+        write("memory.current", "300\n");
+        write("memory.stat", "active_file 20\ntotal_active_file 30\n");
+        assert_eq!(room(Version::Two), None);
+        write("memory.max", "1000\n");
+        assert_eq!(room(Version::Two), Some((1000, 720)));
+        write("memory.high", "400\n");
+        assert_eq!(room(Version::Two), Some((400, 120)));
+        write("memory.limit_in_bytes", "9223372036854771712\n");
+        write("memory.usage_in_bytes", "500\n");
+        assert_eq!(room(Version::One), None);
+        write("memory.limit_in_bytes", "600\n");
+        assert_eq!(room(Version::One), Some((600, 130)));
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Reading and writing descriptor chains. Whatever the driver put there is checked here: a chain
 //! that is not what it should be is an error of the driver, never of the daemon.
 
+use super::dirty_log::DirtyPages;
 use super::vring::GuestMemory;
 use crate::engine::{HintBatch, HintBody};
 use crate::protocol::{
     Advice, Batch, Range, Record, Request, Response, Stats, MAX_RANGES, MAX_RECORDS,
 };
 use std::io::{Read, Write};
-use virtio_queue::DescriptorChain;
+use virtio_queue::{DescriptorChain, Reader};
 use vm_memory::GuestAddressSpace;
 
 /// A chain taken from a ring.
@@ -33,6 +34,24 @@ fn read<const N: usize>(reader: &mut impl Read) -> Result<[u8; N], Error> {
     Ok(bytes)
 }
 
+/// Reads the elements behind a header, all in one go: to begin a read costs more than an element.
+/// The caller has bounded their number.
+fn read_elements<const N: usize, T>(
+    reader: &mut Reader<'_, DirtyPages>,
+    count: u32,
+    decode: impl Fn(&[u8; N]) -> T,
+) -> Result<Vec<T>, Error> {
+    // For what is merely claimed there is no memory.
+    let there = reader.available_bytes() / N;
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    if count > there {
+        return Err(Error::Short(std::io::ErrorKind::UnexpectedEof.into()));
+    }
+    let mut elements = vec![[0; N]; count];
+    reader.read_exact(elements.as_flattened_mut())?;
+    Ok(elements.iter().map(decode).collect())
+}
+
 /// Reads a report.
 pub fn read_report(chain: &Chain) -> Result<(Batch, Vec<Record>), Error> {
     let mut reader = chain.clone().reader(chain.memory())?;
@@ -40,10 +59,7 @@ pub fn read_report(chain: &Chain) -> Result<(Batch, Vec<Record>), Error> {
     if batch.count > MAX_RECORDS {
         return Err(Error::TooMany(batch.count, MAX_RECORDS));
     }
-    let mut records = Vec::new();
-    for _ in 0..batch.count {
-        records.push(Record::decode(&read(&mut reader)?));
-    }
+    let records = read_elements(&mut reader, batch.count, Record::decode)?;
     Ok((batch, records))
 }
 
@@ -54,11 +70,10 @@ pub fn read_request(chain: &Chain) -> Result<(Request, Vec<(u64, u32)>), Error> 
     if request.count > MAX_RANGES {
         return Err(Error::TooMany(request.count, MAX_RANGES));
     }
-    let mut ranges = Vec::new();
-    for _ in 0..request.count {
-        let range = Range::decode(&read(&mut reader)?);
-        ranges.push((range.first, range.count));
-    }
+    let ranges = read_elements(&mut reader, request.count, |bytes| {
+        let range = Range::decode(bytes);
+        (range.first, range.count)
+    })?;
     Ok((request, ranges))
 }
 

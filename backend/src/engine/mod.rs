@@ -31,7 +31,7 @@ use crate::budget::{CopyBudget, CpuBudget};
 use crate::fault;
 use crate::fmfi;
 use crate::policy::{Policy, FRAGMENTED};
-use crate::pressure::{View, Watch};
+use crate::pressure::{Sources, Watch};
 use crate::protocol::{
     Advice, Batch, GuestState, Record, Request, Stats, ADVICE_MOVE, ADVICE_RETURN, ADVICE_SCARCE,
     PAGE_SHIFT, REQ_RENEW, REQ_TRIM, S_BUSY, S_FAILED, S_INVALID, S_OK, S_UNSUPPORTED, S_VOID,
@@ -579,15 +579,18 @@ impl Engine {
     }
 
     /// Looks how short of memory the host is, and lets the wish follow.
-    fn watch_pressure(&self, now: Instant, sleep: &mut Duration) {
+    fn watch_pressure(&self, sources: &mut Sources, now: Instant, sleep: &mut Duration) {
+        let (vmm, never) = {
+            let inner = self.lock();
+            let Some(memory) = &inner.state.memory else {
+                sources.close();
+                return;
+            };
+            (memory.vmm(), inner.state.give_back == GiveBack::Never)
+        };
         let mut watch = lock(&self.pressure);
         if watch.due() <= now {
-            let (vmm, never) = {
-                let inner = self.lock();
-                let Some(memory) = &inner.state.memory else { return };
-                (memory.vmm(), inner.state.give_back == GiveBack::Never)
-            };
-            let missing = watch.look(&View::read(vmm), now);
+            let missing = watch.look(&sources.view(vmm), now);
             let mut inner = self.lock();
             let before = inner.state.wish.blocks();
             let block_size = 1 << self.settings.block_shift;
@@ -720,12 +723,13 @@ impl Engine {
     /// The deciding thread.
     fn run(&self, look: &SyncSender<Job>, act: &SyncSender<Job>) {
         let mut tlb = None;
+        let mut sources = Sources::default();
         let mut fragmentation_due = Instant::now();
         loop {
             let now = Instant::now();
             lock(&self.cpu).update(process_cpu_time(), now);
             let mut sleep = SLEEP_MAX;
-            self.watch_pressure(now, &mut sleep);
+            self.watch_pressure(&mut sources, now, &mut sleep);
             self.watch_pools(now, &mut sleep);
             self.watch_timeout(&mut tlb, now, &mut sleep);
             self.watch_fragmentation(now, &mut sleep);

@@ -236,8 +236,9 @@ impl State {
             return;
         }
         self.reconsider(index);
-        // The guest did something there: what the host has may have changed with it.
-        if matches!(state, GuestState::Base | GuestState::Huge) {
+        // The guest did something there, or its kernel has its own there, such as our rings: what
+        // the host has may have changed with it.
+        if matches!(state, GuestState::Base | GuestState::Huge | GuestState::Pinned) {
             self.scan.look_at(index);
         }
     }
@@ -257,12 +258,14 @@ impl State {
         let mut refused = 0;
         // A batch names each block at most once; this bounds what one batch can cost.
         let mut allowance = self.map.len();
+        let mut ranges = Vec::new();
         for record in records {
             let Some(state) = GuestState::from_wire(record.state) else {
                 refused += 1;
                 continue;
             };
-            let ranges: Vec<_> = self.map.index_ranges(record.first, record.count).collect();
+            ranges.clear();
+            ranges.extend(self.map.index_ranges(record.first, record.count));
             let blocks: usize = ranges.iter().map(ExactSizeIterator::len).sum();
             if blocks == 0 && state == GuestState::Unknown {
                 continue; // memory that was unplugged: the VMM was faster
@@ -273,7 +276,7 @@ impl State {
             }
             allowance -= blocks;
             let used = u16::try_from(record.used).unwrap_or(u16::MAX);
-            for index in ranges.into_iter().flatten() {
+            for index in ranges.drain(..).flatten() {
                 self.set_guest(index, state, used);
             }
         }
@@ -326,9 +329,10 @@ impl State {
         mut counts: impl FnMut(&mut Self, usize) -> bool,
     ) -> bool {
         let mut news = false;
+        let mut ranges = Vec::new();
         for run in runs {
-            let ranges: Vec<_> = self.map.index_ranges(run.first, run.count).collect();
-            for index in ranges.into_iter().flatten() {
+            ranges.extend(self.map.index_ranges(run.first, run.count));
+            for index in ranges.drain(..).flatten() {
                 if !counts(self, index) {
                     continue;
                 }
@@ -592,6 +596,7 @@ mod tests {
     use crate::engine::repair::{Allowance, Outcome, Work};
     use crate::protocol::BATCH_ADVICE;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     fn state_of(blocks: u64) -> State {
         let now = Instant::now();
@@ -634,6 +639,21 @@ mod tests {
         state.apply_report(&start, &[record(1, 1, GuestState::Base)]);
         assert_eq!(state.map.counters().guest[GuestState::Huge as usize], 0);
         assert_eq!(state.map.counters().guest[GuestState::Unknown as usize], 7);
+    }
+
+    #[test]
+    fn what_the_guest_has_in_use_is_looked_at() {
+        let now = Instant::now();
+        let mut state = state_of(8);
+        let first = state.scan.next(&state.map, now).unwrap();
+        state.take_look(&first, &[], Duration::ZERO, now);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        let report: Vec<_> = (0..).zip(GuestState::ALL).map(|(at, s)| record(at, 1, s)).collect();
+        state.apply_report(&start, &report);
+        // Base, huge, and pinned with what is between: one look.
+        let look = state.scan.next(&state.map, now).unwrap();
+        assert_eq!((look.first, look.count), (2, 4));
+        assert!(state.scan.next(&state.map, now).is_none());
     }
 
     #[test]
@@ -795,7 +815,7 @@ mod tests {
         let run = |host| [HostRun { first: 0, count: 8, state: host, resident: 1 }];
         let look = |state: &mut State, host| {
             let look = state.scan.next(&state.map, now).unwrap();
-            state.take_look(&look, &run(host), std::time::Duration::ZERO, now);
+            state.take_look(&look, &run(host), Duration::ZERO, now);
         };
         look(&mut state, HostState::Absent);
         state.set_policy(Policy::KubevirtLike);
@@ -832,7 +852,7 @@ mod tests {
         let look = state.scan.next(&state.map, now).unwrap();
         state.apply_acted(&run(HostState::Huge));
         state.apply_look(&run(HostState::Base));
-        state.scan.done(&look, std::time::Duration::ZERO, false, now);
+        state.scan.done(&look, Duration::ZERO, false, now);
         assert_eq!(state.map.counters().host[HostState::Huge as usize], 8);
         let again = state.scan.next(&state.map, now).unwrap();
         assert_eq!((again.first, again.count), (0, 8), "it is looked at once more");
@@ -847,7 +867,7 @@ mod tests {
         for ended in [false, true] {
             let mut state = state_of(8);
             let look = state.scan.next(&state.map, now).unwrap();
-            state.scan.done(&look, std::time::Duration::ZERO, false, now);
+            state.scan.done(&look, Duration::ZERO, false, now);
             state.acting = 2..3;
             state.begin_drop();
             // The drop looks, then the action makes it huge, then the drop tells what it saw.
@@ -909,7 +929,7 @@ mod tests {
                         }
                         Some((look, runs)) => {
                             state.apply_look(&runs);
-                            state.scan.done(&look, std::time::Duration::ZERO, false, now);
+                            state.scan.done(&look, Duration::ZERO, false, now);
                         }
                     },
                     // A RENEW is taken, has dropped its blocks, or has told so.
