@@ -12,12 +12,12 @@
 //! | [`backing`] | the host's memory: the only place with system calls on it, and with `unsafe` |
 //!
 //! Beside them: [`adapt`] (Algorithm 1), [`block_map`] (both states of every block), [`bitmap`],
-//! [`budget`], [`fmfi`] (how fragmented the host is), [`pressure`] (how short of memory), [`files`]
-//! (those that it reads again and again), [`protocol`] (the wire format), [`shares`] (what several VMs have of the host), [`sandbox`]
-//! (what the daemon gives up before it serves), [`settings`] (each declared once),
-//! [`configuration`] (where they come from), [`control`] (the control socket and metrics),
-//! [`ctl`] (its client, `geminictl`), [`config`] (the command line), [`logging`],
-//! [`notify`] (the service manager) and [`fault`] (places for tests to kill the daemon).
+//! [`budget`], [`fmfi`] (how fragmented the host is), [`pressure`] (how short of memory),
+//! [`files`] (those that it reads again and again), [`protocol`] (the wire format), [`shares`]
+//! (what several VMs have of the host), [`sandbox`] (what the daemon gives up before it serves),
+//! [`settings`] (each declared once), [`configuration`] (where they come from), [`control`] (the
+//! control socket and metrics), [`ctl`] (its client, `geminictl`), [`config`] (the command line),
+//! [`logging`], [`notify`] (the service manager) and [`fault`] (places for tests to kill the daemon).
 
 #![deny(unsafe_code)]
 
