@@ -151,8 +151,8 @@ impl Sql {
             if line.starts_with("Error") {
                 bail!("{line}");
             }
-            // Times are told in brackets, and names of columns are no answer.
-            if !line.starts_with('(') {
+            // Times are told in brackets, and the last column has a name, too.
+            if !line.starts_with('(') && line.trim_matches('\'') != end {
                 answer(line);
             }
         }
