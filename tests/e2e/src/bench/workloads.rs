@@ -1,14 +1,15 @@
 //! Each workload of the evaluation, alone in a guest: that it works, and what
 //! it does where nothing is done for huge pages.
 
+use std::time::Instant;
+
 use anyhow::Context;
 use gemini_guest::protocol::{Loaded, Measured};
 use gemini_harness::figures::{Bar, Scenario};
 
 use crate::lab::Bench;
 use crate::vm::{Vm, VmConfig};
-use crate::workload::{Kind, Workload, Workloads, NAMES};
-use crate::MIB;
+use crate::workload::{Kind, Size, Workload, Workloads, NAMES};
 
 /// Share of the data that is to be resident when it is loaded. A program whose
 /// data is on a disk has none.
@@ -25,22 +26,33 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
         scenario.version(package, version.clone());
     }
     println!(
-        "{:<14} {:>5} {:>8} {:>10} {:>8} {:>10} {:>11} {:>11}  of what",
-        "workload", "MiB", "resident", "operations", "seconds", "per second", "mean us", "p99 us"
+        "{:<14} {:>5} {:>8} {:>7} {:>10} {:>8} {:>8} {:>10} {:>11} {:>11}  of what",
+        "workload",
+        "MiB",
+        "resident",
+        "load s",
+        "operations",
+        "seconds",
+        "QEMU s",
+        "per second",
+        "mean us",
+        "p99 us"
     );
     for kind in NAMES {
         let size = if quick { kind.quick } else { kind.full };
         eprintln!("==> {}", kind.name);
-        let (loaded, measured) =
-            run(bench, &workloads, kind, seed, quick).with_context(|| kind.name)?;
+        let ran = run(bench, &workloads, kind, size, seed).with_context(|| kind.name)?;
+        let measured = &ran.measured;
         let rate = measured.operations as f64 / measured.seconds;
         println!(
-            "{:<14} {:>5} {:>8.0} {:>10} {:>8.2} {:>10.1} {:>11.0} {:>11.0}  {}, {}",
+            "{:<14} {:>5} {:>8.0} {:>7.1} {:>10} {:>8.2} {:>8.2} {:>10.1} {:>11.0} {:>11.0}  {}, {}",
             kind.name,
             size.mib,
-            loaded.resident_mib,
+            ran.loaded.resident_mib,
+            ran.load_seconds,
             measured.operations,
             measured.seconds,
+            ran.cpu_seconds,
             rate,
             measured.mean_us,
             measured.p99_us,
@@ -51,8 +63,10 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
             scenario.figure(&format!("{}_{name}", kind.name), value, bar);
         };
         let bar = if kind.indifferent { 0.0 } else { size.mib as f64 * RESIDENT_BAR };
-        figure("resident_mib", loaded.resident_mib, Bar::AtLeast(bar));
+        figure("resident_mib", ran.loaded.resident_mib, Bar::AtLeast(bar));
+        figure("load_seconds", ran.load_seconds, Bar::None);
         figure("seconds", measured.seconds, Bar::None);
+        figure("qemu_cpu_seconds", ran.cpu_seconds, Bar::None);
         figure("per_second", rate, Bar::None);
         figure("mean_us", measured.mean_us, Bar::None);
         figure("p99_us", measured.p99_us, Bar::None);
@@ -60,23 +74,33 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     Ok(scenario)
 }
 
+/// What a workload has come to.
+struct Run {
+    loaded: Loaded,
+    load_seconds: f64,
+    measured: Measured,
+    /// Of QEMU in the measured phase: what else runs on this machine does not
+    /// change it much.
+    cpu_seconds: f64,
+}
+
 fn run(
     bench: &Bench,
     workloads: &Workloads,
     kind: Kind,
+    size: Size,
     seed: u64,
-    quick: bool,
-) -> anyhow::Result<(Loaded, Measured)> {
-    let size = if quick { kind.quick } else { kind.full };
+) -> anyhow::Result<Run> {
     let mut config = VmConfig::new(&format!("workloads-{}", kind.name), bench.accel);
     config.workloads = Some(workloads.clone());
-    config.memory = 1024 * MIB;
     let vm = Vm::boot(&bench.assets, config)?;
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     let mut workload = Workload::start(&vm.guest, kind.name, size.mib, seed, size.operations)?;
     let loaded = workload.wait_loaded()?;
-    eprintln!("loaded in {:.1} s", start.elapsed().as_secs_f64());
+    let load_seconds = start.elapsed().as_secs_f64();
+    let before = vm.process.cpu_seconds()?;
     let measured = workload.go(&vm.guest)?;
+    let cpu_seconds = vm.process.cpu_seconds()? - before;
     workload.end(&vm.guest)?;
-    Ok((loaded, measured))
+    Ok(Run { loaded, load_seconds, measured, cpu_seconds })
 }
