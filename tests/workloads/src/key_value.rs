@@ -1,4 +1,4 @@
-//! Requests to a cache: random keys, 10 reads to a write.
+//! Requests to a cache: random keys, 10 reads of several keys to a write.
 
 use anyhow::ensure;
 use gemini_guest::workload::word;
@@ -9,6 +9,10 @@ use crate::Options;
 
 /// Length of every value in bytes.
 pub const VALUE: usize = 1000;
+
+/// Keys of one read: what the server does for them is to outweigh the two
+/// switches between processes that every request costs.
+const KEYS: usize = 10;
 
 /// Writes that are sent before the first one's answer is waited for, while data
 /// is loaded.
@@ -22,8 +26,8 @@ pub trait Store {
     /// Waits for the answer to a write.
     fn wait_set(&mut self) -> anyhow::Result<()>;
 
-    /// Reads a value.
-    fn get(&mut self, key: &str) -> anyhow::Result<Vec<u8>>;
+    /// Reads the values of some keys with one request; fails if one is missing.
+    fn get(&mut self, keys: &[String]) -> anyhow::Result<Vec<Vec<u8>>>;
 
     /// The server's process.
     fn pid(&self) -> u32;
@@ -71,17 +75,20 @@ impl<S: Store> Load for KeyValue<S> {
     }
 
     fn operate(&mut self, rng: &mut Rng) -> anyhow::Result<u64> {
-        let key = key(rng.below(self.keys));
         if rng.below(11) == 0 {
-            self.store.send_set(&key, &value(rng.any()))?;
+            self.store.send_set(&key(rng.below(self.keys)), &value(rng.any()))?;
             self.store.wait_set()?;
             return Ok(0);
         }
-        let value = self.store.get(&key)?;
-        ensure!(value.len() == VALUE, "{key} has {} bytes", value.len());
-        let (first, last) = (&value[..8], &value[VALUE - 8..]);
-        ensure!(first == last, "{key} is torn");
-        Ok(first.iter().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+        let keys: Vec<String> = (0..KEYS).map(|_| key(rng.below(self.keys))).collect();
+        let mut digest = 0;
+        for value in self.store.get(&keys)? {
+            ensure!(value.len() == VALUE, "a value has {} bytes", value.len());
+            let (first, last) = (&value[..8], &value[VALUE - 8..]);
+            ensure!(first == last, "a value is torn");
+            digest = first.iter().fold(digest, |digest, &byte| word(digest, byte.into()));
+        }
+        Ok(digest)
     }
 }
 
@@ -120,8 +127,8 @@ mod tests {
             ensure!(self.unanswered.pop_front().is_some(), "nothing was sent");
             Ok(())
         }
-        fn get(&mut self, key: &str) -> anyhow::Result<Vec<u8>> {
-            Ok(self.values.get(key).cloned().unwrap_or_default())
+        fn get(&mut self, keys: &[String]) -> anyhow::Result<Vec<Vec<u8>>> {
+            Ok(keys.iter().map(|key| self.values[key].clone()).collect())
         }
         fn pid(&self) -> u32 {
             1

@@ -53,6 +53,20 @@ impl Memcached {
         ensure!(line.ends_with("\r\n"), "memcached is gone");
         Ok(line.trim_end().to_owned())
     }
+
+    /// One of the values that a read is answered with.
+    fn value(&mut self) -> anyhow::Result<Vec<u8>> {
+        // VALUE KEY FLAGS LENGTH
+        let line = self.line()?;
+        let Some(length) = line.split(' ').nth(3).and_then(|text| text.parse::<usize>().ok())
+        else {
+            bail!("memcached says {line}");
+        };
+        let mut value = vec![0; length + 2];
+        self.stream.read_exact(&mut value).context("memcached is gone")?;
+        value.truncate(length);
+        Ok(value)
+    }
 }
 
 impl Store for Memcached {
@@ -69,20 +83,12 @@ impl Store for Memcached {
         Ok(())
     }
 
-    fn get(&mut self, key: &str) -> anyhow::Result<Vec<u8>> {
-        self.send(format!("get {key}\r\n").as_bytes())?;
-        // VALUE KEY FLAGS LENGTH
-        let line = self.line()?;
-        let Some(length) = line.split(' ').nth(3).and_then(|text| text.parse::<usize>().ok())
-        else {
-            bail!("memcached says {line}");
-        };
-        let mut value = vec![0; length + 2];
-        self.stream.read_exact(&mut value).context("memcached is gone")?;
-        value.truncate(length);
+    fn get(&mut self, keys: &[String]) -> anyhow::Result<Vec<Vec<u8>>> {
+        self.send(format!("get {}\r\n", keys.join(" ")).as_bytes())?;
+        let values = keys.iter().map(|_| self.value()).collect::<anyhow::Result<_>>()?;
         let line = self.line()?;
         ensure!(line == "END", "memcached says {line}");
-        Ok(value)
+        Ok(values)
     }
 
     fn pid(&self) -> u32 {

@@ -84,9 +84,13 @@ impl Store for Redis {
         Ok(())
     }
 
-    fn get(&mut self, key: &str) -> anyhow::Result<Vec<u8>> {
-        self.send(&[b"GET", key.as_bytes()])?;
-        self.bulk()
+    fn get(&mut self, keys: &[String]) -> anyhow::Result<Vec<Vec<u8>>> {
+        let mut words = vec![b"MGET".as_slice()];
+        words.extend(keys.iter().map(String::as_bytes));
+        self.send(&words)?;
+        let line = self.line()?;
+        ensure!(line == format!("*{}", keys.len()), "redis-server says {line}");
+        keys.iter().map(|_| self.bulk()).collect()
     }
 
     fn pid(&self) -> u32 {
