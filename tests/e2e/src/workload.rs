@@ -104,8 +104,8 @@ pub const NAMES: [Kind; 10] = [
     kind("liblinear", 32, 4, 256, 12),
     kind("sqlite-memory", 32, 100, 256, 800),
     kind("h2", 32, 10, 256, 100),
-    kind("cg", 32, 10, 256, 12),
-    indifferent("zstd", 16, 20, 32, 200),
+    kind("cg", 32, 10, 256, 8),
+    indifferent("zstd", 16, 20, 32, 400),
     indifferent("sqlite-disk", 16, 50, 64, 400),
 ];
 
