@@ -438,6 +438,15 @@ impl Guest {
         self.start(Command::Start { name: name.into(), task })
     }
 
+    /// Asks a process that [`Guest::start_task`] started, without waiting for its
+    /// answer.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn start_ask<T>(&self, name: &str, question: Question) -> anyhow::Result<Pending<T>> {
+        self.start(Command::Ask { name: name.into(), question })
+    }
+
     /// Where the huge pages of a program lie.
     ///
     /// # Errors

@@ -29,6 +29,7 @@ pub mod taker;
 pub mod tlb;
 pub mod vfio_user;
 pub mod vm;
+pub mod workload;
 
 /// log2 of the size of a block on the machines that this crate knows (x86-64).
 pub const BLOCK_SHIFT: u32 = 21;

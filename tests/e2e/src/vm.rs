@@ -15,6 +15,7 @@ use crate::assets::{self, Assets};
 use crate::guest::Guest;
 use crate::process::{self, Guarded};
 use crate::qmp::Qmp;
+use crate::workload::Workloads;
 
 /// How long QEMU may take to open its sockets.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -45,6 +46,8 @@ pub struct VmConfig {
     pub guest_thp: String,
     /// Further words for the kernel's command line.
     pub kernel_arguments: Vec<String>,
+    /// Drives with the programs of [`crate::workload`], if it is to have them.
+    pub workloads: Option<Workloads>,
     /// Further arguments for QEMU.
     pub qemu_arguments: Vec<String>,
     /// How long until the agent answers.
@@ -67,6 +70,7 @@ impl VmConfig {
             driver: false,
             guest_thp: "always".into(),
             kernel_arguments: Vec::new(),
+            workloads: None,
             qemu_arguments: Vec::new(),
             boot_timeout: Duration::from_secs(90),
         }
@@ -121,6 +125,9 @@ impl VmConfig {
             let release = if self.release { "on" } else { "off" };
             let device = format!("vhost-user-gemini-pci,chardev=gem,release={release}");
             add(&["-device", &device]);
+        }
+        if let Some(workloads) = &self.workloads {
+            arguments.extend(workloads.arguments());
         }
         arguments.extend(self.qemu_arguments.iter().cloned());
         arguments

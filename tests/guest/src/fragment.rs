@@ -194,7 +194,7 @@ impl Holder for Fragments {
         match question {
             Question::Verify => Ok(serde_json::to_value(self.verify()?)?),
             Question::Blocks => anyhow::bail!("a fragmenter has no huge pages to tell of"),
-            Question::Grow => anyhow::bail!("a fragmenter does not grow"),
+            Question::Grow | Question::Go => anyhow::bail!("a fragmenter only holds memory"),
         }
     }
 }

@@ -5,16 +5,13 @@
 //! module parameters, `gemini.shell=1` starts a shell on the console and
 //! switches the guest off when it ends.
 
-use std::ffi::CString;
-use std::io;
-use std::path::Path;
 use std::process::Command as Process;
 use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::kernel;
 use crate::protocol::{DRIVER_NAME, DRIVER_PATH};
+use crate::{image, kernel};
 
 /// Modules of the stock kernel that this guest needs, in order of loading.
 const BOOT_MODULES: &str = "/lib/gemini/boot";
@@ -38,14 +35,15 @@ const MOUNTS: [(&str, &str, bool); 7] = [
 /// then panics, and says so on the console.
 pub fn run() -> anyhow::Result<()> {
     for (kind, target, needed) in MOUNTS {
-        match mount(kind, target) {
+        match kernel::mount(kind, target, kind, 0) {
             Err(error) if needed => return Err(error),
             Err(error) => eprintln!("gemini-guest: {error:#}"),
             Ok(()) => {}
         }
     }
     let options = Options::read()?;
-    load_boot_modules()?;
+    kernel::load_modules(BOOT_MODULES)?;
+    image::mount()?;
     if options.driver {
         kernel::load_module(DRIVER_PATH, &options.parameters)?;
         eprintln!("gemini-guest: {DRIVER_NAME} is loaded");
@@ -91,31 +89,6 @@ impl Options {
             shell: value("gemini.shell") == Some("1"),
         }
     }
-}
-
-fn mount(kind: &str, target: &str) -> anyhow::Result<()> {
-    std::fs::create_dir_all(target).with_context(|| format!("cannot make {target}"))?;
-    let text = |text: &str| CString::new(text).context("a name with a zero byte");
-    let (source, path) = (text(kind)?, text(target)?);
-    // SAFETY: all strings end with a zero, and no file system here takes data.
-    let result = unsafe {
-        libc::mount(source.as_ptr(), path.as_ptr(), source.as_ptr(), 0, std::ptr::null())
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error())
-            .with_context(|| format!("cannot mount {kind} on {target}"));
-    }
-    Ok(())
-}
-
-fn load_boot_modules() -> anyhow::Result<()> {
-    let order = Path::new(BOOT_MODULES).join("order");
-    let order = std::fs::read_to_string(&order)
-        .with_context(|| format!("cannot read {}", order.display()))?;
-    for name in order.lines() {
-        kernel::load_module(&format!("{BOOT_MODULES}/{name}"), "")?;
-    }
-    Ok(())
 }
 
 /// Starts the agent as a process of its own: process 1 must collect every

@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -28,6 +29,41 @@ pub fn load_module(path: &str, parameters: &str) -> anyhow::Result<Elapsed> {
         return Err(io::Error::last_os_error()).with_context(|| format!("cannot load {path}"));
     }
     Ok(elapsed(start))
+}
+
+/// Loads the modules that the file `order` in a directory names, in that order.
+///
+/// # Errors
+/// If there is no such file, or the kernel refuses one.
+pub fn load_modules(directory: &str) -> anyhow::Result<()> {
+    let order = format!("{directory}/order");
+    let order = fs::read_to_string(&order).with_context(|| format!("cannot read {order}"))?;
+    for name in order.lines() {
+        load_module(&format!("{directory}/{name}"), "")?;
+    }
+    Ok(())
+}
+
+/// Mounts a file system on a directory, which is made if need be.
+///
+/// # Errors
+/// If the directory cannot be made, or the kernel refuses.
+pub fn mount(source: &str, target: &str, kind: &str, flags: libc::c_ulong) -> anyhow::Result<()> {
+    // A read-only file system has its directories.
+    if !Path::new(target).is_dir() {
+        fs::create_dir_all(target).with_context(|| format!("cannot make {target}"))?;
+    }
+    let text = |text: &str| CString::new(text).context("a name with a zero byte");
+    let (from, path, kind) = (text(source)?, text(target)?, text(kind)?);
+    // SAFETY: all strings end with a zero, and no file system here takes data.
+    let result = unsafe {
+        libc::mount(from.as_ptr(), path.as_ptr(), kind.as_ptr(), flags, std::ptr::null())
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error())
+            .with_context(|| format!("cannot mount {source} on {target}"));
+    }
+    Ok(())
 }
 
 /// Unloads the module `name`, and returns when its exit function has returned.

@@ -14,6 +14,7 @@ pub mod counting;
 pub mod echo;
 pub mod faults;
 pub mod fragment;
+pub mod image;
 pub mod init;
 pub mod kernel;
 pub mod mapping;

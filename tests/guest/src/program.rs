@@ -123,6 +123,7 @@ impl Holder for Touching {
             Question::Blocks => serde_json::to_value(self.placed()?)?,
             Question::Verify => serde_json::to_value(self.verify())?,
             Question::Grow => bail!("this program has used all of its memory already"),
+            Question::Go => bail!("this program is no workload"),
         })
     }
 }

@@ -7,6 +7,12 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// Serial number of the drive with the workloads' image.
+pub const IMAGE_SERIAL: &str = "gemini-workloads";
+
+/// Serial number of the drive that workloads keep files on.
+pub const SCRATCH_SERIAL: &str = "gemini-scratch";
+
 /// Name of the virtio-serial port that carries the channel.
 pub const PORT_NAME: &str = "gemini.channel";
 
@@ -178,15 +184,16 @@ pub enum Command {
         name: String,
     },
     /// Starts a process that does a task and holds what it made. Answered when
-    /// the task is done, by [`Fragmented`], [`Touched`], [`Stormed`] or [`Elapsed`].
+    /// the task is done, by [`Fragmented`], [`Touched`], [`Stormed`], [`Elapsed`] or
+    /// [`Loaded`].
     Start {
         /// Names the process; must be new.
         name: String,
         /// What it does.
         task: Task,
     },
-    /// Asks such a process. Answered by [`ProgramBlocks`], [`Verified`] or
-    /// [`Elapsed`].
+    /// Asks such a process. Answered by [`ProgramBlocks`], [`Verified`],
+    /// [`Elapsed`] or [`Measured`].
     Ask {
         /// The process.
         name: String,
@@ -239,6 +246,8 @@ pub enum Task {
     Storm(Storm),
     /// Uses memory sparsely.
     Sparse(Sparse),
+    /// A real program with a load generator.
+    Workload(Workload),
 }
 
 /// What can be asked of such a process.
@@ -252,6 +261,50 @@ pub enum Question {
     /// Use the rest of the memory that was used sparsely. Answered by
     /// [`Elapsed`].
     Grow,
+    /// Run a workload's measured phase. Answered by [`Measured`].
+    Go,
+}
+
+/// A workload of the image that scripts/build-workloads makes: loads its data,
+/// and runs its measured phase as often as it is asked to. Answered by
+/// [`Loaded`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// The program in the image's `/workloads`.
+    pub program: String,
+    /// Data that it is to hold, in MiB.
+    pub mib: u64,
+    /// Seed of data and operations.
+    pub seed: u64,
+    /// Operations of one measured phase.
+    pub operations: u64,
+}
+
+/// What a workload says when its data is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Loaded {
+    /// Resident memory of the program and its load generator, in MiB.
+    pub resident_mib: f64,
+}
+
+/// What a workload says of one measured phase.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Operations done: those asked for.
+    pub operations: u64,
+    /// Wall-clock seconds of all of them.
+    pub seconds: f64,
+    /// Mean time of an operation, in microseconds.
+    pub mean_us: f64,
+    /// 99th percentile of it, at the resolution of the generator's histogram.
+    pub p99_us: f64,
+    /// What an operation is, in the plural.
+    pub unit: String,
+    /// Depends on what the operations answered, and on nothing else: the same
+    /// for the same seed, size, operations and round.
+    pub digest: String,
+    /// The program and its version.
+    pub version: String,
 }
 
 /// Touches some base pages of each block of anonymous memory, and the rest when

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::protocol::{Answer, Question, Task};
-use crate::{fragment, program, sparse, storm};
+use crate::{fragment, image, program, sparse, storm};
 
 /// What a worker has made and holds until it ends.
 pub trait Holder {
@@ -145,6 +145,10 @@ fn begin(task: Task) -> anyhow::Result<(Value, Box<dyn Holder>)> {
         Task::Storm(options) => {
             let (result, storm) = storm::start(&options)?;
             (serde_json::to_value(result)?, Box::new(storm))
+        }
+        Task::Workload(options) => {
+            let (result, running) = image::start(&options)?;
+            (serde_json::to_value(result)?, Box::new(running))
         }
         Task::Sparse(options) => {
             let (result, growing) = sparse::start(&options)?;
