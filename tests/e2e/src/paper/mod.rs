@@ -81,6 +81,9 @@ pub struct PaperArgs {
     /// measured [default: 60; with --quick 20]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
     settle: Option<u64>,
+    /// Whole free blocks that a fragmented host has left, in percent of the guest's
+    #[arg(long, value_name = "PERCENT", default_value_t = 50)]
+    host_blocks: u64,
     /// Processor whose TLBs are simulated
     #[arg(long, value_name = "NAME", default_value = PROFILE)]
     profile: String,
@@ -141,7 +144,7 @@ impl PaperArgs {
             cpus: CPUS,
             quick: self.quick,
             settle_seconds: self.settle.unwrap_or(if self.quick { 20 } else { 60 }),
-            fmfi: state::FMFI,
+            host_blocks_percent: self.host_blocks,
         }
     }
 

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::matrix::Run;
+use crate::{BLOCK, MIB};
 
 /// The form of records that is written and read here.
 const SCHEMA: u32 = 1;
@@ -62,8 +63,17 @@ pub struct Arguments {
     pub quick: bool,
     /// Longest time that both layers are given to come to rest.
     pub settle_seconds: u64,
-    /// Unusable free space index that free memory of guest and host is fragmented to.
-    pub fmfi: Fmfi,
+    /// Whole free blocks that a fragmented host has left, in percent of the guest's
+    /// blocks.
+    pub host_blocks_percent: u64,
+}
+
+impl Arguments {
+    /// Whole free blocks that a fragmented host has left.
+    #[must_use]
+    pub fn host_blocks(&self) -> u64 {
+        self.guest_mib * self.host_blocks_percent / 100 * MIB / BLOCK
+    }
 }
 
 /// Where, when and with what a run was made.
@@ -350,7 +360,7 @@ mod tests {
             cpus: 2,
             quick: true,
             settle_seconds: 20,
-            fmfi: Fmfi { guest: 1.0, host: 0.95 },
+            host_blocks_percent: 50,
         };
         let made = Made {
             commit: None,
@@ -395,6 +405,11 @@ mod tests {
         fs::write(store.directory().join(record.run.file_name()), "{").expect("a directory");
         assert!(store.find(&record.run, &record.arguments).is_err());
         fs::remove_dir_all(store.directory()).expect("made above");
+    }
+
+    #[test]
+    fn blocks_of_the_host_are_a_part_of_the_guests() {
+        assert_eq!(record().arguments.host_blocks(), 192);
     }
 
     #[test]

@@ -62,7 +62,7 @@ enum Counting {
 /// Why the run does not count.
 pub fn run(making: &Making, host: &mut Host, record: &mut Record) -> anyhow::Result<()> {
     let setup = record.run.policy.setup();
-    let ground = host.prepare(record.run.state, &setup)?;
+    let ground = host.prepare(record.run.state, &setup, record.arguments.host_blocks())?;
     let mut counting = Counting::Nothing;
     let lab = start(making, &record.run, &record.arguments, &setup, &mut counting)?;
     let result = in_guest(lab, counting, record, &setup);
@@ -134,11 +134,12 @@ fn in_guest(
 
     let meter = Meter::start(&lab, setup)?;
     let program = Program::load(&lab.vm.guest, &run.workload, size, run.seed)?;
+    let loaded = Instant::now();
     let before = lab.view()?.letters();
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
-    let watched = settle::watch(&lab, settle)?;
+    let watched = settle::watch(&lab, loaded, settle)?;
     let mut own_copies = 0;
     if setup.misalign {
         own_copies = misalign::misalign(&lab, supply.map(|bytes| bytes / BLOCK))?;
@@ -223,7 +224,7 @@ fn run_former(
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
-    settle::watch(lab, settle)?;
+    settle::watch(lab, Instant::now(), settle)?;
     let of_program: BTreeSet<u64> = guest.blocks_of(FORMER)?.into_iter().flatten().collect();
     let aligned = lab.view()?.in_state(BlockState::Huge, HostState::Huge);
     guest.free(FORMER)?;

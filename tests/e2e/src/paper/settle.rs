@@ -8,9 +8,9 @@ use crate::lab::Lab;
 /// How often both layers are looked at: each look costs the guest time.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Both are at rest if nothing changes for so long: longer than the second that
-/// khugepaged, the census and the promoter pause.
-const REST: Duration = Duration::from_secs(5);
+/// Both are at rest if nothing changes for so long: longer than the 13 s that the
+/// daemon pauses at most when the host has no huge page.
+const REST: Duration = Duration::from_secs(14);
 
 /// Blocks by which a count may change nevertheless: what the guest's own
 /// processes do.
@@ -19,7 +19,7 @@ const NOISE: u64 = 2;
 /// Part of its final value from which on the coverage counts as reached.
 const REACHED: f64 = 0.9;
 
-/// The coverage at moments since the watch began.
+/// The coverage at moments since the data was loaded.
 #[derive(Clone, Debug, Default)]
 pub struct Watched {
     /// Seconds, and coverage then.
@@ -36,21 +36,20 @@ impl Watched {
     }
 }
 
-/// Watches until both layers are at rest, or for `most`: a policy that is not done
-/// by then is measured as it is.
+/// Watches until both layers are at rest, or `most` after `loaded`: a policy that is
+/// not done by then is measured as it is.
 ///
 /// # Errors
 /// If a layer cannot be read.
-pub fn watch(lab: &Lab, most: Duration) -> anyhow::Result<Watched> {
-    let start = Instant::now();
+pub fn watch(lab: &Lab, loaded: Instant, most: Duration) -> anyhow::Result<Watched> {
     let mut watched = Watched::default();
     let mut look = || -> anyhow::Result<Counts> {
         let counts = lab.view()?.counts();
-        watched.samples.push((start.elapsed().as_secs_f64(), counts.aligned_coverage()));
+        watched.samples.push((loaded.elapsed().as_secs_f64(), counts.aligned_coverage()));
         Ok(counts)
     };
     let (mut last, mut since) = (look()?, Instant::now());
-    while since.elapsed() < REST && start.elapsed() < most {
+    while since.elapsed() < REST && loaded.elapsed() < most {
         std::thread::sleep(PERIOD);
         let now = look()?;
         if !alike(&now, &last) {

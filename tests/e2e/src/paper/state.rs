@@ -19,10 +19,9 @@ use crate::outside::GuestMemory;
 use crate::settings::SHMEM_ENABLED;
 use crate::BLOCK;
 
-/// Unusable free space index that free memory is fragmented to. In the guest every
-/// block keeps a page; in the host some blocks stay whole, as in one that runs for
-/// a while.
-pub const FMFI: Fmfi = Fmfi { guest: 1.0, host: 0.95 };
+/// Unusable free space index that free memory of the guest is fragmented to: every
+/// block keeps a page.
+pub const GUEST_FMFI: f64 = 1.0;
 
 /// Percent of the guest's free memory that the fragmenter keeps: little, because
 /// it is user memory of which nothing can be aligned.
@@ -39,6 +38,8 @@ const HOST_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How often a limited supply is looked at.
 const LOOK: Duration = Duration::from_millis(50);
+
+const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
 const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
@@ -86,18 +87,24 @@ impl Host {
         Ok(Host { bench: bench.clone(), seed, fragments: None })
     }
 
-    /// Brings free memory into `state`, and the settings to what `setup` wants.
+    /// Brings free memory into `state`, with no more than `whole` free blocks where
+    /// it is to be fragmented, and the settings to what `setup` wants.
     ///
     /// # Errors
     /// If free memory cannot be fragmented, or a setting cannot be changed.
-    pub fn prepare(&mut self, state: State, setup: &Setup) -> anyhow::Result<Ground> {
+    pub fn prepare(&mut self, state: State, setup: &Setup, whole: u64) -> anyhow::Result<Ground> {
         if state == State::Fragmented {
             let fragments = match &mut self.fragments {
                 Some(fragments) => fragments,
-                none => none.insert(Fragments::new(self.seed)?),
+                none => {
+                    // It can be moved, and would make room for as many huge pages as
+                    // it happens to be large.
+                    std::fs::write(DROP_CACHES, "1").context(DROP_CACHES)?;
+                    none.insert(Fragments::new(self.seed)?)
+                }
             };
             // What the last run has freed may be whole blocks.
-            let reached = fragments.add(Until::Index(FMFI.host), HOST_TIMEOUT)?;
+            let reached = fragments.add(Until::Blocks(whole), HOST_TIMEOUT)?;
             ensure!(
                 reached,
                 "this machine's memory cannot be fragmented: it is needed, or too busy"
@@ -156,7 +163,7 @@ pub fn prepare_guest(lab: &Lab, run: &Run, setup: &Setup) -> anyhow::Result<Fmfi
     }
     if run.state != State::Unfragmented && setup.guest_fragments {
         let free = guest.memory()?["MemFree"] * (100 - KEPT_PERCENT) / 100;
-        let options = Fragment { fmfi: FMFI.guest, ..Fragment::new(run.seed, free) };
+        let options = Fragment { fmfi: GUEST_FMFI, ..Fragment::new(run.seed, free) };
         guest.fragment(FRAGMENTS, options)?;
     }
     Ok(Fmfi { guest: guest.fragmentation()?.fmfi, host: buddy::read()?.fmfi })
@@ -202,6 +209,10 @@ impl Limiter {
 impl Drop for Limiter {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
+        // The settings must not be in use any more when they are put back.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
