@@ -165,11 +165,26 @@ cargo_build() {
 	(cd "$GEMINI_ROOT" && cargo build --locked --release "${arguments[@]}") >&2
 }
 
-install_mmdebstrap() {
-	! have mmdebstrap || return 0
-	step "installing mmdebstrap"
-	quiet apt-install-mmdebstrap env DEBIAN_FRONTEND=noninteractive \
-		apt-get -c "$APT_CONFIG_PRIVATE" install -y --no-install-recommends mmdebstrap
+# install_for COMMAND PACKAGE: installs the package if there is no such command.
+install_for() {
+	! have "$1" || return 0
+	step "installing $2"
+	quiet "apt-install-$2" env DEBIAN_FRONTEND=noninteractive \
+		apt-get -c "$APT_CONFIG_PRIVATE" install -y --no-install-recommends "$2"
+}
+
+# debian_root SUITE DIR OPTION...: a Debian in a new directory, from the archive
+# that this machine uses.
+debian_root() {
+	local suite=$1 dir=$2 mirror security
+	shift 2
+	install_for mmdebstrap mmdebstrap
+	mirror=$(mirror_of Debian)
+	security=$(mirror_of Debian-Security) || security=${mirror%/debian/}/debian-security/
+	quiet "mmdebstrap-${dir##*/}" mmdebstrap "$@" \
+		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg "$suite" "$dir" \
+		"deb $mirror $suite main" "deb $mirror $suite-updates main" \
+		"deb $security $suite-security main"
 }
 
 # overlay_on ROOT DIR: mounts a copy of ROOT at DIR. What is changed in it lies beside

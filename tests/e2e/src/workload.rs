@@ -96,16 +96,16 @@ pub struct Kind {
 
 /// Every workload of the image.
 pub const NAMES: [Kind; 10] = [
-    kind("redis", 32, 2_000, 256, 20_000),
-    kind("memcached", 32, 2_000, 256, 20_000),
+    kind("redis", 32, 1_000, 256, 6_000),
+    kind("memcached", 32, 1_000, 256, 8_000),
     kind("rocksdb", 32, 500, 256, 5_000),
-    kind("xapian", 32, 100, 256, 500),
-    kind("liblinear", 32, 4, 256, 16),
-    kind("sqlite-memory", 32, 100, 256, 1_000),
-    kind("h2", 32, 50, 256, 500),
+    kind("xapian", 32, 200, 256, 1_500),
+    kind("liblinear", 32, 4, 256, 12),
+    kind("sqlite-memory", 32, 200, 256, 3_000),
+    kind("h2", 32, 30, 256, 100),
     kind("cg", 32, 25, 256, 25),
-    indifferent("zstd", 16, 100, 32, 500),
-    indifferent("sqlite-disk", 16, 50, 64, 300),
+    indifferent("zstd", 16, 50, 32, 500),
+    indifferent("sqlite-disk", 16, 100, 64, 1_500),
 ];
 
 const fn kind(

@@ -296,7 +296,7 @@ pub struct Measured {
     pub seconds: f64,
     /// Mean time of an operation, in microseconds.
     pub mean_us: f64,
-    /// 99th percentile of it, at the resolution of the generator's histogram.
+    /// 99th percentile of it.
     pub p99_us: f64,
     /// What an operation is, in the plural.
     pub unit: String,

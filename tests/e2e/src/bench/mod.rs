@@ -17,6 +17,7 @@ pub mod scarce_host;
 pub mod spread;
 pub mod stress;
 pub mod tlb;
+pub mod workloads;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -84,6 +85,8 @@ enum Name {
     FaultLatency,
     /// Simulated TLB misses of a program that reads at random
     Tlb,
+    /// Each workload of the evaluation, alone and without the driver
+    Workloads,
 }
 
 /// Measures a scenario and prints its figures against their bars. Returns
@@ -98,8 +101,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         _ => AccelChoice::from_env()?,
     };
     let bench = match args.scenario {
-        // No figure of it depends on them, and it takes long.
-        Name::Stress => Bench::with_any_settings(accel)?,
+        // No figure of them depends on settings, and they take long.
+        Name::Stress | Name::Workloads => Bench::with_any_settings(accel)?,
         _ => Bench::new(accel)?,
     };
     let minutes = args.minutes.unwrap_or(if args.quick { 2 } else { 30 });
@@ -122,6 +125,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         Name::BasePages => base_pages::measure(&bench, args.seed, args.quick)?,
         Name::FaultLatency => faults::measure(&bench, args.seed, args.quick)?,
         Name::Tlb => tlb::measure(&bench, args.seed, args.quick)?,
+        Name::Workloads => workloads::measure(&bench, args.seed, args.quick)?,
         Name::GuestPressure => pressure::measure(&bench, args.quick)?,
     };
     scenario.arg("seed", args.seed);
