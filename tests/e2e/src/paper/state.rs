@@ -39,6 +39,11 @@ const HOST_TIMEOUT: Duration = Duration::from_secs(300);
 /// How often a limited supply is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// The kernel gives up early where much is going on.
+const POOL_ATTEMPTS: u32 = 5;
+
+const COMPACT: &str = "/proc/sys/vm/compact_memory";
+
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
 const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
@@ -79,10 +84,18 @@ impl Host {
     /// If there is not so much memory.
     pub fn new(bench: &Bench, seed: u64, pool: u64) -> anyhow::Result<Self> {
         if pool > 0 {
-            let before = pool_pages()?;
-            let wanted = before + pool / BLOCK;
-            bench.set(NR_HUGEPAGES, &wanted.to_string())?;
-            ensure!(pool_pages()? == wanted, "this machine cannot set {pool} bytes aside");
+            let wanted = pool_pages()? + pool / BLOCK;
+            // As there is when a machine boots.
+            drop_caches()?;
+            std::fs::write(COMPACT, "1").context(COMPACT)?;
+            for _ in 0..POOL_ATTEMPTS {
+                bench.set(NR_HUGEPAGES, &wanted.to_string())?;
+                if pool_pages()? >= wanted {
+                    break;
+                }
+            }
+            let found = pool_pages()?;
+            ensure!(found >= wanted, "this machine has {found} hugetlb pages and not {wanted}");
         }
         Ok(Host { bench: bench.clone(), seed, fragments: None })
     }
@@ -99,7 +112,7 @@ impl Host {
                 none => {
                     // It can be moved, and would make room for as many huge pages as
                     // it happens to be large.
-                    std::fs::write(DROP_CACHES, "1").context(DROP_CACHES)?;
+                    drop_caches()?;
                     none.insert(Fragments::new(self.seed)?)
                 }
             };
@@ -138,6 +151,10 @@ impl Drop for Scoped {
             eprintln!("{error:#}");
         }
     }
+}
+
+fn drop_caches() -> anyhow::Result<()> {
+    std::fs::write(DROP_CACHES, "1").context(DROP_CACHES)
 }
 
 fn pool_pages() -> anyhow::Result<u64> {
