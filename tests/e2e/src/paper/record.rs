@@ -18,7 +18,7 @@ const SCHEMA: u32 = 1;
 /// What one run has shown. What could not be had is `None`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// [`SCHEMA`].
+    /// Version of this form: 1.
     pub schema: u32,
     /// What was run.
     pub run: Run,
