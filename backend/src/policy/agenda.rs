@@ -59,7 +59,7 @@ impl Agenda {
     /// Nothing is wanted of `len` blocks of a guest that boots.
     pub fn new(policy: Policy, len: usize) -> Self {
         let order = match policy {
-            Policy::None | Policy::Always => Order::Round,
+            Policy::None | Policy::Always | Policy::PrepareOnly => Order::Round,
             Policy::Gemini => Order::Oldest { ages: Ages::new(len), ticked: None },
             Policy::KubevirtLike => Order::Pass(Pass::Ahead(None)),
             Policy::IngensLike => {

@@ -25,6 +25,8 @@ pub enum Policy {
     /// Put host huge pages under guest huge pages (Gemini paper, section 4), and prepare what
     /// the guest asks for.
     Gemini,
+    /// Half of it: prepare what the guest asks for, and collapse nothing unasked.
+    PrepareOnly,
     /// After the manner of KubeVirt's THP backing: once after the guest has booted, and each time
     /// that the policy is set, collapse what is resident then, in ascending order, each block once.
     KubevirtLike,
@@ -48,7 +50,7 @@ impl Policy {
     pub fn wants_collapse(self, block: &Block, fragmented: bool) -> bool {
         block.host == HostState::Base
             && match self {
-                Self::None => false,
+                Self::None | Self::PrepareOnly => false,
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
                 Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
                 Self::Gemini => block.guest == GuestState::Huge,
@@ -61,14 +63,14 @@ impl Policy {
     /// reported it. The baselines fill, as what they follow does.
     pub fn holes(self) -> Holes {
         match self {
-            Self::Gemini => Holes::Leave,
+            Self::Gemini | Self::PrepareOnly => Holes::Leave,
             _ => Holes::Fill,
         }
     }
 
     /// Whether the guest may ask for blocks to be prepared.
     pub fn prepares(self) -> bool {
-        self == Self::Gemini
+        matches!(self, Self::Gemini | Self::PrepareOnly)
     }
 
     /// Whether it goes by how fragmented the host is.
@@ -95,10 +97,19 @@ mod tests {
     }
 
     #[test]
+    fn who_only_prepares_wants_no_block_by_itself() {
+        assert!(Policy::PrepareOnly.prepares());
+        for guest in GuestState::ALL {
+            let block = block(guest, HostState::Base);
+            assert!(!Policy::PrepareOnly.wants_collapse(&block, false), "{guest:?}");
+        }
+    }
+
+    #[test]
     fn only_the_baselines_bring_missing_pages_back() {
         for policy in Policy::value_variants() {
             let left = policy.holes() == Holes::Leave;
-            assert_eq!(left, *policy == Policy::Gemini, "{policy:?}");
+            assert_eq!(left, policy.prepares(), "{policy:?}");
         }
     }
 

@@ -104,6 +104,29 @@ impl View {
         self.blocks.iter().filter(|(_, block)| free(block)).map(|(number, _)| *number).collect()
     }
 
+    /// The blocks that are so in the guest and so in the host.
+    #[must_use]
+    pub fn in_state(&self, guest: BlockState, host: HostState) -> BTreeSet<u64> {
+        let is = |block: &Block| block.guest == Some(guest) && block.host == host;
+        self.blocks.iter().filter(|(_, block)| is(block)).map(|(number, _)| *number).collect()
+    }
+
+    /// A letter a block, ascending: `A` huge at both layers, `g` in the guest
+    /// alone, `h` in the host alone and in use or held, `f` free and huge in the
+    /// host, `b` in use as base pages at both, `.` anything else.
+    #[must_use]
+    pub fn letters(&self) -> String {
+        let letter = |block: &Block| match (block.guest, block.host) {
+            (Some(BlockState::Huge), HostState::Huge) => 'A',
+            (Some(BlockState::Huge), _) => 'g',
+            (Some(BlockState::Base | BlockState::Held), HostState::Huge) => 'h',
+            (Some(BlockState::Free | BlockState::Bare), HostState::Huge) => 'f',
+            (Some(BlockState::Base), _) => 'b',
+            _ => '.',
+        };
+        self.blocks.values().map(letter).collect()
+    }
+
     /// The figures.
     #[must_use]
     pub fn counts(&self) -> Counts {
@@ -316,6 +339,13 @@ mod tests {
         assert_eq!((counts.aligned, counts.guest_only, counts.host_only), (1, 1, 1));
         assert_eq!(counts.user_bytes, (512 + 512 + 256) * PAGE);
         assert!((counts.aligned_coverage() - 0.4).abs() < 1e-9);
+    }
+
+    #[test]
+    fn letters_and_states_name_every_block() {
+        assert_eq!(view().letters(), "Aghf.");
+        let huge = view().in_state(BlockState::Huge, HostState::Huge);
+        assert_eq!(huge, BTreeSet::from([1]));
     }
 
     #[test]

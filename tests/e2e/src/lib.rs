@@ -21,6 +21,7 @@ pub mod libvirt;
 pub mod migration;
 pub mod offlining;
 pub mod outside;
+pub mod paper;
 pub mod process;
 pub mod qmp;
 pub mod settings;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use gemini_e2e::{attached, bench, demo, libvirt, shell, taker};
+use gemini_e2e::{attached, bench, demo, libvirt, paper, shell, taker};
 
 #[derive(Parser)]
 #[command(version, about = "Real guests under vhost-device-gemini")]
@@ -20,6 +20,8 @@ enum Command {
     Vm(shell::ShellArgs),
     /// Measure one scenario against its bar
     Bench(bench::BenchArgs),
+    /// Run the paper's evaluation: programs under each policy, a record a run
+    Paper(paper::PaperArgs),
     /// Take one domain through its life under a real libvirtd; see scripts/test-libvirt
     Libvirt(libvirt::LibvirtArgs),
     /// Look whether a guest that runs already becomes aligned; see scripts/test-packages
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args).map(|()| true),
         Command::Vm(args) => shell::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args),
+        Command::Paper(args) => paper::run(&args),
         Command::Libvirt(args) => libvirt::run(&args).map(|()| true),
         Command::Attached(args) => attached::run(&args).map(|()| true),
         Command::Join(args) => bench::join(&args).map(|()| true),

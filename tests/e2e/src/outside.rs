@@ -17,7 +17,7 @@ use crate::qmp::Qmp;
 use crate::{BLOCK, BLOCK_SHIFT};
 
 /// Guest memory as QEMU maps it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct GuestMemory {
     pid: u32,
     /// By guest address. The first belongs to the machine's own memory.
@@ -137,7 +137,7 @@ impl GuestMemory {
     }
 
     /// QEMU's address of a guest physical address.
-    fn address(&self, gpa: u64) -> Option<u64> {
+    pub(crate) fn address(&self, gpa: u64) -> Option<u64> {
         let part = self.parts.iter().find(|part| part.gpa.contains(&gpa))?;
         Some(part.address + (gpa - part.gpa.start))
     }

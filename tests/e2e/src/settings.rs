@@ -10,6 +10,8 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::vm;
+
 /// Keeps the old values of the settings that are changed: a run that was killed
 /// can put nothing back, so the next one does. Where only root can write,
 /// because root believes what it says.
@@ -59,6 +61,7 @@ impl Settings {
                         let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
                         ledger.restore();
                     }
+                    vm::remove_run_directories();
                     // The guests die with this process: the kernel sees to it.
                     std::process::exit(128 + signal);
                 }
@@ -118,9 +121,12 @@ impl Ledger {
         let text =
             fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let before = selected(&text).to_owned();
-        // Written down first: from here on it will be put back.
-        self.before.push((path.to_owned(), before.clone()));
-        self.write()?;
+        // Once, however often it is changed: what counts is what was found.
+        if !self.before.iter().any(|(known, _)| known == path) {
+            // Written down first: from here on it will be put back.
+            self.before.push((path.to_owned(), before.clone()));
+            self.write()?;
+        }
         fs::write(path, value)
             .with_context(|| format!("cannot write {value} to {}", path.display()))?;
         Ok(before)
@@ -192,6 +198,7 @@ mod tests {
         let mut ledger = open(&directory).expect("a ledger");
         assert_eq!(ledger.set(&setting, "b").expect("a file"), "a");
         assert_eq!(ledger.set(&setting, "c").expect("a file"), "b");
+        assert_eq!(ledger.before.len(), 1, "it is one setting");
         ledger.restore();
         assert_eq!(fs::read_to_string(&setting).expect("a file"), "a");
         fs::remove_dir_all(directory).expect("made above");

@@ -320,9 +320,21 @@ impl RunDirectory {
     }
 }
 
+/// Removes the directories of this process, which is about to end without dropping
+/// anything.
+pub(crate) fn remove_run_directories() {
+    remove_directories(&std::env::temp_dir(), |pid| pid == std::process::id());
+}
+
 /// Removes directories of processes that a signal has ended. What cannot be
 /// removed belongs to somebody else, or waits for the next time.
 fn remove_abandoned(parent: &Path) {
+    remove_directories(parent, |pid| !Path::new("/proc").join(pid.to_string()).exists());
+}
+
+/// Removes directories below `parent` that are this user's, by the process that
+/// they belong to.
+fn remove_directories(parent: &Path, is_wanted: impl Fn(u32) -> bool) {
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let owner = name
@@ -333,7 +345,7 @@ fn remove_abandoned(parent: &Path) {
         // SAFETY: takes nothing, and always succeeds.
         let user = unsafe { libc::geteuid() };
         let ours = entry.metadata().is_ok_and(|data| data.is_dir() && data.uid() == user);
-        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) && ours {
+        if owner.is_some_and(&is_wanted) && ours {
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }

@@ -33,6 +33,8 @@ const EXHAUSTED: u32 = 64;
 pub enum Until {
     /// The unusable free space index for huge pages, 0 to 1, is this.
     Index(f64),
+    /// No more than so many blocks are free as a whole.
+    Blocks(u64),
     /// The kernel makes no huge page any more.
     Exhausted,
 }
@@ -71,6 +73,7 @@ impl Fragments {
         loop {
             let done = match until {
                 Until::Index(index) => buddy::read()?.fmfi >= index,
+                Until::Blocks(most) => buddy::read()?.free_blocks <= most,
                 Until::Exhausted => self.failures >= EXHAUSTED,
             };
             if done || Instant::now() >= deadline || available_memory()? < MARGIN {

@@ -1,0 +1,295 @@
+//! One run: a guest, the state of its memory, a program, and what is seen.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context};
+use gemini_guest::protocol::{BlockState, PageSize};
+
+use super::costs::Meter;
+use super::counters::Counters;
+use super::matrix::{Run, Vm};
+use super::misalign;
+use super::policy::Setup;
+use super::program::Program;
+use super::record::{Alignment, Arguments, Maps, Record, Reuse, Tlb};
+use super::settle;
+use super::state::{self, Host, Limiter, FRAGMENTS};
+use crate::compare::View;
+use crate::daemon::DaemonConfig;
+use crate::lab::{Bench, Lab};
+use crate::outside::HostState;
+use crate::tlb::TlbSimulator;
+use crate::workload::{Size, Workloads};
+use crate::{BLOCK, MIB};
+
+/// How long an emulated guest may take to boot on a busy machine.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
+
+/// How long the driver is given to have its stock; without huge pages in the host
+/// it never has.
+const STOCK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One in so many walks may end elsewhere than QEMU's own, and one beside: page
+/// tables change under them.
+const WALKS_A_DISAGREEMENT: u64 = 10_000;
+
+/// Names the former program's memory in a reused guest.
+const FORMER: &str = "former";
+
+/// As the guests of all runs are made.
+#[derive(Clone, Debug)]
+pub struct Making {
+    /// This machine and the built parts.
+    pub bench: Bench,
+    /// Drives with programs, if there are any.
+    pub image: Option<Workloads>,
+    /// Whether the hardware's counters are read where nothing is simulated.
+    pub counters: bool,
+}
+
+/// What TLBs are counted by.
+#[derive(Debug)]
+enum Counting {
+    Simulator(TlbSimulator),
+    Hardware,
+    Nothing,
+}
+
+/// Runs what `record` names, and puts into it what is seen, as far as it comes.
+///
+/// # Errors
+/// Why the run does not count.
+pub fn run(making: &Making, host: &mut Host, record: &mut Record) -> anyhow::Result<()> {
+    let setup = record.run.policy.setup();
+    let ground = host.prepare(record.run.state, &setup, record.arguments.host_blocks())?;
+    let mut counting = Counting::Nothing;
+    let lab = start(making, &record.run, &record.arguments, &setup, &mut counting)?;
+    let result = in_guest(lab, counting, record, &setup);
+    drop(ground);
+    result
+}
+
+/// Boots the guest.
+fn start(
+    making: &Making,
+    run: &Run,
+    arguments: &Arguments,
+    setup: &Setup,
+    counting: &mut Counting,
+) -> anyhow::Result<Lab> {
+    let bytes = arguments.guest_mib * MIB;
+    let mut daemon = DaemonConfig::new(&making.bench.assets.daemon, setup.daemon);
+    if let Some(supply) = state::supply(run.state, bytes) {
+        daemon.arguments.extend(["--huge-max".to_owned(), supply.to_string()]);
+    }
+    let mut simulator = None;
+    let lab = Lab::start_with(&making.bench, "paper", daemon, |config| {
+        config.memory = bytes;
+        config.cpus = arguments.cpus;
+        config.boot_timeout = BOOT_TIMEOUT;
+        config.driver = setup.driver.is_some();
+        config.guest_thp = setup.guest_thp.into();
+        config.workloads.clone_from(&making.image);
+        if setup.hugetlb {
+            config.memory_options = ["hugetlb=on", "hugetlbsize=2M"].map(str::to_owned).to_vec();
+        }
+        let profile = arguments.profile.as_ref();
+        simulator = profile.map(|profile| TlbSimulator::attach(config, profile));
+    })?;
+    *counting = match simulator.transpose()? {
+        Some(simulator) => Counting::Simulator(simulator),
+        None if making.counters => Counting::Hardware,
+        None => Counting::Nothing,
+    };
+    Ok(lab)
+}
+
+/// What happens in the guest, from the state of its memory to the end.
+fn in_guest(
+    mut lab: Lab,
+    counting: Counting,
+    record: &mut Record,
+    setup: &Setup,
+) -> anyhow::Result<()> {
+    let run = record.run.clone();
+    let log = lab.vm.guest.log_position()?;
+    let settle = Duration::from_secs(record.arguments.settle_seconds);
+    let size = Size { mib: record.arguments.workload_mib, operations: record.arguments.operations };
+    let supply = state::supply(run.state, lab.vm.config.memory);
+    let limiter = supply
+        .filter(|_| setup.shmem == "always")
+        .map(|bytes| Limiter::start(&lab.bench, &lab.memory, bytes));
+
+    if setup.driver.is_some() {
+        // Nothing is booked while memory is fragmented.
+        lab.vm.guest.hints_only()?;
+    }
+    record.fmfi = Some(state::prepare_guest(&lab, &run, setup)?);
+    let_loose(&lab, setup)?;
+    let former = match run.vm {
+        Vm::Clean => None,
+        Vm::Reused => Some(run_former(&lab, setup, size, run.seed, settle)?),
+    };
+
+    let meter = Meter::start(&lab, setup)?;
+    let program = Program::load(&lab.vm.guest, &run.workload, size, run.seed)?;
+    let loaded = Instant::now();
+    let before = lab.view()?.letters();
+    if setup.on_demand {
+        lab.daemon.control().set_policy(setup.daemon)?;
+    }
+    let watched = settle::watch(&lab, loaded, settle)?;
+    let mut own_copies = 0;
+    if setup.misalign {
+        own_copies = misalign::misalign(&lab, supply.map(|bytes| bytes / BLOCK))?;
+    }
+
+    let (performance, tlb) = {
+        let (result, tlb) = counted(&mut lab, &counting, |lab| program.go(&lab.vm.guest))?;
+        let (performance, version) = result;
+        record.made.versions.insert("workload".into(), version);
+        (performance, tlb)
+    };
+    record.performance = Some(performance);
+    record.tlb = tlb;
+
+    // Looked at when the counting has ended: to look is to access memory.
+    let view = lab.view()?;
+    let mut costs = meter.finish(&lab, setup)?;
+    costs.copied_mib += (own_copies * BLOCK / MIB) as f64;
+    record.costs = Some(costs);
+    record.alignment = Some(alignment(&view, &watched));
+    record.reuse = former.map(|former| reuse(&view, &former));
+    record.maps = Some(Maps { before, after: view.letters() });
+
+    limiter.map_or(Ok(()), Limiter::finish)?;
+    program.end(&lab.vm.guest)?;
+    if run.state != super::matrix::State::Unfragmented && setup.guest_fragments {
+        lab.vm.guest.verify_process(FRAGMENTS)?;
+    }
+    check(&mut lab, log, record.tlb)?;
+    lab.daemon.stop()
+}
+
+/// What must hold in the end for the figures to count.
+fn check(lab: &mut Lab, log: u64, tlb: Option<Tlb>) -> anyhow::Result<()> {
+    let complaints = lab.vm.guest.complaints(log)?;
+    if let Some(first) = complaints.first() {
+        bail!("the guest's kernel complains {} times, first: {}", complaints.len(), first.text);
+    }
+    if let Some(Tlb { misses: Some(misses), disagreements: Some(astray), .. }) = tlb {
+        ensure!(
+            astray <= 1 + misses / WALKS_A_DISAGREEMENT,
+            "{astray} of {misses} simulated walks ended elsewhere than QEMU's own"
+        );
+    }
+    lab.vm.expect_alive()
+}
+
+/// Switches on what the policy has of this project in the guest.
+fn let_loose(lab: &Lab, setup: &Setup) -> anyhow::Result<()> {
+    let guest = &lab.vm.guest;
+    for (name, value) in setup.driver.unwrap_or_default() {
+        guest.set_driver(name, *value)?;
+    }
+    if setup.promoter {
+        guest.shell("gemini-guestd --log-level warn >/tmp/gemini-guestd.log 2>&1 &")?;
+    }
+    if setup.stock {
+        // As in a guest that booted a while ago.
+        let deadline = Instant::now() + STOCK_TIMEOUT;
+        let has_stock = || -> anyhow::Result<bool> {
+            let target = guest.driver_number("stock_target")?;
+            Ok(target > 0 && guest.driver_number("ready")? >= target)
+        };
+        while Instant::now() < deadline && !has_stock()? {
+            std::thread::sleep(Duration::from_millis(250));
+        }
+    }
+    Ok(())
+}
+
+/// Runs a program of the same size to its end. Returns the blocks of it that were
+/// aligned.
+fn run_former(
+    lab: &Lab,
+    setup: &Setup,
+    size: Size,
+    seed: u64,
+    settle: Duration,
+) -> anyhow::Result<BTreeSet<u64>> {
+    let guest = &lab.vm.guest;
+    guest.fill(FORMER, size.mib * MIB / BLOCK * BLOCK, !seed, PageSize::System)?;
+    if setup.on_demand {
+        lab.daemon.control().set_policy(setup.daemon)?;
+    }
+    settle::watch(lab, Instant::now(), settle)?;
+    let of_program: BTreeSet<u64> = guest.blocks_of(FORMER)?.into_iter().flatten().collect();
+    let aligned = lab.view()?.in_state(BlockState::Huge, HostState::Huge);
+    guest.free(FORMER)?;
+    Ok(of_program.intersection(&aligned).copied().collect())
+}
+
+/// Does something while accesses are counted.
+fn counted<T>(
+    lab: &mut Lab,
+    counting: &Counting,
+    act: impl FnOnce(&Lab) -> anyhow::Result<T>,
+) -> anyhow::Result<(T, Option<Tlb>)> {
+    match counting {
+        Counting::Nothing => Ok((act(lab)?, None)),
+        Counting::Hardware => {
+            let counters = Counters::start(&mut lab.vm.qmp)?;
+            let result = act(lab)?;
+            Ok((result, Some(counters.total()?)))
+        }
+        Counting::Simulator(simulator) => {
+            simulator.begin()?;
+            let start = simulator.look()?;
+            let result = act(lab)?;
+            let seen = simulator.look()?.since(&start);
+            simulator.end()?;
+            let tlb = Tlb {
+                accesses: Some(seen.total.accesses),
+                misses: Some(seen.total.tlb_misses),
+                walk_reads: Some(seen.total.page_walk_refs),
+                disagreements: Some(seen.disagreements),
+                ..Tlb::default()
+            };
+            Ok((result, Some(tlb)))
+        }
+    }
+}
+
+fn alignment(view: &View, watched: &settle::Watched) -> Alignment {
+    let counts = view.counts();
+    let coverage = counts.aligned_coverage();
+    Alignment {
+        guest_huge: counts.aligned + counts.guest_only,
+        host_huge: counts.aligned + counts.host_only,
+        aligned: counts.aligned,
+        aligned_rate: counts.aligned_rate(),
+        aligned_coverage: coverage,
+        seconds_to_alignment: watched.seconds_to(coverage),
+    }
+}
+
+fn reuse(view: &View, former: &BTreeSet<u64>) -> Reuse {
+    let of_former = |guest| {
+        let now = view.in_state(guest, HostState::Huge);
+        former.intersection(&now).count() as u64
+    };
+    Reuse {
+        aligned_before: former.len() as u64,
+        reused: of_former(BlockState::Huge),
+        waiting: of_former(BlockState::Held),
+    }
+}
+
+/// The text of a failure, without the logs that follow it.
+#[must_use]
+pub fn reason(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    text.lines().next().context("an error").map_or_else(|_| text.clone(), str::to_owned)
+}
