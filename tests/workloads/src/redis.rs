@@ -27,8 +27,13 @@ pub struct Redis {
 /// # Errors
 /// If the server fails.
 pub fn start(options: Options) -> anyhow::Result<KeyValue<Redis>> {
-    // Nothing is kept on a disk.
-    let arguments = ["--port", "0", "--unixsocket", SOCKET, "--save", "", "--appendonly", "no"];
+    // Nothing is kept on a disk, so that it never forks, which is why it would do without huge
+    // pages.
+    #[rustfmt::skip]
+    let arguments = [
+        "--port", "0", "--unixsocket", SOCKET, "--save", "", "--appendonly", "no",
+        "--disable-thp", "no",
+    ];
     let mut server = Server::start("/usr/bin/redis-server", &arguments)?;
     let stream = BufReader::new(server.connect(Path::new(SOCKET))?);
     let mut redis = Redis { server, stream, version: String::new() };
