@@ -38,6 +38,10 @@ pub struct TlbCounters {
     pub host_flushes: u64,
     /// Accesses that were not simulated.
     pub skipped: u64,
+    /// Instructions, of user programs and the kernel.
+    pub instructions: u64,
+    /// Cycles: an estimate.
+    pub cycles: u64,
 }
 
 /// An answer of the plugin's.
@@ -63,6 +67,8 @@ impl TlbView {
                 misses_aligned: now.misses_aligned - then.misses_aligned,
                 host_flushes: now.host_flushes - then.host_flushes,
                 skipped: now.skipped - then.skipped,
+                instructions: now.instructions - then.instructions,
+                cycles: now.cycles - then.cycles,
             },
             disagreements: self.disagreements - start.disagreements,
         }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{ensure, Context};
-use gemini_e2e::paper::record::Record;
+use gemini_e2e::paper::record::{Record, Tlb};
 
 /// Two policies that differ as much as two can, in reused guests, so that each part
 /// of a run is there but fragmenting, which takes longest.
@@ -55,6 +55,11 @@ fn runs_are_recorded_and_not_made_again() -> anyhow::Result<()> {
     let (none, gemini) = (record(&results, "none")?, record(&results, "gemini")?);
     let misses = |record: &Record| record.tlb.and_then(|tlb| tlb.misses).context("no misses");
     ensure!(misses(&gemini)? < misses(&none)? / 10, "{gemini:?}, {none:?}");
+    for record in [&none, &gemini] {
+        let Tlb { instructions, cycles, .. } = record.tlb.context("nothing was counted")?;
+        let operations = record.performance.as_ref().map(|performance| performance.operations);
+        ensure!(instructions > operations && cycles > instructions, "{record:?}");
+    }
     let alignment = gemini.alignment.context("no alignment")?;
     ensure!(alignment.aligned >= 30 && alignment.seconds_to_alignment.is_some(), "{alignment:?}");
     ensure!(none.alignment.is_some_and(|none| none.guest_huge == 0), "{none:?}");

@@ -10,6 +10,7 @@ use gemini_e2e::accel::AccelChoice;
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::tlb::{TlbSimulator, TlbView};
 use gemini_e2e::MIB;
+use gemini_guest::probe::{Instructions, Probe, Work};
 use gemini_guest::protocol::PageSize;
 use serde_json::Value;
 
@@ -18,11 +19,36 @@ const SETTLE: Duration = Duration::from_secs(60);
 
 const READS: u64 = 100_000;
 
+/// Loops of 2000 instructions that are counted.
+const LOOPS: u32 = 10_000;
+
 /// Has the guest read at random, and tells what was counted meanwhile.
 fn read(lab: &Lab, simulator: &TlbSimulator, seed: u64) -> anyhow::Result<TlbView> {
     let start = simulator.look()?;
     lab.vm.guest.read("a", READS, seed)?;
     Ok(simulator.look()?.since(&start))
+}
+
+/// Counts loops of known length, which come on top of what else the guest does,
+/// and nothing while nothing is simulated.
+fn instructions_are_counted(lab: &Lab, simulator: &TlbSimulator) -> anyhow::Result<()> {
+    let run = |units| -> anyhow::Result<u64> {
+        let start = simulator.look()?;
+        let probe = Probe::Count { work: Work::Loop, units };
+        let counted: Option<Instructions> = lab.vm.guest.probe(&probe)?;
+        counted.context("the probe was killed")?;
+        let seen = simulator.look()?.since(&start).total;
+        ensure!(seen.cycles >= seen.instructions, "{seen:?}");
+        Ok(seen.instructions)
+    };
+    let loops = 2000 * u64::from(LOOPS);
+    let counted = run(LOOPS)?;
+    ensure!((loops..2 * loops).contains(&counted), "{counted} instructions, {loops} in loops");
+
+    simulator.end()?;
+    let off = run(1)?;
+    ensure!(off == 0, "{off} instructions while nothing is simulated");
+    simulator.begin()
 }
 
 #[test]
@@ -53,6 +79,8 @@ fn alignment_saves_misses_and_a_trace_replays_as_recorded() -> anyhow::Result<()
     ensure!(after.total.tlb_misses < before.total.tlb_misses / 10, "{after:?}, {before:?}");
     let walks = before.total.tlb_misses + after.total.tlb_misses;
     ensure!(before.disagreements + after.disagreements <= walks / 1000, "{before:?}, {after:?}");
+
+    instructions_are_counted(&lab, &simulator)?;
 
     let traces = lab.place.directory().join("trace");
     simulator.record(&traces, 64 * MIB)?;

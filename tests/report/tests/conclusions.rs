@@ -78,6 +78,30 @@ fn missed_bars_are_said_to_be_missed() {
 }
 
 #[test]
+fn overhead_is_told_of_both_indifferent_workloads_and_an_operation() {
+    let mut records = world_of_records();
+    // Twice the operations with twice the instructions are no overhead.
+    for record in &mut records {
+        if record["run"]["policy"] == "gemini" && record["run"]["workload"] == "zstd" {
+            record["performance"]["operations"] = 2000.into();
+            record["tlb"]["instructions"] = 1.61e9.into();
+            record["tlb"]["cycles"] = 4.06e9.into();
+        }
+    }
+    let told = runs(&records);
+    let instructions = goal(&told, "4.instructions");
+    assert_eq!(instructions.verdict, Verdict::Met, "{instructions:?}");
+    assert_eq!(instructions.figure, "0.6 % (zstd) over 2 workloads");
+    let cycles = goal(&told, "4.cycles");
+    assert_eq!(cycles.verdict, Verdict::Missed, "{cycles:?}");
+    assert_eq!(cycles.figure, "1.5 % (zstd) over 2 workloads");
+
+    records.retain(|record| record["run"]["workload"] != "sqlite-disk");
+    let goal = goal(&runs(&records), "4.instructions");
+    assert_eq!(goal.verdict, Verdict::NotMeasured, "{goal:?}");
+}
+
+#[test]
 fn the_best_of_some_policies_is_not_taken_for_the_best() {
     let mut records = world_of_records();
     records.retain(|record| record["run"]["policy"] != "kubevirt-like");

@@ -6,7 +6,8 @@
 //! access and every flush ([`cpu::Cpu`]), reads the guest's page tables through
 //! [`paging::GuestMemory`], and knows from [`host::HostMap`] which blocks the
 //! host has huge. Its counts are exact and the same every time for the same
-//! input; how many cycles a miss costs is not part of it.
+//! input; what they would come to in cycles is an estimate beside it
+//! ([`estimate`]).
 //!
 //! What it leaves out: fetches of instructions, which share the second level
 //! on hardware; prefetch and speculation; the second hyperthread.
@@ -15,6 +16,7 @@ pub mod bank;
 pub mod counters;
 pub mod cpu;
 pub mod decode;
+pub mod estimate;
 pub mod host;
 pub mod options;
 pub mod paging;

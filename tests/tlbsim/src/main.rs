@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{bail, Context};
 use clap::{Parser, ValueEnum};
 use gemini_tlbsim::counters::Counters;
+use gemini_tlbsim::estimate::Estimate;
 use gemini_tlbsim::profile::{self, Profile};
 use gemini_tlbsim::replay::{replay, Host};
 use serde_json::json;
@@ -52,15 +53,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints what all traces count together. A replay as it was recorded must count
-/// what was counted then.
+/// Prints what all traces count together, and the cycles that it costs: traces know
+/// no instructions, so that is the TLB's part alone. A replay as it was recorded
+/// must count what was counted then.
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let host = match cli.host {
         HostChoice::Recorded => Host::Recorded,
         HostChoice::Base => Host::Base,
         HostChoice::Huge => Host::Huge,
     };
-    let mut total = Counters::default();
+    let mut estimates = Vec::new();
     for path in &cli.traces {
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let replayed = replay(BufReader::new(file), cli.profile, host)
@@ -74,8 +76,9 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 replayed.recorded
             );
         }
-        total = total.plus(&counters);
+        estimates.push(Estimate::of(&replayed.profile, counters, None));
     }
+    let total = estimates.into_iter().reduce(|sum, next| sum.plus(&next));
     println!("{:#}", json!(total));
     Ok(())
 }

@@ -6,8 +6,18 @@
 //! caches", MICRO 2013, and, for nested paging, Bhargava et al., "Accelerating
 //! two-dimensional page walks for virtualized systems", ASPLOS 2008), the same
 //! in all profiles, so that they tell no processor from another.
+//!
+//! Costs in cycles are for estimates. What a hit of the second level costs is, for
+//! Intel's processors, the weight that Intel's own top-down metrics have for it
+//! (`tma_dtlb_load`, in the Linux kernel under `tools/perf/pmu-events/arch/x86`);
+//! for Zen 4 it is assumed to be that of Ice Lake. For a walk it is assumed that
+//! each read of a page table is a hit of the second level of the data cache, with
+//! the latency that the manufacturers' optimization manuals tell of it. Page
+//! tables that do not fit there cost more; walks that overlap with other work,
+//! or with each other, cost less.
 
 use crate::bank::Geometry;
+use crate::estimate::Costs;
 use crate::paging::PageSize;
 
 /// One array of a TLB.
@@ -65,6 +75,8 @@ pub struct Profile {
     pub nested_tlb: Geometry,
     /// How pages are flushed.
     pub fracture: FractureFlush,
+    /// What its TLBs cost.
+    pub costs: Costs,
 }
 
 use PageSize::{Base, Giant, Huge};
@@ -91,6 +103,7 @@ pub const BROADWELL: Profile = Profile {
     nested_walk: WalkCaches::COMMON,
     nested_tlb: Geometry::full(16),
     fracture: FractureFlush::Everything,
+    costs: Costs { l2_hit: 8, table_read: 12 },
 };
 
 /// Intel's Ice Lake (Sunny Cove). Source: Intel 64 and IA-32 Optimization
@@ -108,6 +121,7 @@ pub const ICE_LAKE: Profile = Profile {
         TlbBank { geometry: Geometry::sets(1024, 8), sizes: &[Base, Huge] },
         TlbBank { geometry: Geometry::sets(1024, 8), sizes: &[Base, Giant] },
     ],
+    costs: Costs { l2_hit: 7, table_read: 14 },
     ..BROADWELL
 };
 
@@ -120,6 +134,7 @@ pub const ZEN4: Profile = Profile {
     l1: &[TlbBank { geometry: Geometry::full(72), sizes: &[Base, Huge, Giant] }],
     l2: &[TlbBank { geometry: Geometry::sets(3072, 24), sizes: &[Base, Huge] }],
     fracture: FractureFlush::Fragments,
+    costs: Costs { l2_hit: 7, table_read: 14 },
     ..BROADWELL
 };
 

@@ -30,6 +30,8 @@ pub enum Host {
 pub struct Replayed {
     /// What the trace begins with.
     pub header: Header,
+    /// The processor that was simulated now.
+    pub profile: Profile,
     /// What was counted now.
     pub counters: Counters,
     /// What was counted while recording.
@@ -89,7 +91,8 @@ pub fn replay(
                     Event::Switch(space) => cpu.switch_space(space),
                     Event::FlushAll => cpu.flush_all(),
                     Event::End(recorded) => {
-                        return Ok(Replayed { header, counters: counters.snapshot(), recorded });
+                        let counters = counters.snapshot();
+                        return Ok(Replayed { header, profile, counters, recorded });
                     }
                     Event::Access(_) | Event::Translation(..) | Event::Host(_) => {}
                 }

@@ -148,9 +148,9 @@ pub struct Tlb {
     pub misses: Option<u64>,
     /// Entries of page tables read for them, guest's and host's.
     pub walk_reads: Option<u64>,
-    /// Cycles.
+    /// Cycles; an estimate if simulated.
     pub cycles: Option<u64>,
-    /// Instructions.
+    /// Instructions, of user programs and the kernel.
     pub instructions: Option<u64>,
     /// Walks that the simulator saw end elsewhere than QEMU's own.
     pub disagreements: Option<u64>,

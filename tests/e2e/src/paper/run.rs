@@ -254,8 +254,9 @@ fn counted<T>(
                 accesses: Some(seen.total.accesses),
                 misses: Some(seen.total.tlb_misses),
                 walk_reads: Some(seen.total.page_walk_refs),
+                cycles: Some(seen.total.cycles),
+                instructions: Some(seen.total.instructions),
                 disagreements: Some(seen.disagreements),
-                ..Tlb::default()
             };
             Ok((result, Some(tlb)))
         }

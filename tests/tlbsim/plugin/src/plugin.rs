@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context};
 use gemini_tlbsim::counters::{Counters, LiveCounters};
+use gemini_tlbsim::estimate::Estimate;
 use gemini_tlbsim::host::HostMap;
 use gemini_tlbsim::options::Options;
 use serde_json::{json, Value};
 
 use crate::control;
-use crate::sys::{GuestRam, Registers};
+use crate::sys::{GuestRam, Instructions, Registers};
 use crate::vcpu::Vcpu;
 
 /// How long virtual processors may take to do what they are asked for: one that
@@ -45,6 +46,8 @@ pub struct Shared {
 pub struct Plugin {
     /// How it was told to work.
     pub options: Options,
+    /// What code that tells of accesses executes.
+    pub instructions: Instructions,
     /// Whether accesses are to be simulated.
     wanted: AtomicBool,
     /// Whether the code that QEMU translates tells of accesses.
@@ -55,7 +58,8 @@ pub struct Plugin {
     /// There as soon as the first virtual processor is.
     memory: OnceLock<(GuestRam, Mutex<Shared>)>,
     failure: OnceLock<String>,
-    processors: Mutex<Vec<Arc<LiveCounters>>>,
+    /// By their numbers in QEMU.
+    processors: Mutex<Vec<(u32, Arc<LiveCounters>)>>,
     /// Number of traces that are being made.
     traces: Mutex<usize>,
     trace_ended: Condvar,
@@ -68,13 +72,17 @@ impl Plugin {
     ///
     /// # Errors
     /// As [`Options::parse`].
-    pub fn new<'a>(words: impl IntoIterator<Item = &'a str>) -> anyhow::Result<Self> {
+    pub fn new<'a>(
+        words: impl IntoIterator<Item = &'a str>,
+        instructions: Instructions,
+    ) -> anyhow::Result<Self> {
         let options = Options::parse(words)?;
         Ok(Plugin {
             wanted: AtomicBool::new(options.simulate),
             instrumented: Mutex::new(options.simulate),
             instrumented_changed: Condvar::new(),
             options,
+            instructions,
             version: AtomicU64::new(1),
             memory: OnceLock::new(),
             failure: OnceLock::new(),
@@ -104,7 +112,7 @@ impl Plugin {
             None => self.find_memory()?,
         };
         let counters = Arc::new(LiveCounters::default());
-        lock(&self.processors).push(Arc::clone(&counters));
+        lock(&self.processors).push((number, Arc::clone(&counters)));
         Ok(Vcpu::new(number, registers, &self.options, counters, shared))
     }
 
@@ -209,9 +217,15 @@ impl Plugin {
             bail!("{failure}");
         }
         let shared = self.shared().context("the guest does not run yet")?;
-        let processors: Vec<Counters> =
-            lock(&self.processors).iter().map(|live| live.snapshot()).collect();
-        let total = processors.iter().fold(Counters::default(), |sum, next| sum.plus(next));
+        let estimate = |counters, instructions| {
+            Estimate::of(&self.options.profile, counters, Some(instructions))
+        };
+        let processors: Vec<Estimate> = lock(&self.processors)
+            .iter()
+            .map(|(number, live)| estimate(live.snapshot(), self.instructions.executed_by(*number)))
+            .collect();
+        let total =
+            processors.iter().fold(estimate(Counters::default(), 0), |sum, next| sum.plus(next));
         Ok(json!({
             "profile": self.options.profile.name,
             "pcid": self.options.pcid,

@@ -53,6 +53,17 @@ struct RegisterDescriptor {
 const CB_R_REGS: c_int = 1;
 const MEM_RW: c_int = 3;
 
+// `enum qemu_plugin_op`.
+const ADD: c_int = 0;
+
+/// `qemu_plugin_u64`: a number of each virtual processor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct ScoreboardNumber {
+    scoreboard: *mut c_void,
+    offset: usize,
+}
+
 type SimpleCallback = extern "C" fn(u64);
 type VcpuCallback = extern "C" fn(u64, c_uint);
 type BlockCallback = extern "C" fn(u64, *mut c_void);
@@ -76,6 +87,14 @@ extern "C" {
         flags: c_int,
         accesses: c_int,
         data: *mut c_void,
+    );
+    fn qemu_plugin_scoreboard_new(element_size: usize) -> *mut c_void;
+    fn qemu_plugin_u64_get(number: ScoreboardNumber, index: c_uint) -> u64;
+    fn qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(
+        block: *mut c_void,
+        operation: c_int,
+        number: ScoreboardNumber,
+        value: u64,
     );
     fn qemu_plugin_tb_n_insns(block: *const c_void) -> usize;
     fn qemu_plugin_tb_get_insn(block: *const c_void, index: usize) -> *mut c_void;
@@ -113,7 +132,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
 ) -> c_int {
     // SAFETY: passed on as they came.
     let result = unsafe { target_and_words(info, count, arguments) }
-        .and_then(|words| Plugin::new(words.iter().map(String::as_str)));
+        .and_then(|words| Plugin::new(words.iter().map(String::as_str), Instructions::new()));
     match result {
         Ok(plugin) => {
             if let Err(error) = PLUGIN.get_or_init(|| plugin).start() {
@@ -216,11 +235,16 @@ extern "C" fn on_vcpu_resume(id: u64, index: c_uint) {
 const LONGEST: usize = 15;
 
 extern "C" fn on_translation(_id: u64, block: *mut c_void) {
-    let instrumented = PLUGIN.get().is_some_and(Plugin::instrumented);
+    let plugin = PLUGIN.get().filter(|plugin| plugin.instrumented());
+    let instrumented = plugin.is_some();
     // SAFETY: QEMU's handles are valid during this call, there are as many
     // instructions as it says, and the buffer has the length that is told.
     unsafe {
-        for index in 0..qemu_plugin_tb_n_insns(block) {
+        let length = qemu_plugin_tb_n_insns(block);
+        if let Some(plugin) = plugin {
+            plugin.instructions.count(block, length as u64);
+        }
+        for index in 0..length {
             let instruction = qemu_plugin_tb_get_insn(block, index);
             let mut bytes = [0; LONGEST];
             let length = qemu_plugin_insn_data(instruction, bytes.as_mut_ptr(), bytes.len());
@@ -256,6 +280,50 @@ extern "C" fn on_instruction(index: c_uint, data: *mut c_void) {
 /// After an access.
 extern "C" fn on_access(index: c_uint, info: u32, address: u64, _data: *mut c_void) {
     with_vcpu(index, |vcpu, plugin| vcpu.access(plugin, &Access { info, address }));
+}
+
+/// How far the numbers of processors are from each other, in bytes: were they in one
+/// line of the cache, their threads would take it from each other in every block.
+const APART: usize = 128;
+
+/// Instructions that each virtual processor has executed, counted by the code that
+/// QEMU translates, without a call.
+#[derive(Debug)]
+pub struct Instructions(ScoreboardNumber);
+
+// SAFETY: a handle that QEMU takes on any thread, of something that stays as long
+// as QEMU does.
+unsafe impl Send for Instructions {}
+// SAFETY: as above; nothing is changed through it but by QEMU.
+unsafe impl Sync for Instructions {}
+
+impl Instructions {
+    /// None yet. For when QEMU loads the plugin, and once: it stays for ever.
+    fn new() -> Self {
+        // SAFETY: room for each processor, of which the first bytes are its number,
+        // zero to begin with.
+        let scoreboard = unsafe { qemu_plugin_scoreboard_new(APART) };
+        Instructions(ScoreboardNumber { scoreboard, offset: 0 })
+    }
+
+    /// Has a block of translated code count its instructions, `length`, whenever it
+    /// is entered: also those behind one that faults.
+    ///
+    /// # Safety
+    /// `block` is what QEMU translates now.
+    unsafe fn count(&self, block: *mut c_void, length: u64) {
+        // SAFETY: the block is valid, and the number is inside its scoreboard.
+        unsafe { qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(block, ADD, self.0, length) };
+    }
+
+    /// Those of a virtual processor that has come.
+    #[must_use]
+    pub fn executed_by(&self, vcpu: u32) -> u64 {
+        // SAFETY: QEMU has a number for every processor that has come. It moves them
+        // when a 17th, 33rd and so on comes, which is when a guest starts: nobody
+        // is to ask while one is plugged in.
+        unsafe { qemu_plugin_u64_get(self.0, vcpu) }
+    }
 }
 
 /// An access to memory, during its callback.
