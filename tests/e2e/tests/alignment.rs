@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use gemini_e2e::lab::{Bench, Lab};
-use gemini_e2e::MIB;
+use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::{Break, PageSize};
 
 /// How long the daemon may take to collapse what these tests fill.
@@ -30,7 +30,9 @@ fn gemini_policy_puts_host_huge_pages_under_guest_huge_pages() -> anyhow::Result
     ensure!(counts.aligned_coverage() >= 0.90, "{counts:?}");
 
     let status = lab.daemon.status()?;
-    ensure!(status.collapse_bytes >= counts.aligned * 2 * MIB);
+    // Nobody else makes them huge: by a copy, or before the guest used them.
+    let made = status.collapse_bytes + status.populated * BLOCK;
+    ensure!(made >= counts.aligned * BLOCK, "{status:?}");
     ensure!(status.bad_records == 0, "{status:?}");
     // Collapsing kept every byte.
     lab.vm.guest.verify("a")?;
