@@ -521,7 +521,7 @@ static bool ask_for_held(struct gemini *gemini, int nid)
 /*
  * Has no balloon grown of late?  Free blocks are not held while the host is asked
  * for huge pages, and what a balloon takes and drops meanwhile would come back
- * for nobody.
+ * for nobody.  On a stack frame of its own, which is large.
  */
 static noinline bool balloons_rest(struct gemini *gemini)
 {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context};
 use clap::Args;
 use gemini_guest::protocol::{PageSize, PORT_NAME};
+use gemini_harness::settings::NR_HUGEPAGES;
 
 use crate::accel::AccelChoice;
 use crate::attached;
@@ -33,7 +34,6 @@ const DOMAIN: &str = "gemini-test";
 /// The domains that are shipped.
 const EXAMPLE: &str = "gemini-example";
 const EXAMPLE_SOCKET: &str = "/run/virtio-gemini/gemini-example.sock";
-const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Where scripts/test-libvirt puts the patched QEMU, as docs/libvirt.md says.
 const EMULATOR: &str = "/opt/virtio-gemini/bin/qemu-system-x86_64";

@@ -332,19 +332,23 @@ fn base_parts(mapping: &Range<u64>) -> Vec<Part> {
 /// # Errors
 /// If the kernel does not count them.
 pub fn requested_collapses() -> anyhow::Result<u64> {
-    const BY_ITSELF: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/pages_collapsed";
     let text = fs::read_to_string("/proc/vmstat").context("cannot read /proc/vmstat")?;
     let all: u64 = text
         .lines()
         .find_map(|line| line.strip_prefix("thp_collapse_alloc "))
         .and_then(|count| count.parse().ok())
         .context("/proc/vmstat has no thp_collapse_alloc")?;
-    let by_itself = fs::read_to_string(BY_ITSELF)
-        .with_context(|| format!("cannot read {BY_ITSELF}"))?
-        .trim()
-        .parse()
-        .with_context(|| format!("{BY_ITSELF} holds no number"))?;
-    Ok(all.saturating_sub(by_itself))
+    Ok(all.saturating_sub(khugepageds_collapses()?))
+}
+
+/// Those of khugepaged, by itself.
+///
+/// # Errors
+/// If the kernel does not count them.
+pub fn khugepageds_collapses() -> anyhow::Result<u64> {
+    const PATH: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/pages_collapsed";
+    let text = fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?;
+    text.trim().parse().with_context(|| format!("{PATH} holds no number"))
 }
 
 /// The address range of a line of `/proc/PID/maps`.

@@ -81,10 +81,10 @@ pub struct Size {
     pub operations: u64,
 }
 
-/// A workload of the image.
+/// A workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {
-    /// The program in the image's `/workloads`.
+    /// Its name; if it is of the image, that of the program in its `/workloads`.
     pub name: &'static str,
     /// Whether TLB misses are no cost worth speaking of for it.
     pub indifferent: bool,
@@ -96,7 +96,7 @@ pub struct Kind {
 
 /// Every workload of the image. A measured phase costs an emulated guest about
 /// ten seconds of a processor at its full size.
-pub const NAMES: [Kind; 10] = [
+pub const OF_IMAGE: [Kind; 10] = [
     kind("redis", 32, 300, 256, 2_000),
     kind("memcached", 32, 300, 256, 1_500),
     kind("rocksdb", 32, 200, 256, 1_500),
@@ -108,6 +108,15 @@ pub const NAMES: [Kind; 10] = [
     indifferent("zstd", 16, 20, 32, 400),
     indifferent("sqlite-disk", 16, 50, 64, 400),
 ];
+
+impl Kind {
+    /// How much it does; `mib` of data, if that is given.
+    #[must_use]
+    pub fn size(&self, quick: bool, mib: Option<u64>) -> Size {
+        let size = if quick { self.quick } else { self.full };
+        Size { mib: mib.unwrap_or(size.mib), ..size }
+    }
+}
 
 const fn kind(
     name: &'static str,
@@ -204,11 +213,11 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_some_are_indifferent() {
-        for (at, kind) in NAMES.iter().enumerate() {
-            assert!(!NAMES[..at].iter().any(|other| other.name == kind.name), "{}", kind.name);
+        for (at, kind) in OF_IMAGE.iter().enumerate() {
+            assert!(!OF_IMAGE[..at].iter().any(|other| other.name == kind.name), "{}", kind.name);
             assert!(kind.quick.mib <= kind.full.mib && kind.quick.operations > 0);
         }
-        assert_eq!(NAMES.iter().filter(|kind| kind.indifferent).count(), 2);
+        assert_eq!(OF_IMAGE.iter().filter(|kind| kind.indifferent).count(), 2);
     }
 
     #[test]

@@ -6,11 +6,11 @@ use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::process;
 use gemini_guest::protocol::PageSize;
+use gemini_harness::settings::NR_HUGEPAGES;
 
 const MIB: u64 = 1 << 20;
 /// With less the guest's kernel makes no huge pages.
 const MEMORY: u64 = 640 * MIB;
-const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Pages that the host has beside what the guest may touch.
 const SPARE: u64 = 8;

@@ -7,7 +7,7 @@ use anyhow::{ensure, Context};
 use gemini_e2e::accel::AccelChoice;
 use gemini_e2e::assets::Assets;
 use gemini_e2e::vm::{Vm, VmConfig};
-use gemini_e2e::workload::{Kind, Workload, Workloads, NAMES};
+use gemini_e2e::workload::{Kind, Workload, Workloads, OF_IMAGE};
 
 fn boot(assets: &Assets, workloads: &Workloads) -> anyhow::Result<Vm> {
     // No setting of the host matters here.
@@ -42,17 +42,16 @@ fn run(vm: &Vm, kind: Kind, seed: u64) -> anyhow::Result<[String; 2]> {
 }
 
 #[test]
+#[ignore = "takes ten minutes, and GEMINI_WORKLOADS: see docs/workloads.md"]
 fn each_works_and_a_seed_decides_what_it_does() -> anyhow::Result<()> {
-    let Some(workloads) = Workloads::from_env()? else {
-        eprintln!("skipped: GEMINI_WORKLOADS is not set; scripts/bench workloads sets it");
-        return Ok(());
-    };
+    let workloads = Workloads::from_env()?
+        .context("GEMINI_WORKLOADS is not what scripts/build-workloads printed last")?;
     let assets = Assets::from_env()?;
     let mut first = BTreeMap::new();
     for round in 0..2 {
         let vm = boot(&assets, &workloads)?;
         let position = vm.guest.log_position()?;
-        for kind in NAMES {
+        for kind in OF_IMAGE {
             let digests = run(&vm, kind, 1).with_context(|| kind.name)?;
             if round == 0 {
                 // The state of a program that does not change may repeat.

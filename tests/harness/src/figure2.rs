@@ -16,7 +16,7 @@ use crate::figures::{Bar, Scenario};
 use crate::memory::BLOCK_SIZE;
 use crate::rng::Rng;
 use crate::settings::Held;
-use crate::sys::{self, Mapping, MissCounter, Pages, PAGE_SIZE};
+use crate::sys::{self, Event, EventCounter, Mapping, Pages, Whose, PAGE_SIZE};
 
 const MAX_MAP_COUNT: &str = "/proc/sys/vm/max_map_count";
 /// Mappings that this program has besides.
@@ -78,7 +78,7 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
         let bar = if combination.huge { Bar::AtLeast(wanted) } else { Bar::AtMost(wanted) };
         scenario.figure(&name, mapped, bar);
     }
-    let counter = MissCounter::new();
+    let counter = EventCounter::new(0, Event::DTLB_LOAD_MISSES, Whose::Program);
     if let Err(error) = &counter {
         scenario.arg("tlb_counter", format!("this machine has none: {error}"));
     }
@@ -94,11 +94,11 @@ pub fn measure(plan: &Plan) -> anyhow::Result<Scenario> {
                 let mapping = &combinations[at].mapping;
                 // Not what another one left in the caches.
                 mapping.read_at_random(size, plan.reads / 4, !seed);
-                let before = counter.as_ref().map(MissCounter::read).transpose()?;
+                let before = counter.as_ref().map(EventCounter::read).transpose()?;
                 let time = mapping.read_at_random(size, plan.reads, seed);
                 taken[at].0.push(time.as_nanos() as f64 / plan.reads as f64);
                 if let (Some(counter), Some(before)) = (&counter, before) {
-                    let misses = counter.read()? - before;
+                    let misses = counter.read()?.saturating_sub(before);
                     taken[at].1.push(misses as f64 / plan.reads as f64);
                 }
             }

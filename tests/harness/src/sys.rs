@@ -339,18 +339,51 @@ impl Mapping {
     }
 }
 
-/// Counts misses of the data TLBs of the calling thread, outside of the kernel.
-#[derive(Debug)]
-pub struct MissCounter(File);
+/// What a processor counts, as `perf_event_open` has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Event {
+    kind: u32,
+    config: u64,
+}
 
-impl MissCounter {
-    /// Begins to count.
+impl Event {
+    /// `PERF_TYPE_HARDWARE`: cycles, and instructions that were completed.
+    pub const CYCLES: Event = Event { kind: 0, config: 0 };
+    /// See [`Self::CYCLES`].
+    pub const INSTRUCTIONS: Event = Event { kind: 0, config: 1 };
+    /// `PERF_TYPE_HW_CACHE`, `PERF_COUNT_HW_CACHE_DTLB`: loads and stores, and those of them that
+    /// the data TLB missed.
+    pub const DTLB_LOADS: Event = Event { kind: 3, config: 3 };
+    /// See [`Self::DTLB_LOADS`].
+    pub const DTLB_STORES: Event = Event { kind: 3, config: 3 | 1 << 8 };
+    /// See [`Self::DTLB_LOADS`].
+    pub const DTLB_LOAD_MISSES: Event = Event { kind: 3, config: 3 | 1 << 16 };
+    /// See [`Self::DTLB_LOADS`].
+    pub const DTLB_STORE_MISSES: Event = Event { kind: 3, config: 3 | 1 << 8 | 1 << 16 };
+}
+
+/// Whose work is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// The program's alone.
+    Program,
+    /// The kernel's, too, and that of a guest that the thread runs.
+    Everybody,
+}
+
+/// Counts an event of one thread, from when it was made on.
+#[derive(Debug)]
+pub struct EventCounter(File);
+
+impl EventCounter {
+    /// Begins to count; thread 0 is the calling one.
     ///
     /// # Errors
     /// Those of `perf_event_open`: ENOENT where the processor, or a hypervisor
     /// under it, has no such counter.
-    pub fn new() -> io::Result<Self> {
-        /// `PERF_ATTR_SIZE_VER0` of `struct perf_event_attr`.
+    pub fn new(thread: i32, event: Event, whose: Whose) -> io::Result<Self> {
+        /// `struct perf_event_attr` in its first version, `PERF_ATTR_SIZE_VER0`, which every
+        /// kernel takes.
         #[repr(C)]
         #[derive(Default)]
         struct Attributes {
@@ -367,43 +400,55 @@ impl MissCounter {
         }
         const SIZE: u32 = 64;
         const _: () = assert!(size_of::<Attributes>() == SIZE as usize);
-        const HARDWARE_CACHE: u32 = 3;
-        /// The data TLB, reads, misses.
-        const DTLB_READ_MISS: u64 = 3 | 1 << 16;
         const EXCLUDE_KERNEL_AND_HYPERVISOR: u64 = 1 << 5 | 1 << 6;
+        /// `PERF_FORMAT_TOTAL_TIME_ENABLED | PERF_FORMAT_TOTAL_TIME_RUNNING`.
+        const TIMES: u64 = 1 | 2;
+        /// `PERF_FLAG_FD_CLOEXEC`.
+        const CLOEXEC: libc::c_ulong = 1 << 3;
         let attributes = Attributes {
-            kind: HARDWARE_CACHE,
+            kind: event.kind,
             size: SIZE,
-            config: DTLB_READ_MISS,
-            flags: EXCLUDE_KERNEL_AND_HYPERVISOR,
+            config: event.config,
+            read_format: TIMES,
+            flags: if whose == Whose::Program { EXCLUDE_KERNEL_AND_HYPERVISOR } else { 0 },
             ..Attributes::default()
         };
-        let (this_thread, any_cpu, no_group, flags) = (0, -1, -1, 0);
+        let (any_cpu, no_group) = (-1, -1);
         // SAFETY: the attributes live across the call, and tell their size.
         let fd = unsafe {
             libc::syscall(
                 libc::SYS_perf_event_open,
                 &raw const attributes,
-                this_thread,
+                thread,
                 any_cpu,
                 no_group,
-                flags,
+                CLOEXEC,
             )
         };
         let fd = check(libc::c_int::try_from(fd).map_err(io::Error::other)?)?;
         // SAFETY: the descriptor was just created and nobody else owns it.
-        Ok(MissCounter(unsafe { File::from_raw_fd(fd) }))
+        Ok(EventCounter(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// Misses so far.
+    /// Events so far, estimated where the counter had to share its hardware.
     ///
     /// # Errors
     /// Those of `read`.
     pub fn read(&self) -> io::Result<u64> {
-        let mut count = [0; 8];
-        (&self.0).read_exact(&mut count)?;
-        Ok(u64::from_ne_bytes(count))
+        let mut words = [[0; 8]; 3];
+        (&self.0).read_exact(words.as_flattened_mut())?;
+        let [value, enabled, running] = words.map(u64::from_ne_bytes);
+        Ok(scaled(value, enabled, running))
     }
+}
+
+/// A count for all the time that it was wanted, of which it ran a part.
+fn scaled(value: u64, enabled: u64, running: u64) -> u64 {
+    if running == 0 {
+        return 0;
+    }
+    let total = u128::from(value) * u128::from(enabled) / u128::from(running);
+    u64::try_from(total).unwrap_or(u64::MAX)
 }
 
 /// A pipe, to hold pages.
@@ -729,4 +774,28 @@ pub fn clock_ticks() -> f64 {
 pub fn is_root() -> bool {
     // SAFETY: no pointers.
     unsafe { libc::geteuid() == 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counter_of_a_thread_counts_what_it_does() {
+        // PERF_COUNT_SW_TASK_CLOCK, which needs no hardware.
+        let clock = Event { kind: 1, config: 1 };
+        let counter = EventCounter::new(0, clock, Whose::Everybody).expect("a kernel with events");
+        let first = counter.read().expect("it was opened");
+        let mut product = 1_u64;
+        for factor in 1..2_000_000_u64 {
+            product = std::hint::black_box(product.wrapping_mul(factor | 1));
+        }
+        assert!(counter.read().expect("it was opened") > first);
+    }
+
+    #[test]
+    fn counters_that_share_hardware_are_scaled() {
+        assert_eq!(scaled(10, 100, 50), 20);
+        assert_eq!(scaled(10, 100, 0), 0);
+    }
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// The version of the schema that is read.
@@ -18,7 +18,7 @@ const SCHEMA: u32 = 1;
 const MAP_LETTERS: &str = ".bghAf";
 
 /// A run.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Record {
     schema: u32,
     /// What was run.
@@ -48,7 +48,7 @@ pub struct Record {
 }
 
 /// What tells one run from all others. They are ordered by place first, then by repetition.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Run {
     /// Name of the workload.
     pub workload: String,
@@ -74,7 +74,7 @@ impl fmt::Display for Run {
 }
 
 /// Where a run comes from.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Made {
     /// The project's commit.
@@ -90,7 +90,7 @@ pub struct Made {
 }
 
 /// A host.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Machine {
     /// Name of the processor.
@@ -118,7 +118,7 @@ impl fmt::Display for Machine {
 }
 
 /// Counted from outside, by the guest's kernel and QEMU's page tables.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Alignment {
     /// Blocks that the guest has huge.
@@ -136,7 +136,7 @@ pub struct Alignment {
 }
 
 /// What the workload measured.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Performance {
     /// Operations done.
@@ -154,7 +154,7 @@ pub struct Performance {
 }
 
 /// Counters of the measured phase.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Tlb {
     /// Accesses to data.
@@ -172,7 +172,7 @@ pub struct Tlb {
 }
 
 /// What a run cost.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Costs {
     /// Guest memory that the host holds.
@@ -192,7 +192,7 @@ pub struct Costs {
 }
 
 /// What became of aligned blocks whose program ended.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Reuse {
     /// Aligned blocks of the first program.
@@ -204,7 +204,7 @@ pub struct Reuse {
 }
 
 /// Free memory that is unusable for huge pages, 0 to 1.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Fmfi {
     /// In the guest.
@@ -214,7 +214,7 @@ pub struct Fmfi {
 }
 
 /// One letter a block of guest memory.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Maps {
     /// When the workload has loaded its data.

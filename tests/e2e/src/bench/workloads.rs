@@ -9,7 +9,7 @@ use gemini_harness::figures::{Bar, Scenario};
 
 use crate::lab::Bench;
 use crate::vm::{Vm, VmConfig};
-use crate::workload::{Kind, Size, Workload, Workloads, NAMES};
+use crate::workload::{Kind, Size, Workload, Workloads, OF_IMAGE};
 
 /// Share of the data that is to be resident when it is loaded. A program whose
 /// data is on a disk has none.
@@ -38,8 +38,8 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
         "mean us",
         "p99 us"
     );
-    for kind in NAMES {
-        let size = if quick { kind.quick } else { kind.full };
+    for kind in OF_IMAGE {
+        let size = kind.size(quick, None);
         eprintln!("==> {}", kind.name);
         let ran = run(bench, &workloads, kind, size, seed).with_context(|| kind.name)?;
         let measured = &ran.measured;

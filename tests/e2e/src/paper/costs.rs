@@ -7,10 +7,7 @@ use anyhow::Context;
 use super::policy::Setup;
 use super::record::Costs;
 use crate::lab::Lab;
-use crate::MIB;
-
-/// Collapses of the host's khugepaged, machine-wide.
-const PAGES_COLLAPSED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/pages_collapsed";
+use crate::{outside, BLOCK, MIB};
 
 /// Threads of the host's kernel that make huge pages and room for them.
 const HOST_THREADS: [&str; 3] = ["khugepaged", "kcompactd", "kswapd"];
@@ -33,7 +30,8 @@ pub struct Meter {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Reading {
-    copied: u64,
+    collapses: u64,
+    populated: u64,
     daemon: f64,
     host_kernel: f64,
     guest_kernel: Option<f64>,
@@ -63,11 +61,13 @@ impl Meter {
         let resident =
             if setup.hugetlb { lab.vm.config.memory } else { lab.memory.resident_bytes()? };
         let mib = |bytes: u64| bytes as f64 / MIB as f64;
+        let populated = now.populated - start.populated;
+        let copied = now.collapses.saturating_sub(start.collapses + populated);
         let guest_kernel = now.guest_kernel.zip(start.guest_kernel);
         Ok(Costs {
             host_rss_mib: mib(resident),
             guest_used_mib: mib(used),
-            copied_mib: mib(now.copied - start.copied),
+            copied_mib: mib(copied * BLOCK),
             daemon_cpu_seconds: now.daemon - start.daemon,
             host_kernel_cpu_seconds: now.host_kernel - start.host_kernel,
             // A thread that ended meanwhile takes its time with it.
@@ -80,11 +80,13 @@ impl Meter {
 impl Reading {
     fn take(lab: &Lab, by_kernel: bool) -> anyhow::Result<Self> {
         let guest = &lab.vm.guest;
-        let mut copied = lab.daemon.status()?.collapse_bytes;
+        // By the word of the host's kernel: of all huge pages that it made for a collapse, only
+        // those that the daemon populated held nothing to be copied.
+        let mut collapses = outside::requested_collapses()?;
         if by_kernel {
-            let text = fs::read_to_string(PAGES_COLLAPSED).context(PAGES_COLLAPSED)?;
-            copied += text.trim().parse::<u64>().context(PAGES_COLLAPSED)? * crate::BLOCK;
+            collapses += outside::khugepageds_collapses()?;
         }
+        let populated = lab.daemon.status()?.populated;
         // A process may end while its file is looked for.
         let stats = guest.shell("cat /proc/[0-9]*/stat 2>/dev/null; true")?;
         let is_counted = |task: &Task| task.is_kernel() || task.name == PROMOTER;
@@ -93,7 +95,8 @@ impl Reading {
             false => None,
         };
         Ok(Reading {
-            copied,
+            collapses,
+            populated,
             daemon: lab.daemon.process.cpu_seconds()?,
             host_kernel: host_kernel()?,
             guest_kernel: Some(cpu_seconds(&stats, is_counted)),

@@ -15,12 +15,11 @@ use crate::BLOCK;
 const MADV_COLLAPSE: libc::c_int = 25;
 
 /// As many blocks as the guest has huge, and no more than `most`, become huge in the
-/// host: those that hold base pages in the guest, in ascending order. Returns
-/// how many did.
+/// host: those that hold base pages in the guest, in ascending order.
 ///
 /// # Errors
 /// If a layer cannot be read, or QEMU's memory cannot be collapsed at all.
-pub fn misalign(lab: &Lab, most: Option<u64>) -> anyhow::Result<u64> {
+pub fn misalign(lab: &Lab, most: Option<u64>) -> anyhow::Result<()> {
     let view = lab.view()?;
     let counts = view.counts();
     let wanted = (counts.aligned + counts.guest_only).min(most.unwrap_or(u64::MAX));
@@ -35,7 +34,7 @@ pub fn misalign(lab: &Lab, most: Option<u64>) -> anyhow::Result<u64> {
         // Another program may have it pinned, or the host has no huge page.
         done += u64::from(collapse(&vmm, address)?);
     }
-    Ok(done)
+    Ok(())
 }
 
 fn pidfd(pid: u32) -> anyhow::Result<OwnedFd> {

@@ -23,7 +23,6 @@ use clap::{Args, ValueEnum};
 
 use self::matrix::{Matrix, Pace, Run, State, Vm};
 use self::policy::Policy;
-use self::program::Kind;
 use self::progress::Progress;
 use self::record::{Arguments, Machine, Made, Record, Store};
 use self::run::Making;
@@ -31,7 +30,7 @@ use self::state::Host;
 use crate::accel::{Accel, AccelChoice};
 use crate::assets::{self, Assets};
 use crate::lab::Bench;
-use crate::workload::Workloads;
+use crate::workload::{Kind, Workloads};
 use crate::MIB;
 
 /// The processor of the paper's test-bed.
@@ -164,7 +163,7 @@ impl PaperArgs {
 /// If nothing can be run at all, or a record cannot be kept.
 pub fn run(args: &PaperArgs) -> anyhow::Result<bool> {
     let image = Workloads::from_env()?;
-    let kinds = Kind::all(image.as_ref());
+    let kinds = program::all(image.as_ref());
     let matrix = args.matrix(&kinds);
     let kinds = program::select(&kinds, &matrix.workloads)?;
     let (runs, impossible): (Vec<_>, Vec<_>) =
@@ -186,7 +185,7 @@ pub fn run(args: &PaperArgs) -> anyhow::Result<bool> {
     let pool = if matrix.policies.contains(&Policy::Hugetlb) { args.guest_mib() * MIB } else { 0 };
     let mut host = Host::new(&bench, args.seed, pool)?;
     let making = Making {
-        image: image.filter(|_| kinds.iter().any(Kind::is_of_image)),
+        image: image.filter(|_| kinds.iter().any(program::is_of_image)),
         counters: has_counters(bench.accel),
         bench: bench.clone(),
     };

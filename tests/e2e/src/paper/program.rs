@@ -6,29 +6,19 @@ use gemini_guest::protocol::PageSize;
 
 use super::record::Performance;
 use crate::guest::Guest;
-use crate::workload::{Size, Workload, Workloads, NAMES};
+use crate::workload::{Kind, Size, Workload, Workloads, OF_IMAGE};
 use crate::{BLOCK, MIB};
 
 /// Reads words of its memory at random, like the program of `scripts/bench tlb`.
 const READER: Kind = Kind {
     name: "reader",
+    indifferent: false,
     quick: Size { mib: 128, operations: 500_000 },
     full: Size { mib: 256, operations: 2_000_000 },
 };
 
 /// Names the reader's memory in the guest.
 const MEMORY: &str = "reader";
-
-/// A program, and how much it does.
-#[derive(Clone, Copy, Debug)]
-pub struct Kind {
-    /// Its name.
-    pub name: &'static str,
-    /// Shows that it works.
-    quick: Size,
-    /// What is measured.
-    full: Size,
-}
 
 /// A program in a guest.
 #[derive(Debug)]
@@ -45,28 +35,17 @@ pub enum Program {
     OfImage(Workload),
 }
 
-impl Kind {
-    /// All that can be run: those of the image only if it was built.
-    #[must_use]
-    pub fn all(image: Option<&Workloads>) -> Vec<Kind> {
-        let of_image = NAMES.iter().filter(|_| image.is_some());
-        let of_image =
-            of_image.map(|kind| Kind { name: kind.name, quick: kind.quick, full: kind.full });
-        std::iter::once(READER).chain(of_image).collect()
-    }
+/// All that can be run: those of the image only if it was built.
+#[must_use]
+pub fn all(image: Option<&Workloads>) -> Vec<Kind> {
+    let of_image = if image.is_some() { &OF_IMAGE[..] } else { &[] };
+    [&[READER], of_image].concat()
+}
 
-    /// How much it does; `mib` of data, if that is given.
-    #[must_use]
-    pub fn size(&self, quick: bool, mib: Option<u64>) -> Size {
-        let size = if quick { self.quick } else { self.full };
-        Size { mib: mib.unwrap_or(size.mib), ..size }
-    }
-
-    /// Whether it needs the image.
-    #[must_use]
-    pub fn is_of_image(&self) -> bool {
-        self.name != READER.name
-    }
+/// Whether it needs the image.
+#[must_use]
+pub fn is_of_image(kind: &Kind) -> bool {
+    kind.name != READER.name
 }
 
 impl Program {
@@ -148,9 +127,9 @@ mod tests {
 
     #[test]
     fn without_the_image_there_is_the_reader_alone() {
-        let kinds = Kind::all(None);
-        assert_eq!(kinds.len(), 1);
-        assert!(!kinds[0].is_of_image());
+        let kinds = all(None);
+        assert_eq!(kinds, [READER]);
+        assert!(!is_of_image(&kinds[0]));
         let error = select(&kinds, &["redis".into()]).expect_err("no image");
         assert!(error.to_string().contains("build-workloads"), "{error}");
         assert_eq!(select(&kinds, &["reader".into()]).expect("it is there").len(), 1);

@@ -10,6 +10,7 @@ use anyhow::{anyhow, ensure, Context};
 use gemini_guest::buddy;
 use gemini_guest::protocol::Fragment;
 use gemini_harness::fragment::{Fragments, Until};
+use gemini_harness::settings::NR_HUGEPAGES;
 
 use super::matrix::{Run, State};
 use super::policy::Setup;
@@ -45,8 +46,6 @@ const POOL_ATTEMPTS: u32 = 5;
 const COMPACT: &str = "/proc/sys/vm/compact_memory";
 
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
-
-const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// khugepaged of host and guest: pauses between scans, and after it has found no
 /// huge page. The defaults are 10 s and 60 s, longer than a run; so that the

@@ -1,4 +1,5 @@
-//! Tables 3 and 4: how the huge pages of both layers meet.
+//! Table 3, and the same for a reused VM, which is taken to be what Table 4 is about: how the huge
+//! pages of both layers meet.
 
 use super::{by_workload, mean_cell, medians, or_nothing};
 use crate::document::{percent, plain, share, Bars, Cell, Scale, Section, Series, Style, Table};
@@ -15,10 +16,10 @@ const DEFINITIONS: &str = "Counted from outside, by QEMU's page tables and the g
     both. `aligned_coverage`: the share of resident user memory in such blocks; a high rate over \
     few pages is worth nothing.";
 
-/// Table 3, Table 4, and all states.
+/// Table 3, the reused VM, and all states.
 #[must_use]
 pub fn sections(runs: &Runs) -> Vec<Section> {
-    vec![table_3(runs), table_4(runs), states(runs)]
+    vec![table_3(runs), reused_vm(runs), states(runs)]
 }
 
 fn table_3(runs: &Runs) -> Section {
@@ -97,9 +98,9 @@ fn beside_the_paper(runs: &Runs) -> Table {
     table
 }
 
-fn table_4(runs: &Runs) -> Section {
+fn reused_vm(runs: &Runs) -> Section {
     let place = (FRAGMENTED, "reused");
-    let mut section = Section::new("Table 4: the reused VM, both layers fragmented");
+    let mut section = Section::new("Alignment in a reused VM, both layers fragmented");
     let rates = by_workload(runs, "`aligned_rate`, reused VM", place, ALIGNED_RATE, share);
     let coverages =
         by_workload(runs, "`aligned_coverage`, reused VM", place, ALIGNED_COVERAGE, share);
