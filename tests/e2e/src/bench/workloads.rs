@@ -20,7 +20,8 @@ const RESIDENT_BAR: f64 = 0.8;
 /// # Errors
 /// If a guest does not come up, or a workload fails.
 pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario> {
-    let workloads = Workloads::from_env()?.context("there are no workloads: scripts/bench")?;
+    let workloads = Workloads::from_env()?
+        .context("GEMINI_WORKLOADS is not set; scripts/bench workloads sets it")?;
     let mut scenario = Scenario::new("workloads");
     for (package, version) in &workloads.packages {
         scenario.version(package, version.clone());
