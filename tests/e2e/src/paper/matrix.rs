@@ -153,7 +153,10 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
+    use super::super::name_of;
+    use super::super::program::READER;
     use super::*;
+    use crate::workload::OF_IMAGE;
 
     fn matrix() -> Matrix {
         Matrix {
@@ -181,6 +184,29 @@ mod tests {
         assert!(runs[24..].iter().all(|run| run.repetition == 1 && run.seed == 8));
         let firsts: Vec<_> = runs.chunks(3).take(3).map(|group| group[0].policy).collect();
         assert_eq!(firsts, [Policy::None, Policy::Thp, Policy::Gemini]);
+    }
+
+    /// What two programs know by themselves, and have to know alike.
+    #[test]
+    fn the_report_knows_all_that_can_be_run_and_nothing_else() {
+        use gemini_report::names;
+        let policies: Vec<_> = names::POLICIES.iter().map(|policy| policy.name).collect();
+        let ours: Vec<_> = Policy::value_variants().iter().map(|policy| policy.name()).collect();
+        assert_eq!(policies, ours);
+        let ours: Vec<_> = State::value_variants().iter().copied().map(name_of).collect();
+        assert_eq!(names::STATES.as_slice(), ours);
+        let ours: Vec<_> = Vm::value_variants().iter().copied().map(name_of).collect();
+        assert_eq!(names::VMS.as_slice(), ours);
+
+        let kinds = [&[READER], &OF_IMAGE[..]].concat();
+        let sorted = |mut names: Vec<&'static str>| {
+            names.sort_unstable();
+            names
+        };
+        let known = names::WORKLOADS.iter().map(|(name, _)| *name).collect();
+        assert_eq!(sorted(known), sorted(kinds.iter().map(|kind| kind.name).collect()));
+        let indifferent = kinds.iter().filter(|kind| kind.indifferent).map(|kind| kind.name);
+        assert_eq!(sorted(names::INDIFFERENT.to_vec()), sorted(indifferent.collect()));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::workload::{Kind, Size, Workload, Workloads, OF_IMAGE};
 use crate::{BLOCK, MIB};
 
 /// Reads words of its memory at random, like the program of `scripts/bench tlb`.
-const READER: Kind = Kind {
+pub const READER: Kind = Kind {
     name: "reader",
     indifferent: false,
     quick: Size { mib: 128, operations: 500_000 },
