@@ -20,6 +20,9 @@ use crate::sys::{self, Mapping, Pages, Pipe, PAGE_SIZE};
 
 /// Pages that one pipe pins: as many as any user's may.
 const PIPE_PAGES: u64 = 256;
+/// Memory counts as fragmented when compaction gains less than one such part of
+/// what is left on purpose.
+const SPARE_PART: u64 = 50;
 /// Blocks between two looks at the state of memory.
 const STEP: u64 = 32;
 /// No block is taken while less memory than this is left for others.
@@ -28,13 +31,14 @@ const MARGIN: u64 = 1 << 30;
 /// make one: it has none.
 const EXHAUSTED: u32 = 64;
 
+/// Compacts all memory at once.
+pub const COMPACT: &str = "/proc/sys/vm/compact_memory";
+
 /// When enough is fragmented.
 #[derive(Clone, Copy, Debug)]
 pub enum Until {
     /// The unusable free space index for huge pages, 0 to 1, is this.
     Index(f64),
-    /// No more than so many blocks are free as a whole.
-    Blocks(u64),
     /// The kernel makes no huge page any more.
     Exhausted,
 }
@@ -73,7 +77,6 @@ impl Fragments {
         loop {
             let done = match until {
                 Until::Index(index) => buddy::read()?.fmfi >= index,
-                Until::Blocks(most) => buddy::read()?.free_blocks <= most,
                 Until::Exhausted => self.failures >= EXHAUSTED,
             };
             if done || Instant::now() >= deadline || available_memory()? < MARGIN {
@@ -85,6 +88,35 @@ impl Fragments {
                 } else {
                     self.failures += 1;
                 }
+            }
+        }
+    }
+
+    /// Leaves `whole` free blocks, and none besides that compaction could make of
+    /// what is in use. Takes some time at most; whether it came that far.
+    ///
+    /// # Errors
+    /// If the kernel refuses something else than a huge page.
+    pub fn leave(&mut self, whole: u64, most: Duration) -> anyhow::Result<bool> {
+        let deadline = Instant::now() + most;
+        // Held meanwhile, so that they are neither broken nor counted.
+        let supply = Supply::new(whole)?;
+        while !supply.fill()? {
+            // What a pipe pins were whole blocks once.
+            if self.pipes.pop().is_none() || Instant::now() >= deadline {
+                return Ok(false);
+            }
+            self.pinned = self.pipes.len() as u64 * PIPE_PAGES;
+        }
+        loop {
+            let before = self.pinned;
+            // The kernel's attempts on demand are deferred after some have failed.
+            std::fs::write(COMPACT, "1").context(COMPACT)?;
+            if !self.add(Until::Exhausted, deadline.saturating_duration_since(Instant::now()))? {
+                return Ok(false);
+            }
+            if self.pinned - before <= whole / SPARE_PART {
+                return Ok(true);
             }
         }
     }
@@ -113,6 +145,34 @@ impl Fragments {
         self.block.pin_into(pipe, page * PAGE_SIZE, PAGE_SIZE).context("cannot pin a page")?;
         self.pinned += 1;
         sys::punch_hole(&self.file, 0, BLOCK_SIZE)?;
+        Ok(true)
+    }
+}
+
+/// Huge pages that are free again when this is dropped.
+#[derive(Debug)]
+struct Supply {
+    memory: Mapping,
+    blocks: u64,
+}
+
+impl Supply {
+    fn new(blocks: u64) -> anyhow::Result<Self> {
+        // The kernel maps no file without a length.
+        let bytes = blocks.max(1) * BLOCK_SIZE;
+        let file = sys::memfd(bytes, Pages::Any)?;
+        Ok(Supply { memory: Mapping::new(&file, bytes, BLOCK_SIZE, 0, true)?, blocks })
+    }
+
+    /// Takes what is missing. False if the kernel does not have that much.
+    fn fill(&self) -> anyhow::Result<bool> {
+        for block in 0..self.blocks {
+            let start = block * BLOCK_SIZE;
+            self.memory.fault_in(start, PAGE_SIZE).context("cannot touch a page")?;
+            if self.memory.advise(start, BLOCK_SIZE, libc::MADV_COLLAPSE).is_err() {
+                return Ok(false);
+            }
+        }
         Ok(true)
     }
 }

@@ -81,7 +81,7 @@ pub struct PaperArgs {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
     settle: Option<u64>,
     /// Whole free blocks that a fragmented host has left, in percent of the guest's
-    #[arg(long, value_name = "PERCENT", default_value_t = 50)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 40)]
     host_blocks: u64,
     /// Processor whose TLBs are simulated
     #[arg(long, value_name = "NAME", default_value = PROFILE)]

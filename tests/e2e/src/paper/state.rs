@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{anyhow, ensure, Context};
 use gemini_guest::buddy;
 use gemini_guest::protocol::Fragment;
-use gemini_harness::fragment::{Fragments, Until};
+use gemini_harness::fragment::{Fragments, COMPACT};
 use gemini_harness::settings::NR_HUGEPAGES;
 
 use super::matrix::{Run, State};
@@ -42,8 +42,6 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// The kernel gives up early where much is going on.
 const POOL_ATTEMPTS: u32 = 5;
-
-const COMPACT: &str = "/proc/sys/vm/compact_memory";
 
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
@@ -99,8 +97,8 @@ impl Host {
         Ok(Host { bench: bench.clone(), seed, fragments: None })
     }
 
-    /// Brings free memory into `state`, with no more than `whole` free blocks where
-    /// it is to be fragmented, and the settings to what `setup` wants.
+    /// Brings free memory into `state`, with `whole` free blocks where it is to be
+    /// fragmented, and the settings to what `setup` wants.
     ///
     /// # Errors
     /// If free memory cannot be fragmented, or a setting cannot be changed.
@@ -115,8 +113,8 @@ impl Host {
                     none.insert(Fragments::new(self.seed)?)
                 }
             };
-            // What the last run has freed may be whole blocks.
-            let reached = fragments.add(Until::Blocks(whole), HOST_TIMEOUT)?;
+            // What the last run has used or freed is another part of memory.
+            let reached = fragments.leave(whole, HOST_TIMEOUT)?;
             ensure!(
                 reached,
                 "this machine's memory cannot be fragmented: it is needed, or too busy"
