@@ -28,6 +28,8 @@ pub struct TlbCounters {
     pub accesses: u64,
     /// Those that no level of the TLB had an entry for.
     pub tlb_misses: u64,
+    /// Misses at addresses of programs.
+    pub user_tlb_misses: u64,
     /// Entries of page tables that were read for them, guest's and host's.
     pub page_walk_refs: u64,
     /// Misses where only the guest has a huge page.
@@ -62,6 +64,7 @@ impl TlbView {
             total: TlbCounters {
                 accesses: now.accesses - then.accesses,
                 tlb_misses: now.tlb_misses - then.tlb_misses,
+                user_tlb_misses: now.user_tlb_misses - then.user_tlb_misses,
                 page_walk_refs: now.page_walk_refs - then.page_walk_refs,
                 misses_guest_only: now.misses_guest_only - then.misses_guest_only,
                 misses_aligned: now.misses_aligned - then.misses_aligned,

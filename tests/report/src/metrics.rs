@@ -52,6 +52,9 @@ pub const P99_LATENCY: Metric =
 
 /// TLB misses an operation.
 pub const MISSES: Metric = lower("TLB misses", |run| per_operation(run, |tlb| tlb.misses));
+/// Those at addresses of programs.
+pub const USER_MISSES: Metric =
+    lower("TLB misses of programs", |run| per_operation(run, |tlb| tlb.user_misses));
 /// Reads of page tables an operation.
 pub const WALK_READS: Metric =
     lower("page table reads", |run| per_operation(run, |tlb| tlb.walk_reads));

@@ -161,6 +161,8 @@ pub struct Tlb {
     pub accesses: Option<f64>,
     /// Misses of both levels.
     pub misses: Option<f64>,
+    /// Those of accesses to memory of programs, by themselves or by the kernel.
+    pub user_misses: Option<f64>,
     /// Reads of page tables.
     pub walk_reads: Option<f64>,
     /// Cycles, an estimate if simulated.

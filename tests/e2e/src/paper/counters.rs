@@ -69,6 +69,7 @@ impl Counters {
         Ok(Tlb {
             accesses: sum(&self.accesses)?,
             misses: sum(&self.misses)?,
+            user_misses: None,
             cycles: sum(&self.cycles)?,
             instructions: sum(&self.instructions)?,
             ..Tlb::default()

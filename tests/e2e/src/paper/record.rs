@@ -145,6 +145,9 @@ pub struct Tlb {
     pub accesses: Option<u64>,
     /// Those that no level of the TLB had an entry for.
     pub misses: Option<u64>,
+    /// Misses at addresses of programs: the others are the kernel's at its own.
+    #[serde(default)]
+    pub user_misses: Option<u64>,
     /// Entries of page tables read for them, guest's and host's.
     pub walk_reads: Option<u64>,
     /// Cycles; an estimate if simulated.

@@ -250,6 +250,7 @@ fn counted<T>(
             let tlb = Tlb {
                 accesses: Some(seen.total.accesses),
                 misses: Some(seen.total.tlb_misses),
+                user_misses: Some(seen.total.user_tlb_misses),
                 walk_reads: Some(seen.total.page_walk_refs),
                 cycles: Some(seen.total.cycles),
                 instructions: Some(seen.total.instructions),

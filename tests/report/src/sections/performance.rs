@@ -2,7 +2,9 @@
 
 use super::{by_workload, ratios, relative_bars};
 use crate::document::{significant, Cell, Scale, Section, Table};
-use crate::metrics::{Metric, CYCLES, MEAN_LATENCY, MISSES, P99_LATENCY, THROUGHPUT, WALK_READS};
+use crate::metrics::{
+    Metric, CYCLES, MEAN_LATENCY, MISSES, P99_LATENCY, THROUGHPUT, USER_MISSES, WALK_READS,
+};
 use crate::names::{main_policies, policies, Kind, BASE, FRAGMENTED, GEMINI, STATES, VMS};
 use crate::paper;
 use crate::runs::{Place, Runs};
@@ -96,7 +98,14 @@ fn misses(runs: &Runs) -> Section {
         section.bars(relative_bars(runs, &title, axis, place, MISSES, Scale::Logarithmic));
         let caption = format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM");
         section.table(by_workload(runs, &caption, place, MISSES, significant));
+        let caption = format!("Of these at addresses of programs, {FRAGMENTED} memory, {vm} VM");
+        section.table(by_workload(runs, &caption, place, USER_MISSES, significant));
     }
+    section.text(
+        "The other misses are the kernel's, at addresses of its own. It maps all memory by pages \
+         of 1 GiB, so there the host's pages alone decide, and blocks that only the host has huge \
+         help: `aligned_rate`, which counts the memory of programs, calls them misaligned.",
+    );
     section.table(states(runs, "TLB misses an operation", MISSES));
     section.table(states(runs, "Reads of page tables an operation", WALK_READS));
     super::or_nothing(section)

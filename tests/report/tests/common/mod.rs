@@ -54,6 +54,7 @@ pub fn record(workload: &str, policy: &str, state: &str, vm: &str, repetition: u
         "performance": {"operations": 1000, "seconds": 10.0, "per_second": 100.0 * size / wiggle,
             "mean_us": 900.0 * wiggle, "p99_us": 4000.0 * wiggle, "unit": "requests"},
         "tlb": {"accesses": 9e7, "misses": (1e6 * misses * wiggle * size).round(),
+            "user_misses": (9e5 * misses * wiggle * size).round(),
             "walk_reads": (4e6 * misses * wiggle).round(), "cycles": 1e9 * (1.0 + misses),
             "instructions": 8e8, "disagreements": 0},
         "costs": {"host_rss_mib": rss, "guest_used_mib": 390.0, "copied_mib": copied,
