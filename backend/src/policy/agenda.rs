@@ -20,7 +20,7 @@ const BOOT: Duration = Duration::from_secs(60);
 enum Order {
     /// Ascending, round and round.
     Round,
-    /// Those that the guest has had as huge pages for longest.
+    /// Those that the guest has had as huge pages for longest, then what is none in turn.
     Oldest { ages: Ages, ticked: Option<Instant> },
     /// As they came to be wanted. Each waits in the queue once, even if it is not wanted any more.
     Arrival { queue: VecDeque<usize>, queued: Bitmap },
@@ -60,7 +60,9 @@ impl Agenda {
     pub fn new(policy: Policy, len: usize) -> Self {
         let order = match policy {
             Policy::None | Policy::Always | Policy::PrepareOnly => Order::Round,
-            Policy::Gemini => Order::Oldest { ages: Ages::new(len), ticked: None },
+            Policy::Gemini | Policy::GeminiKernel => {
+                Order::Oldest { ages: Ages::new(len), ticked: None }
+            }
             Policy::KubevirtLike => Order::Pass(Pass::Ahead(None)),
             Policy::IngensLike => {
                 Order::Arrival { queue: VecDeque::new(), queued: Bitmap::new(len) }
@@ -173,9 +175,10 @@ impl Agenda {
     pub fn peek(&mut self) -> Option<usize> {
         let Self { wanted, order, .. } = self;
         match order {
-            Order::Oldest { ages, .. } if self.by_age + 1 < FAIR => {
-                ages.oldest_first().find_map(|age| age.next_common(wanted))
-            }
+            Order::Oldest { ages, .. } if self.by_age + 1 < FAIR => ages
+                .oldest_first()
+                .find_map(|age| age.next_common(wanted))
+                .or_else(|| wanted.next_wrapping(self.cursor)),
             Order::Fullest(coverage) => coverage.next(wanted),
             Order::Arrival { queue, queued } => {
                 while let Some(index) = queue.front().copied().filter(|at| !wanted.get(*at)) {
@@ -236,6 +239,18 @@ mod tests {
         agenda.consider(90, true);
         agenda.consider(50, true);
         assert_eq!(drain(&mut agenda), [50, 90]);
+    }
+
+    #[test]
+    fn what_is_no_huge_page_comes_after_those_that_are() {
+        let start = Instant::now();
+        let mut agenda = Agenda::new(Policy::GeminiKernel, 100);
+        agenda.pass_time(start);
+        agenda.note_huge(50, true);
+        for index in [3, 4, 50] {
+            agenda.consider(index, true);
+        }
+        assert_eq!(drain(&mut agenda), [50, 3, 4]);
     }
 
     #[test]

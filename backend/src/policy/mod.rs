@@ -25,7 +25,10 @@ pub enum Policy {
     /// Put host huge pages under guest huge pages (Gemini paper, section 4), and prepare what
     /// the guest asks for.
     Gemini,
-    /// Half of it: prepare what the guest asks for, and collapse nothing unasked.
+    /// The same, and put host huge pages under what the guest's kernel has for itself, too: it maps
+    /// all memory by pages of 1 GiB or 2 MiB, so that the host's alone decide there.
+    GeminiKernel,
+    /// Half of `Gemini`: prepare what the guest asks for, and collapse nothing unasked.
     PrepareOnly,
     /// After the manner of KubeVirt's THP backing: once after the guest has booted, and each time
     /// that the policy is set, collapse what is resident then, in ascending order, each block once.
@@ -54,6 +57,7 @@ impl Policy {
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
                 Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
                 Self::Gemini => block.guest == GuestState::Huge,
+                Self::GeminiKernel => matches!(block.guest, GuestState::Huge | GuestState::Pinned),
             }
     }
 
@@ -63,14 +67,14 @@ impl Policy {
     /// reported it. The baselines fill, as what they follow does.
     pub fn holes(self) -> Holes {
         match self {
-            Self::Gemini | Self::PrepareOnly => Holes::Leave,
+            Self::Gemini | Self::GeminiKernel | Self::PrepareOnly => Holes::Leave,
             _ => Holes::Fill,
         }
     }
 
     /// Whether the guest may ask for blocks to be prepared.
     pub fn prepares(self) -> bool {
-        matches!(self, Self::Gemini | Self::PrepareOnly)
+        matches!(self, Self::Gemini | Self::GeminiKernel | Self::PrepareOnly)
     }
 
     /// Whether it goes by how fragmented the host is.
@@ -93,6 +97,15 @@ mod tests {
         for guest in GuestState::ALL {
             let wanted = Policy::Gemini.wants_collapse(&block(guest, HostState::Base), false);
             assert_eq!(wanted, guest == GuestState::Huge, "{guest:?}");
+        }
+    }
+
+    #[test]
+    fn the_kernels_own_memory_is_wanted_too_if_asked_for() {
+        for guest in GuestState::ALL {
+            let wanted = Policy::GeminiKernel.wants_collapse(&block(guest, HostState::Base), false);
+            let either = matches!(guest, GuestState::Huge | GuestState::Pinned);
+            assert_eq!(wanted, either, "{guest:?}");
         }
     }
 

@@ -34,7 +34,7 @@ pub const GEMINI: &str = "gemini";
 pub const STATIC: &str = "hugetlb";
 
 /// Every policy.
-pub const POLICIES: [Policy; 14] = [
+pub const POLICIES: [Policy; 15] = [
     Policy { name: BASE, kind: Kind::Base, what: "base pages at both layers" },
     uncoordinated("misaligned", "huge pages at both layers, kept off each other"),
     uncoordinated("thp", "Linux's transparent huge pages, always, at both layers"),
@@ -50,6 +50,11 @@ pub const POLICIES: [Policy; 14] = [
         what: "the host's from a pool, set aside; a guest whose memory is whole",
     },
     Policy { name: GEMINI, kind: Kind::Gemini, what: "this project, all of it" },
+    Policy {
+        name: "gemini-kernel",
+        kind: Kind::Gemini,
+        what: "the same, and the host's huge pages under what the guest's kernel has for itself",
+    },
     without("gemini-no-placement", "guest huge pages are not put on ready blocks"),
     without("gemini-no-booking", "no block is held for a huge page"),
     without("gemini-no-bucket", "freed blocks are not held back whole"),

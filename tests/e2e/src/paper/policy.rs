@@ -25,6 +25,9 @@ pub enum Policy {
     Hugetlb,
     /// All of this project.
     Gemini,
+    /// The same, and the host's huge pages under what the guest's kernel has for
+    /// itself.
+    GeminiKernel,
     /// Huge pages of the guest lie where its kernel likes.
     GeminiNoPlacement,
     /// The driver books no block.
@@ -109,6 +112,7 @@ impl Policy {
             Policy::HawkeyeLike => Setup { daemon: "hawkeye-like", ..EMULATED },
             Policy::Hugetlb => Setup { hugetlb: true, guest_fragments: false, ..LINUX },
             Policy::Gemini => GEMINI,
+            Policy::GeminiKernel => Setup { daemon: "gemini-kernel", ..GEMINI },
             // Nobody takes from a stock without placement.
             Policy::GeminiNoPlacement => Setup {
                 driver: Some(&[("booking", 1), ("bucket", 1), ("placement", 0)]),
@@ -151,15 +155,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_ablation_differs_from_gemini_and_from_every_other() {
-        let ablations: Vec<_> = Policy::value_variants()
+    fn each_kind_of_gemini_differs_from_every_other() {
+        let kinds: Vec<_> = Policy::value_variants()
             .iter()
             .filter(|policy| policy.name().starts_with("gemini"))
             .map(|policy| policy.setup())
             .collect();
-        assert_eq!(ablations.len(), 7);
-        for (at, setup) in ablations.iter().enumerate() {
-            assert!(!ablations[..at].contains(setup), "{setup:?}");
+        assert_eq!(kinds.len(), 8);
+        for (at, setup) in kinds.iter().enumerate() {
+            assert!(!kinds[..at].contains(setup), "{setup:?}");
         }
     }
 
