@@ -35,6 +35,8 @@ pub struct Record {
     pub performance: Option<Performance>,
     /// The TLB simulator's counters, or the hardware's.
     pub tlb: Option<Tlb>,
+    /// What an emulated guest did by the clock while the program waited.
+    pub idle: Option<Idle>,
     /// What it cost.
     pub costs: Option<Costs>,
     /// What became of the huge pages of an earlier program.
@@ -171,6 +173,16 @@ pub struct Tlb {
     pub instructions: Option<f64>,
     /// Walks that QEMU's own has not confirmed.
     pub disagreements: Option<f64>,
+}
+
+/// What an emulated guest did in some seconds while the program waited.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Idle {
+    /// How long that was.
+    pub seconds: Option<f64>,
+    /// Counters of it.
+    pub tlb: Tlb,
 }
 
 /// What a run cost.

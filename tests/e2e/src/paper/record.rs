@@ -31,6 +31,9 @@ pub struct Record {
     pub performance: Option<Performance>,
     /// What was counted of TLBs while it did.
     pub tlb: Option<Tlb>,
+    /// What an emulated guest does while nothing is measured.
+    #[serde(default)]
+    pub idle: Option<Idle>,
     /// What it cost.
     pub costs: Option<Costs>,
     /// In a reused guest, what became of the former program's aligned blocks.
@@ -158,6 +161,15 @@ pub struct Tlb {
     pub disagreements: Option<u64>,
 }
 
+/// What the guest did by the clock, after the measured phase, while the program waited.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Idle {
+    /// Seconds of it.
+    pub seconds: f64,
+    /// Counts of it.
+    pub tlb: Tlb,
+}
+
 /// What a run cost from before the program was started.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Costs {
@@ -221,6 +233,7 @@ impl Record {
             alignment: None,
             performance: None,
             tlb: None,
+            idle: None,
             costs: None,
             reuse: None,
             fmfi: None,
@@ -397,7 +410,7 @@ mod tests {
             "vm": "reused", "seed": 3, "repetition": 2
         });
         assert_eq!(value["run"], run);
-        for name in ["alignment", "tlb", "costs", "reuse", "fmfi", "maps", "failure"] {
+        for name in ["alignment", "tlb", "idle", "costs", "reuse", "fmfi", "maps", "failure"] {
             assert!(value[name].is_null(), "{name}");
         }
     }

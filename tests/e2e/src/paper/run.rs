@@ -12,14 +12,14 @@ use super::matrix::{Run, Vm};
 use super::misalign;
 use super::policy::Setup;
 use super::program::Program;
-use super::record::{Alignment, Arguments, Maps, Record, Reuse, Tlb};
+use super::record::{Alignment, Arguments, Idle, Maps, Record, Reuse, Tlb};
 use super::settle;
 use super::state::{self, Host, Limiter, FRAGMENTS};
 use crate::compare::View;
 use crate::daemon::DaemonConfig;
 use crate::lab::{Bench, Lab};
 use crate::outside::HostState;
-use crate::tlb::TlbSimulator;
+use crate::tlb::{TlbSimulator, TlbView};
 use crate::workload::{Size, Workloads};
 use crate::{BLOCK, MIB};
 
@@ -29,6 +29,10 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
 /// How long the driver is given to have its stock; without huge pages in the host
 /// it never has.
 const STOCK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the guest is counted while the program waits: longer than the second
+/// that kernel and agent do things in.
+const IDLE: Duration = Duration::from_secs(6);
 
 /// One in so many walks may end elsewhere than QEMU's own, and one beside: page
 /// tables change under them.
@@ -144,14 +148,14 @@ fn in_guest(
         misalign::misalign(&lab, supply.map(|bytes| bytes / BLOCK))?;
     }
 
-    let (performance, tlb) = {
-        let (result, tlb) = counted(&mut lab, &counting, |lab| program.go(&lab.vm.guest))?;
+    let (performance, tlb, idle) = {
+        let (result, tlb, idle) = counted(&mut lab, &counting, |lab| program.go(&lab.vm.guest))?;
         let (performance, version) = result;
         record.made.versions.insert("workload".into(), version);
-        (performance, tlb)
+        (performance, tlb, idle)
     };
     record.performance = Some(performance);
-    record.tlb = tlb;
+    (record.tlb, record.idle) = (tlb, idle);
 
     // Looked at when the counting has ended: to look is to access memory.
     let view = lab.view()?;
@@ -228,36 +232,44 @@ fn run_former(
     Ok(of_program.intersection(&aligned).copied().collect())
 }
 
-/// Does something while accesses are counted.
+/// Does something while accesses are counted, and then nothing where a clock that
+/// runs on makes a difference.
 fn counted<T>(
     lab: &mut Lab,
     counting: &Counting,
     act: impl FnOnce(&Lab) -> anyhow::Result<T>,
-) -> anyhow::Result<(T, Option<Tlb>)> {
+) -> anyhow::Result<(T, Option<Tlb>, Option<Idle>)> {
     match counting {
-        Counting::Nothing => Ok((act(lab)?, None)),
+        Counting::Nothing => Ok((act(lab)?, None, None)),
         Counting::Hardware => {
             let counters = Counters::start(&mut lab.vm.qmp)?;
             let result = act(lab)?;
-            Ok((result, Some(counters.total()?)))
+            Ok((result, Some(counters.total()?), None))
         }
         Counting::Simulator(simulator) => {
             simulator.begin()?;
             let start = simulator.look()?;
             let result = act(lab)?;
-            let seen = simulator.look()?.since(&start);
+            let end = simulator.look()?;
+            let since = Instant::now();
+            std::thread::sleep(IDLE);
+            let seconds = since.elapsed().as_secs_f64();
+            let idle = tlb(&simulator.look()?.since(&end));
             simulator.end()?;
-            let tlb = Tlb {
-                accesses: Some(seen.total.accesses),
-                misses: Some(seen.total.tlb_misses),
-                user_misses: Some(seen.total.user_tlb_misses),
-                walk_reads: Some(seen.total.page_walk_refs),
-                cycles: Some(seen.total.cycles),
-                instructions: Some(seen.total.instructions),
-                disagreements: Some(seen.disagreements),
-            };
-            Ok((result, Some(tlb)))
+            Ok((result, Some(tlb(&end.since(&start))), Some(Idle { seconds, tlb: idle })))
         }
+    }
+}
+
+fn tlb(seen: &TlbView) -> Tlb {
+    Tlb {
+        accesses: Some(seen.total.accesses),
+        misses: Some(seen.total.tlb_misses),
+        user_misses: Some(seen.total.user_tlb_misses),
+        walk_reads: Some(seen.total.page_walk_refs),
+        cycles: Some(seen.total.cycles),
+        instructions: Some(seen.total.instructions),
+        disagreements: Some(seen.disagreements),
     }
 }
 
