@@ -20,6 +20,8 @@ use crate::sys::{self, Mapping, Pages, Pipe, PAGE_SIZE};
 
 /// Pages that one pipe pins: as many as any user's may.
 const PIPE_PAGES: u64 = 256;
+/// Attempts to gain nothing more: others use and free memory all the time.
+const ROUNDS: u32 = 5;
 /// Memory counts as fragmented when compaction gains less than one such part of
 /// what is left on purpose.
 const SPARE_PART: u64 = 50;
@@ -92,8 +94,8 @@ impl Fragments {
         }
     }
 
-    /// Leaves `whole` free blocks, and none besides that compaction could make of
-    /// what is in use. Takes some time at most; whether it came that far.
+    /// Leaves `whole` free blocks, and besides hardly any that compaction could make
+    /// of what is in use. Takes some time at most; whether it came that far.
     ///
     /// # Errors
     /// If the kernel refuses something else than a huge page.
@@ -108,7 +110,7 @@ impl Fragments {
             }
             self.pinned = self.pipes.len() as u64 * PIPE_PAGES;
         }
-        loop {
+        for _ in 0..ROUNDS {
             let before = self.pinned;
             // The kernel's attempts on demand are deferred after some have failed.
             std::fs::write(COMPACT, "1").context(COMPACT)?;
@@ -116,9 +118,10 @@ impl Fragments {
                 return Ok(false);
             }
             if self.pinned - before <= whole / SPARE_PART {
-                return Ok(true);
+                break;
             }
         }
+        Ok(true)
     }
 
     /// Blocks that cannot become huge pages.
