@@ -25,8 +25,9 @@ pub enum Policy {
     /// Put host huge pages under guest huge pages (Gemini paper, section 4), and prepare what
     /// the guest asks for.
     Gemini,
-    /// The same, and put host huge pages under what the guest's kernel has for itself, too: it maps
-    /// all memory by pages of 1 GiB or 2 MiB, so that the host's alone decide there.
+    /// The same, and while the host is not fragmented put its huge pages under what the guest's
+    /// kernel has for itself, too: it maps all memory by pages of 1 GiB or 2 MiB, so that the
+    /// host's alone decide there.
     GeminiKernel,
     /// Half of `Gemini`: prepare what the guest asks for, and collapse nothing unasked.
     PrepareOnly,
@@ -57,7 +58,11 @@ impl Policy {
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
                 Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
                 Self::Gemini => block.guest == GuestState::Huge,
-                Self::GeminiKernel => matches!(block.guest, GuestState::Huge | GuestState::Pinned),
+                Self::GeminiKernel => match block.guest {
+                    GuestState::Huge => true,
+                    GuestState::Pinned => !fragmented,
+                    _ => false,
+                },
             }
     }
 
@@ -79,7 +84,7 @@ impl Policy {
 
     /// Whether it goes by how fragmented the host is.
     pub fn minds_fragmentation(self) -> bool {
-        self == Self::IngensLike
+        matches!(self, Self::GeminiKernel | Self::IngensLike)
     }
 }
 
@@ -101,11 +106,13 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_own_memory_is_wanted_too_if_asked_for() {
+    fn the_kernels_own_memory_is_wanted_too_where_the_host_has_huge_pages_to_spare() {
         for guest in GuestState::ALL {
-            let wanted = Policy::GeminiKernel.wants_collapse(&block(guest, HostState::Base), false);
-            let either = matches!(guest, GuestState::Huge | GuestState::Pinned);
-            assert_eq!(wanted, either, "{guest:?}");
+            let wanted = |fragmented| {
+                Policy::GeminiKernel.wants_collapse(&block(guest, HostState::Base), fragmented)
+            };
+            let (huge, pinned) = (guest == GuestState::Huge, guest == GuestState::Pinned);
+            assert_eq!((wanted(false), wanted(true)), (huge || pinned, huge), "{guest:?}");
         }
     }
 
