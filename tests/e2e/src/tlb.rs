@@ -81,17 +81,19 @@ impl TlbView {
 impl TlbSimulator {
     /// Has the guest of `config` simulated as a processor of `profile`, with a
     /// socket beside the daemon's. The guest gets page tables of four levels, as
-    /// the paper's test-bed has.
+    /// the paper's test-bed has. With `pcid` a processor keeps what it has of an
+    /// address space while it is in another one, as all have done since 2010.
     ///
     /// # Errors
     /// If the plugin was not built, or the guest has no daemon.
-    pub fn attach(config: &mut VmConfig, profile: &str) -> anyhow::Result<Self> {
+    pub fn attach(config: &mut VmConfig, profile: &str, pcid: bool) -> anyhow::Result<Self> {
         let device = config.device.as_ref().context("a guest without the device")?;
         let socket = device.with_extension("tlbsim");
         let plugin = assets::tlb_plugin()?;
+        let pcid = if pcid { "on" } else { "off" };
         config.qemu_arguments.push("-plugin".into());
         config.qemu_arguments.push(format!(
-            "{},profile={profile},memory={},control={},simulate=off",
+            "{},profile={profile},pcid={pcid},memory={},control={},simulate=off",
             plugin.display(),
             config.memory,
             socket.display()

@@ -58,7 +58,7 @@ fn alignment_saves_misses_and_a_trace_replays_as_recorded() -> anyhow::Result<()
     let mut lab = Lab::start(&bench, "tlb", "none", |config| {
         // With 512 MiB Linux does without huge pages.
         config.memory = 768 * MIB;
-        simulator = Some(TlbSimulator::attach(config, "broadwell"));
+        simulator = Some(TlbSimulator::attach(config, "broadwell", false));
     })?;
     let simulator = simulator.context("no guest was configured")??;
     lab.vm.guest.hints_only()?;

@@ -120,7 +120,7 @@ fn run(
         config.boot_timeout = TIMEOUT;
         // Huge pages for the program alone.
         config.guest_thp = "madvise".into();
-        simulator = Some(TlbSimulator::attach(config, PROFILE));
+        simulator = Some(TlbSimulator::attach(config, PROFILE, false));
     })?;
     let simulator = simulator.context("no guest was configured")??;
     let guest = &lab.vm.guest;

@@ -144,6 +144,9 @@ impl PaperArgs {
             quick: self.quick,
             settle_seconds: self.settle.unwrap_or(if self.quick { 20 } else { 60 }),
             host_blocks_percent: self.host_blocks,
+            // As the paper's processor, and its kernel, have them. A wake-up in a guest
+            // that is so slow would cost all that a program has in its TLB otherwise.
+            pcid: (accel == Accel::Tcg).then_some(true),
         }
     }
 

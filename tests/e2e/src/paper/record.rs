@@ -68,6 +68,9 @@ pub struct Arguments {
     /// Whole free blocks that a fragmented host has left, in percent of the guest's
     /// blocks.
     pub host_blocks_percent: u64,
+    /// Whether the simulated processor has PCIDs; none where nothing is simulated.
+    #[serde(default)]
+    pub pcid: Option<bool>,
 }
 
 impl Arguments {
@@ -350,6 +353,7 @@ mod tests {
             quick: true,
             settle_seconds: 20,
             host_blocks_percent: 50,
+            pcid: Some(true),
         };
         let made = Made {
             commit: None,

@@ -99,7 +99,8 @@ fn start(
             config.memory_options = ["hugetlb=on", "hugetlbsize=2M"].map(str::to_owned).to_vec();
         }
         let profile = arguments.profile.as_ref();
-        simulator = profile.map(|profile| TlbSimulator::attach(config, profile));
+        let pcid = arguments.pcid.unwrap_or(false);
+        simulator = profile.map(|profile| TlbSimulator::attach(config, profile, pcid));
     })?;
     *counting = match simulator.transpose()? {
         Some(simulator) => Counting::Simulator(simulator),
