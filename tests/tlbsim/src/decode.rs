@@ -1,5 +1,4 @@
-//! Instructions that flush TLBs or change what page tables are in use, and the one
-//! that a processor waits in.
+//! Instructions that flush TLBs or change what page tables are in use.
 //!
 //! An emulator's plugin sees instructions and accesses to memory, and none of
 //! what the emulator does to its own TLB: these instructions are how a guest
@@ -15,8 +14,6 @@ pub enum Instruction {
     FlushAll,
     /// INVLPG.
     FlushPage(Operand),
-    /// HLT: nothing is executed until an interrupt comes.
-    Halt,
 }
 
 /// The address of a memory operand: base + (index << scale) + displacement.
@@ -45,7 +42,6 @@ impl Operand {
 const KIND_CR3: u64 = 1;
 const KIND_ALL: u64 = 2;
 const KIND_PAGE: u64 = 3;
-const KIND_HALT: u64 = 4;
 const NO_INDEX: u64 = 16;
 
 impl Instruction {
@@ -55,7 +51,6 @@ impl Instruction {
         match self {
             Instruction::WriteCr3 => KIND_CR3,
             Instruction::FlushAll => KIND_ALL,
-            Instruction::Halt => KIND_HALT,
             Instruction::FlushPage(operand) => {
                 let index = operand.index.map_or(NO_INDEX, u64::from);
                 KIND_PAGE
@@ -74,7 +69,6 @@ impl Instruction {
         let byte = |shift: u32, mask: u8| (word >> shift).to_le_bytes()[0] & mask;
         match word & 0xf {
             KIND_CR3 => Instruction::WriteCr3,
-            KIND_HALT => Instruction::Halt,
             KIND_PAGE => {
                 let index = byte(8, 0x1f);
                 let displacement = (word >> 32).to_le_bytes();
@@ -111,7 +105,6 @@ impl Instruction {
             (rex, bytes) = (prefix, rest);
         }
         match bytes {
-            [0xf4, ..] => Some(Instruction::Halt),
             // RSM
             [0x0f, 0xaa, ..] => Some(Instruction::FlushAll),
             // INVPCID
@@ -175,7 +168,6 @@ mod tests {
         // invlpg (%rax); invlpg (%r13) has a displacement of 0
         assert_eq!(Instruction::decode(&[0x0f, 0x01, 0x38]), page(0, None, 0, 0));
         assert_eq!(Instruction::decode(&[0x41, 0x0f, 0x01, 0x7d, 0x00]), page(13, None, 0, 0));
-        assert_eq!(Instruction::decode(&[0xf4]), Some(Instruction::Halt));
         // invpcid (%rsp),%rax
         let invpcid = [0x66, 0x0f, 0x38, 0x82, 0x04, 0x24];
         assert_eq!(Instruction::decode(&invpcid), Some(Instruction::FlushAll));
@@ -230,7 +222,6 @@ mod tests {
         for instruction in [
             Instruction::WriteCr3,
             Instruction::FlushAll,
-            Instruction::Halt,
             page(15, None, 0, i32::MIN).expect("one"),
             page(0, Some(15), 3, -1).expect("one"),
             page(7, Some(0), 1, 0x7fff_ffff).expect("one"),

@@ -169,10 +169,10 @@ impl Plugin {
     }
 
     /// Begins to simulate, with empty TLBs, or ends it. That happens when a virtual
-    /// processor halts, wakes up or changes page tables, and is waited for.
+    /// processor wakes up, and is waited for.
     ///
     /// # Errors
-    /// If the guest does not run yet, or every virtual processor sleeps for too long.
+    /// If the guest does not run yet, or no virtual processor wakes up in time.
     pub fn simulate(&self, on: bool) -> anyhow::Result<()> {
         let (_, shared) = self.memory.get().context("the guest does not run yet")?;
         if on {
@@ -184,7 +184,7 @@ impl Plugin {
             .instrumented_changed
             .wait_timeout_while(lock(&self.instrumented), WAKE_TIMEOUT, |now| *now != on)
             .unwrap_or_else(PoisonError::into_inner);
-        ensure!(*now == on, "every virtual processor sleeps");
+        ensure!(*now == on, "no virtual processor wakes up");
         Ok(())
     }
 

@@ -114,9 +114,6 @@ extern "C" {
 
 static PLUGIN: OnceLock<Plugin> = OnceLock::new();
 
-/// How QEMU calls this plugin.
-static ID: OnceLock<u64> = OnceLock::new();
-
 thread_local! {
     /// The virtual processors that this thread runs: one, or all.
     static VCPUS: RefCell<Vec<Option<Vcpu>>> = const { RefCell::new(Vec::new()) };
@@ -148,7 +145,6 @@ pub unsafe extern "C" fn qemu_plugin_install(
             return 1;
         }
     }
-    ID.get_or_init(|| id);
     register(id);
     0
 }
@@ -227,18 +223,11 @@ extern "C" fn on_vcpu_init(_id: u64, index: c_uint) {
 }
 
 /// A processor that was halted may have been reset meanwhile.
-extern "C" fn on_vcpu_resume(_id: u64, index: c_uint) {
+extern "C" fn on_vcpu_resume(id: u64, index: c_uint) {
     with_vcpu(index, |vcpu, _| vcpu.look_again());
-    translate_anew_if_asked();
-}
-
-/// For a thread that runs a virtual processor: QEMU throws away its code when it
-/// is between two blocks of it.
-fn translate_anew_if_asked() {
-    if let (Some(id), Some(true)) = (ID.get(), PLUGIN.get().map(Plugin::must_translate_anew)) {
-        // SAFETY: the identifier is ours; once it was called, it does nothing more
-        // until the code is gone.
-        unsafe { qemu_plugin_reset(*id, on_reset) };
+    if PLUGIN.get().is_some_and(Plugin::must_translate_anew) {
+        // SAFETY: the identifier is ours, and this thread runs a virtual processor.
+        unsafe { qemu_plugin_reset(id, on_reset) };
     }
 }
 
@@ -286,8 +275,6 @@ extern "C" fn on_translation(_id: u64, block: *mut c_void) {
 extern "C" fn on_instruction(index: c_uint, data: *mut c_void) {
     let instruction = Instruction::unpack(data.addr() as u64);
     with_vcpu(index, |vcpu, _| vcpu.instruction(instruction));
-    // Processors that take turns on one thread never tell that they wake up.
-    translate_anew_if_asked();
 }
 
 /// After an access.

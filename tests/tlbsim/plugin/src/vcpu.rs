@@ -63,7 +63,7 @@ impl Vcpu {
         self.seen = 0;
     }
 
-    /// Before an instruction that flushes, changes page tables, or waits.
+    /// Before an instruction that flushes, or changes page tables.
     pub fn instruction(&mut self, instruction: Instruction) {
         match instruction {
             Instruction::FlushPage(operand) => {
@@ -80,7 +80,6 @@ impl Vcpu {
                 self.flush_all();
                 self.look_again();
             }
-            Instruction::Halt => self.look_again(),
         }
     }
 
