@@ -50,12 +50,15 @@ pub const MEAN_LATENCY: Metric =
 pub const P99_LATENCY: Metric =
     lower("p99 latency", |run| performance(run, |performance| performance.p99_us));
 
-/// TLB misses an operation, without those by the clock.
+/// Cycles a second of the paper's processor, the Xeon E5-2620 v4.
+const CLOCK: f64 = 2.1e9;
+
+/// TLB misses an operation, with those by the clock as a processor would have them.
 pub const MISSES: Metric = lower("TLB misses", |run| per_operation(run, |tlb| tlb.misses));
 /// Those at addresses of programs.
 pub const USER_MISSES: Metric =
     lower("TLB misses of programs", |run| per_operation(run, |tlb| tlb.user_misses));
-/// Misses an operation, and all that the guest did by the clock meanwhile.
+/// Misses an operation, as they were counted.
 pub const ALL_MISSES: Metric = lower("all TLB misses", |run| {
     share(run.tlb.as_ref()?.misses?, run.performance.as_ref()?.operations?)
 });
@@ -134,16 +137,15 @@ fn costs(run: &Record, of: fn(&Costs) -> Option<f64>) -> Option<f64> {
 }
 
 /// By the operations that were done: runs need not do the same number. What the guest does by the
-/// clock is taken off: an emulated guest takes hundreds of times as long for an operation as
-/// hardware, and what happens once a second counts as many times.
+/// clock counts for as long as the operations would take a processor: an emulated one takes hundreds
+/// of times as long for them, and what happens once a second would count as many times.
 fn per_operation(run: &Record, of: fn(&Tlb) -> Option<f64>) -> Option<f64> {
-    let performance = run.performance.as_ref()?;
-    let by_the_clock = run
-        .idle
-        .as_ref()
-        .and_then(|idle| Some(share(of(&idle.tlb)?, idle.seconds?)? * performance.seconds?));
-    let count = of(run.tlb.as_ref()?)? - by_the_clock.unwrap_or(0.0);
-    share(count.max(0.0), performance.operations?)
+    let (tlb, performance) = (run.tlb.as_ref()?, run.performance.as_ref()?);
+    let too_much = run.idle.as_ref().and_then(|idle| {
+        let a_second = share(of(&idle.tlb)?, idle.seconds?)?;
+        Some(a_second * (performance.seconds? - tlb.cycles? / CLOCK).max(0.0))
+    });
+    share((of(tlb)? - too_much.unwrap_or(0.0)).max(0.0), performance.operations?)
 }
 
 fn per_block(run: &Record, cost: f64) -> Option<f64> {
@@ -172,15 +174,21 @@ mod tests {
     }
 
     #[test]
-    fn what_happens_by_the_clock_is_no_part_of_an_operation() {
-        let rest = r#""performance":{"operations":50,"seconds":20},"tlb":{"misses":100},
-            "idle":{"seconds":4,"tlb":{"misses":10}}"#;
+    fn what_happens_by_the_clock_counts_as_long_as_a_processor_would_take() {
+        let rest = r#""performance":{"operations":50,"seconds":20},
+            "tlb":{"misses":100,"cycles":8.4e9},"idle":{"seconds":4,"tlb":{"misses":10}}"#;
         let run = record(rest);
-        assert_eq!((MISSES.of)(&run), Some(1.0));
+        // 2.5 a second, and 16 of the 20 seconds are the emulator's own.
+        assert_eq!((MISSES.of)(&run), Some(1.2));
         assert_eq!((ALL_MISSES.of)(&run), Some(2.0));
         assert_eq!((IDLE_MISSES.of)(&run), Some(2.5));
         let busy = record(&rest.replace("\"misses\":10}", "\"misses\":1000}"));
         assert_eq!((MISSES.of)(&busy), Some(0.0));
+        let fast = record(&rest.replace("\"seconds\":20", "\"seconds\":2"));
+        assert_eq!((MISSES.of)(&fast), Some(2.0));
+        // Without an estimate of its time nothing is taken off.
+        let untimed = record(&rest.replace("8.4e9", "null"));
+        assert_eq!((MISSES.of)(&untimed), Some(2.0));
     }
 
     #[test]

@@ -103,15 +103,16 @@ fn misses(runs: &Runs) -> Section {
         section.table(by_workload(runs, &caption, place, USER_MISSES, significant));
     }
     section.text(
-        "What the guest does by the clock (timers, the agent, the driver's census), measured for \
-         some seconds while the program waited, is taken off everywhere: an emulated guest takes \
-         hundreds of times as long for an operation, so that it would count as many times. These \
-         tables have it with the rest, and alone.",
+        "What the guest does by the clock (timers, the agent, the driver's census) was measured \
+         for some seconds while the program waited. An emulated guest takes hundreds of times as \
+         long for an operation as a processor, so that it would count as many times; everywhere \
+         it counts for the time that a processor of 2.1 GHz would take by the estimate of cycles. \
+         These tables have all that was counted, and what is by the clock alone.",
     );
     for vm in VMS {
         let place = (FRAGMENTED, vm);
         let which = format!("{FRAGMENTED} memory, {vm} VM");
-        let caption = format!("TLB misses an operation, by the clock included, {which}");
+        let caption = format!("TLB misses an operation, all that were counted, {which}");
         section.table(by_workload(runs, &caption, place, ALL_MISSES, significant));
         let caption = format!("TLB misses a second while the program waits, {which}");
         section.table(by_workload(runs, &caption, place, IDLE_MISSES, significant));

@@ -15,7 +15,16 @@ const DISAGREEMENTS: f64 = 1e-4;
 
 /// Arguments that runs have to share to be compared: of one workload, or of all.
 const OF_WORKLOAD: [&str; 2] = ["workload_mib", "operations"];
-const OF_ALL: [&str; 6] = ["guest_mib", "cpus", "profile", "accel", "settle_seconds", "quick"];
+const OF_ALL: [&str; 8] = [
+    "guest_mib",
+    "cpus",
+    "profile",
+    "pcid",
+    "accel",
+    "host_blocks_percent",
+    "settle_seconds",
+    "quick",
+];
 
 /// Machine, versions, number of runs, failures.
 #[must_use]
