@@ -58,6 +58,23 @@ fn too_few_workloads_meet_nothing_but_can_miss() {
 }
 
 #[test]
+fn workloads_indifferent_to_the_tlb_are_told_beside_table_3() {
+    let mut records = world_of_records();
+    let before = goal(&runs(&records), "1.rate").figure;
+    for record in &mut records {
+        if record["run"]["workload"] == "zstd" {
+            record["alignment"]["aligned_rate"] = 0.123.into();
+        }
+    }
+    let runs = runs(&records);
+    assert_eq!(goal(&runs, "1.rate").figure, before);
+    assert_eq!(goal(&runs, "1.lowest").verdict, Verdict::Met);
+    let told = goal(&runs, "1.indifferent");
+    assert_eq!(told.verdict, Verdict::Told);
+    assert!(told.figure.contains("0.123 (zstd)"), "{told:?}");
+}
+
+#[test]
 fn missed_bars_are_said_to_be_missed() {
     let mut records = world_of_records();
     for record in &mut records {

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use crate::document::{plain, Bars, Cell, Document, Scale, Section, Series, Style, Table};
 use crate::figure2::Figure2;
 use crate::metrics::Metric;
-use crate::names::{main_policies, BASE};
+use crate::names::{main_policies, BASE, INDIFFERENT};
 use crate::runs::{Done, Place, Runs};
 use crate::stats::{geometric_mean, mean, Summary};
 
@@ -72,14 +72,25 @@ fn by_workload(
             table.row(row);
         }
     }
-    let mut means = vec![Cell::text("mean")];
-    for policy in main_policies() {
-        let medians = medians(runs, policy, (state, vm), metric);
-        means.push(mean_cell(&medians, workloads.len(), mean(&medians), show));
+    if table.rows.is_empty() {
+        return table;
     }
-    if !table.rows.is_empty() {
-        table.row(means);
+    let mut mean_row = |name: &str, workloads: &[&str]| {
+        let mut row = vec![Cell::text(name)];
+        for policy in main_policies() {
+            let of = |workload: &&str| runs.summary(Place { workload, policy, state, vm }, metric);
+            let found = workloads.iter().filter_map(of);
+            let medians: Vec<f64> = found.map(|summary| summary.median).collect();
+            row.push(mean_cell(&medians, workloads.len(), mean(&medians), show));
+        }
+        table.row(row);
+    };
+    let (indifferent, others): (Vec<&str>, Vec<&str>) =
+        workloads.iter().partition(|workload| INDIFFERENT.contains(workload));
+    if !indifferent.is_empty() && !others.is_empty() {
+        mean_row(&format!("mean without {}", indifferent.join(", ")), &others);
     }
+    mean_row("mean", &workloads);
     table
 }
 
