@@ -102,7 +102,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     };
     let bench = match args.scenario {
         // No figure of them depends on settings, and they take long.
-        Name::Stress | Name::Workloads => Bench::with_any_settings(accel)?,
+        Name::DriverCycle | Name::Stress | Name::Workloads => Bench::with_any_settings(accel)?,
         _ => Bench::new(accel)?,
     };
     let minutes = args.minutes.unwrap_or(if args.quick { 2 } else { 30 });
