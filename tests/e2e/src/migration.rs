@@ -15,6 +15,10 @@ use crate::vm::Vm;
 /// How long a migration may take.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
+/// QEMU stops the guest for its last pass when that would take no longer: close to what the device
+/// itself adds, so that a move with it can be told from one without.
+const DOWNTIME_LIMIT_MS: u64 = 100;
+
 /// How a migration stands, as the source tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -69,7 +73,7 @@ pub fn begin(from: &mut Vm, to: &mut Vm) -> anyhow::Result<()> {
         set_capability(qmp, "return-path")?;
     }
     to.qmp.execute("migrate-incoming", json!({"uri": uri(to)}))?;
-    let parameters = json!({"max-bandwidth": 0, "downtime-limit": 500});
+    let parameters = json!({"max-bandwidth": 0, "downtime-limit": DOWNTIME_LIMIT_MS});
     from.qmp.execute("migrate-set-parameters", parameters)?;
     from.qmp.execute("migrate", json!({"uri": uri(to)})).map(drop)
 }

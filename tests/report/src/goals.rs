@@ -8,10 +8,12 @@ use crate::ablation;
 use crate::document::{percent, share, significant, Cell};
 use crate::losses::{self, Outcome};
 use crate::metrics::{
-    Metric, ALIGNED_COVERAGE, ALIGNED_RATE, COPIED_PER_BLOCK, CPU_PER_BLOCK, CYCLES, HOST_RSS,
-    INSTRUCTIONS, MISSES, REUSED, USER_MISSES,
+    Metric, ALIGNED_COVERAGE, ALIGNED_RATE, ALL_MISSES, COPIED_PER_BLOCK, CPU_PER_BLOCK, CYCLES,
+    HOST_RSS, INSTRUCTIONS, MISSES, REUSED, USER_MISSES,
 };
-use crate::names::{policies, Kind, BASE, FRAGMENTED, GEMINI, INDIFFERENT};
+use crate::names::{
+    policies, Kind, BASE, FRAGMENTED, GEMINI, INDIFFERENT, MICROBENCHMARK, STATES, VMS,
+};
 use crate::paper;
 use crate::runs::{Place, Runs};
 use crate::stats::{geometric_mean, mean};
@@ -141,17 +143,17 @@ fn over(workloads: usize) -> String {
 }
 
 fn cares(workload: &str) -> bool {
-    !INDIFFERENT.contains(&workload)
+    !INDIFFERENT.contains(&workload) && workload != MICROBENCHMARK
 }
 
 fn table_3(runs: &Runs, goals: &mut Vec<Goal>) {
-    // As the paper's: of workloads that benefit. The others have too few huge pages for a share.
-    let of_gemini = |metric, care| {
+    // As the paper's: of workloads that benefit. The others are judged by themselves.
+    let of_gemini = |metric, counts: fn(&str) -> bool| {
         let mut found = medians(runs, GEMINI, "clean", metric);
-        found.retain(|(workload, _)| cares(workload) == care);
+        found.retain(|(workload, _)| counts(workload));
         found
     };
-    let (rates, coverages) = (of_gemini(ALIGNED_RATE, true), of_gemini(ALIGNED_COVERAGE, true));
+    let (rates, coverages) = (of_gemini(ALIGNED_RATE, cares), of_gemini(ALIGNED_COVERAGE, cares));
     let complete = rates.len() >= WORKLOADS;
     goals.push(goal(
         "1.workloads",
@@ -191,19 +193,22 @@ fn table_3(runs: &Runs, goals: &mut Vec<Goal>) {
         "not told",
         mean_goal(&coverages, 0.85),
     ));
+    let indifferent = of_gemini(ALIGNED_RATE, |name| INDIFFERENT.contains(&name));
     let told = |found: &[(&str, f64)]| {
         let each = found.iter().map(|(workload, value)| format!("{} ({workload})", share(*value)));
         each.collect::<Vec<_>>().join(", ")
     };
     goals.push(goal(
         "1.indifferent",
-        "workloads that are indifferent to the TLB, which count in none of these",
-        "told",
+        "lowest `aligned_rate` of the workloads that are indifferent to the TLB, which count in \
+         none of these",
+        ">= 0.80",
         "not told",
-        Some(of_gemini(ALIGNED_RATE, false)).filter(|rates| !rates.is_empty()).map(|rates| {
-            let coverages = told(&of_gemini(ALIGNED_COVERAGE, false));
-            let figure = format!("`aligned_rate` {}; `aligned_coverage` {coverages}", told(&rates));
-            (figure, Verdict::Told)
+        lowest(&indifferent).map(|(_, lowest)| {
+            let coverages = told(&of_gemini(ALIGNED_COVERAGE, |name| INDIFFERENT.contains(&name)));
+            let figure = format!("{}; `aligned_coverage` {coverages}", told(&indifferent));
+            let all = indifferent.len() == INDIFFERENT.len();
+            (figure, verdict_of_part(lowest >= 0.80, all))
         }),
     ));
     let others = policies(Kind::Uncoordinated).filter_map(|policy| {
@@ -211,10 +216,13 @@ fn table_3(runs: &Runs, goals: &mut Vec<Goal>) {
         found.retain(|(workload, _)| cares(workload));
         Some((policy, mean(&values(&found))?, found.len()))
     });
+    let others: Vec<_> = others.collect();
+    let complete = others.len() == policies(Kind::Uncoordinated).count()
+        && others.iter().all(|(.., count)| *count >= WORKLOADS);
     let told: Vec<_> = others
+        .into_iter()
         .map(|(policy, mean, count)| format!("`{policy}` {} ({count})", share(mean)))
         .collect();
-    let complete = told.len() == policies(Kind::Uncoordinated).count();
     goals.push(goal(
         "1.others",
         "mean `aligned_rate` of every uncoordinated policy, workloads in brackets",
@@ -237,9 +245,17 @@ fn to_static(runs: &Runs, metric: Metric) -> Vec<(&str, f64)> {
     medians(runs, GEMINI, "clean", metric).into_iter().filter_map(of).collect()
 }
 
-/// Part of the misses under the best uncoordinated policy that is not there under `gemini`.
+/// Part of the misses under the best uncoordinated policy that is not there under `gemini`, of the
+/// workloads that were run under all of them: the best of some may not be the best.
 fn fewer(runs: &Runs, metric: Metric) -> Vec<(&str, f64)> {
     let of = |(workload, misses)| {
+        let has = |policy| {
+            let place = Place { workload, policy, state: FRAGMENTED, vm: "clean" };
+            runs.summary(place, metric).is_some()
+        };
+        if !cares(workload) || !policies(Kind::Uncoordinated).all(has) {
+            return None;
+        }
         let place = Place { workload, policy: GEMINI, state: FRAGMENTED, vm: "clean" };
         let (_, best) = runs.best(place, policies(Kind::Uncoordinated), metric)?;
         (best > 0.0).then_some((workload, 1.0 - misses / best))
@@ -269,12 +285,20 @@ fn misses(runs: &Runs, goals: &mut Vec<Goal>) {
             (figure, verdict_of_part(worst <= 1.15, ratios.len() >= WORKLOADS))
         }),
     ));
+    goals.push(goal(
+        "2.counted",
+        "the same and the next of all that was counted in the emulated guest, with what happens \
+         by the clock",
+        "told",
+        "not told",
+        worst_and_mean(&to_static(runs, ALL_MISSES)).map(|(figure, _)| {
+            let fewer = fewer(runs, ALL_MISSES);
+            let (reached, all) = (with_many_fewer(&fewer).len(), fewer.len());
+            let figure = format!("against `hugetlb` {figure}; 83 % fewer on {reached} of {all}");
+            (figure, Verdict::Told)
+        }),
+    ));
     let fewer = fewer(runs, MISSES);
-    let has_all = |workload| {
-        let place = Place { workload, policy: GEMINI, state: FRAGMENTED, vm: "clean" };
-        policies(Kind::Uncoordinated)
-            .all(|policy| runs.summary(place.under(policy), MISSES).is_some())
-    };
     goals.push(goal(
         "2.uncoordinated",
         "workloads with at least 83 % fewer misses than under the best uncoordinated policy",
@@ -287,11 +311,9 @@ fn misses(runs: &Runs, goals: &mut Vec<Goal>) {
             } else {
                 format!(" ({})", reached.join(", "))
             };
-            // The best of some policies only may not be the best.
-            let sure = reached.iter().filter(|workload| has_all(workload)).count();
-            let judged = if sure >= FEWER_ON {
+            let judged = if reached.len() >= FEWER_ON {
                 Verdict::Met
-            } else if fewer.len() < FEWER_ON || reached.len() >= FEWER_ON {
+            } else if fewer.len() < FEWER_ON {
                 Verdict::NotMeasured
             } else {
                 Verdict::Missed
@@ -346,26 +368,37 @@ fn reuse(runs: &Runs, goals: &mut Vec<Goal>) {
 }
 
 fn costs(runs: &Runs, goals: &mut Vec<Goal>) {
-    let memory = ratios(runs, BASE, HOST_RSS);
+    // In fragmented memory the fragmenter has touched all of the guest's, under every policy.
+    let mut memory = Vec::new();
+    for (state, vm) in STATES.iter().flat_map(|state| VMS.map(|vm| (*state, vm))) {
+        for workload in runs.workloads() {
+            let place = Place { workload, policy: GEMINI, state, vm };
+            let ratio = runs.relative(place, BASE, HOST_RSS);
+            memory.extend(ratio.map(|ratio| (workload, state, ratio.median)));
+        }
+    }
+    let worst = memory.iter().copied().max_by(|one, other| one.2.total_cmp(&other.2));
+    let of_all: Vec<f64> = memory.iter().map(|(.., ratio)| *ratio).collect();
     goals.push(goal(
         "4.rss",
-        "host RSS above that of `none`, worst workload",
+        "host RSS above that of `none`, worst workload in any state of memory",
         "<= 5 %",
         "not told",
-        highest(&memory).map(|(workload, worst)| {
-            let mean =
-                geometric_mean(&values(&memory)).map_or("n/m".into(), |mean| percent(mean - 1.0));
+        worst.map(|(workload, state, worst)| {
+            let mean = geometric_mean(&of_all).map_or("n/m".into(), |mean| percent(mean - 1.0));
             let figure = format!(
-                "{} ({workload}); mean {mean} over {}",
+                "{} ({workload}, {state}); mean {mean} over {} in all states",
                 percent(worst - 1.0),
-                over(memory.len())
+                memory.len()
             );
-            (figure, verdict_of_part(worst <= 1.05, memory.len() >= WORKLOADS))
+            let whole = memory.iter().any(|(_, state, _)| *state == "unfragmented");
+            let complete = whole && ratios(runs, BASE, HOST_RSS).len() >= WORKLOADS;
+            (figure, verdict_of_part(worst <= 1.05, complete))
         }),
     ));
     for (id, what, metric, unit) in [
         ("4.copying", "copied per aligned block, mean", COPIED_PER_BLOCK, "MiB"),
-        ("4.cpu", "CPU of daemon and host's kernel per aligned block, mean", CPU_PER_BLOCK, "s"),
+        ("4.cpu", "CPU of the daemon per aligned block, mean", CPU_PER_BLOCK, "s"),
     ] {
         let found = medians(runs, GEMINI, "clean", metric);
         let told = mean(&values(&found)).map(|mean| {
@@ -382,7 +415,7 @@ fn costs(runs: &Runs, goals: &mut Vec<Goal>) {
         ("4.cycles", "overhead on indifferent workloads, by estimated cycles, worst", CYCLES),
     ] {
         let mut found = ratios(runs, BASE, metric);
-        found.retain(|(workload, _)| !cares(workload));
+        found.retain(|(workload, _)| INDIFFERENT.contains(workload));
         let told = highest(&found).map(|(workload, worst)| {
             let all = found.len() == INDIFFERENT.len();
             let figure =

@@ -1,7 +1,9 @@
 //! Where `gemini` loses or ties: its figures against the best of what needs no coordination.
 
-use crate::document::share;
-use crate::metrics::{Better, Metric, ALIGNED_COVERAGE, ALIGNED_RATE, CYCLES, MISSES, THROUGHPUT};
+use crate::document::{share, significant};
+use crate::metrics::{
+    Better, Metric, ALIGNED_COVERAGE, ALIGNED_RATE, MISSES, THROUGHPUT, TLB_CYCLES, USER_MISSES,
+};
 use crate::names::{policies, Kind, BASE, GEMINI, INDIFFERENT, STATES, VMS};
 use crate::record::Alignment;
 use crate::runs::{Place, Runs};
@@ -51,7 +53,7 @@ pub fn alternatives() -> impl Iterator<Item = &'static str> {
 /// Figures that are compared. Wall times of an emulated guest are not: they show nothing of TLBs.
 #[must_use]
 pub fn metrics(runs: &Runs) -> Vec<Metric> {
-    let mut metrics = vec![ALIGNED_RATE, ALIGNED_COVERAGE, MISSES, CYCLES];
+    let mut metrics = vec![ALIGNED_RATE, ALIGNED_COVERAGE, MISSES, TLB_CYCLES];
     if !runs.emulated() {
         metrics.push(THROUGHPUT);
     }
@@ -127,11 +129,22 @@ pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
         (Some(gemini), Some(theirs)) if gemini < theirs => {
             format!("more is aligned there: coverage {}, here {}", share(theirs), share(gemini))
         }
-        (Some(gemini), Some(theirs)) => format!(
-            "not explained by alignment: coverage {} there, {} here",
-            share(theirs),
-            share(gemini)
-        ),
+        (Some(gemini), Some(theirs)) => {
+            let misses = |policy| Some(runs.summary(place.under(policy), USER_MISSES)?.median);
+            match (misses(GEMINI), misses(other)) {
+                (Some(ours), Some(others)) if ours < others => format!(
+                    "the guest's kernel, whose addresses the host's pages alone decide: programs \
+                     miss {} times an operation there, {} here",
+                    significant(others),
+                    significant(ours)
+                ),
+                _ => format!(
+                    "not explained by alignment: coverage {} there, {} here",
+                    share(theirs),
+                    share(gemini)
+                ),
+            }
+        }
         _ => "alignment was not measured".into(),
     }
 }

@@ -77,6 +77,9 @@ pub const WALK_READS: Metric =
     lower("page table reads", |run| per_operation(run, |tlb| tlb.walk_reads));
 /// Cycles an operation.
 pub const CYCLES: Metric = lower("cycles", |run| per_operation(run, |tlb| tlb.cycles));
+/// Cycles that the TLB costs an operation: hits of its second level, and walks.
+pub const TLB_CYCLES: Metric =
+    lower("TLB cycles", |run| per_operation(run, |tlb| Some(tlb.cycles? - tlb.instructions?)));
 /// Instructions an operation.
 pub const INSTRUCTIONS: Metric =
     lower("instructions", |run| per_operation(run, |tlb| tlb.instructions));
@@ -102,10 +105,10 @@ pub const GUEST_KERNEL_CPU: Metric =
 /// MiB copied for each aligned block.
 pub const COPIED_PER_BLOCK: Metric =
     lower("copied per aligned block", |run| per_block(run, costs(run, |costs| costs.copied_mib)?));
-/// CPU seconds of the daemon and the host's kernel for each aligned block.
-pub const CPU_PER_BLOCK: Metric = lower("host CPU per aligned block", |run| {
-    let daemon = costs(run, |costs| costs.daemon_cpu_seconds)?;
-    per_block(run, daemon + costs(run, |costs| costs.host_kernel_cpu_seconds)?)
+/// CPU seconds of the daemon for each aligned block. Not of the host's kernel: its threads work for
+/// all of the machine.
+pub const CPU_PER_BLOCK: Metric = lower("daemon CPU per aligned block", |run| {
+    per_block(run, costs(run, |costs| costs.daemon_cpu_seconds)?)
 });
 
 /// Accesses to data an operation: what stands for work where no instructions are counted.
@@ -145,7 +148,9 @@ fn per_operation(run: &Record, of: fn(&Tlb) -> Option<f64>) -> Option<f64> {
         let a_second = share(of(&idle.tlb)?, idle.seconds?)?;
         Some(a_second * (performance.seconds? - tlb.cycles? / CLOCK).max(0.0))
     });
-    share((of(tlb)? - too_much.unwrap_or(0.0)).max(0.0), performance.operations?)
+    let left = of(tlb)? - too_much.unwrap_or(0.0);
+    // What would be taken off is only known about: it cannot be all there is.
+    (left >= 0.0).then(|| share(left, performance.operations?))?
 }
 
 fn per_block(run: &Record, cost: f64) -> Option<f64> {
@@ -183,7 +188,7 @@ mod tests {
         assert_eq!((ALL_MISSES.of)(&run), Some(2.0));
         assert_eq!((IDLE_MISSES.of)(&run), Some(2.5));
         let busy = record(&rest.replace("\"misses\":10}", "\"misses\":1000}"));
-        assert_eq!((MISSES.of)(&busy), Some(0.0));
+        assert_eq!((MISSES.of)(&busy), None);
         let fast = record(&rest.replace("\"seconds\":20", "\"seconds\":2"));
         assert_eq!((MISSES.of)(&fast), Some(2.0));
         // Without an estimate of its time nothing is taken off.
@@ -197,7 +202,7 @@ mod tests {
             r#""costs":{"copied_mib":8,"daemon_cpu_seconds":1,"host_kernel_cpu_seconds":3}"#;
         let run = record(&format!(r#"{costs},"alignment":{{"aligned":4}}"#));
         assert_eq!((COPIED_PER_BLOCK.of)(&run), Some(2.0));
-        assert_eq!((CPU_PER_BLOCK.of)(&run), Some(1.0));
+        assert_eq!((CPU_PER_BLOCK.of)(&run), Some(0.25));
         let run = record(&format!(r#"{costs},"alignment":{{"aligned":0}}"#));
         assert_eq!((COPIED_PER_BLOCK.of)(&run), None);
     }

@@ -36,18 +36,30 @@ pub const STATIC: &str = "hugetlb";
 /// Every policy.
 pub const POLICIES: [Policy; 15] = [
     Policy { name: BASE, kind: Kind::Base, what: "base pages at both layers" },
-    uncoordinated("misaligned", "huge pages at both layers, kept off each other"),
-    uncoordinated("thp", "Linux's transparent huge pages, always, at both layers"),
+    uncoordinated(
+        "misaligned",
+        "as many huge pages at the host as in the guest, none on the same block: the worst that \
+         can happen (the paper's has base pages in the guest)",
+    ),
+    uncoordinated(
+        "thp",
+        "Linux's transparent huge pages, always, at both layers, from the guest's boot on",
+    ),
     uncoordinated(
         "kubevirt-like",
         "the host collapses all that is resident, once the data is loaded",
     ),
-    uncoordinated("ingens-like", "an emulation of Ingens at the host"),
-    uncoordinated("hawkeye-like", "an emulation of HawkEye at the host"),
+    uncoordinated(
+        "ingens-like",
+        "an emulation of Ingens at the host, from the boot on, without its access bits; Linux's \
+         THP in the guest (the paper ran Ingens at both)",
+    ),
+    uncoordinated("hawkeye-like", "the same of HawkEye"),
     Policy {
         name: STATIC,
         kind: Kind::Static,
-        what: "the host's from a pool, set aside; a guest whose memory is whole",
+        what: "the host's from a pool, set aside for all of the guest; a guest whose memory is \
+               whole, with THP and without the driver",
     },
     Policy { name: GEMINI, kind: Kind::Gemini, what: "this project, all of it" },
     Policy {
@@ -99,13 +111,16 @@ pub const WORKLOADS: [(&str, Option<&str>); 11] = [
     ("h2", None),
     // An in-memory database with transactions like TPC-C's, too.
     ("sqlite-memory", Some("Silo")),
-    ("reader", None),
+    (MICROBENCHMARK, None),
     ("zstd", None),
     ("sqlite-disk", None),
 ];
 
 /// Workloads for which TLB misses are no cost worth speaking of.
 pub const INDIFFERENT: [&str; 2] = ["zstd", "sqlite-disk"];
+
+/// A program that only reads at random: no workload that anybody has.
+pub const MICROBENCHMARK: &str = "reader";
 
 /// The place of `workload` among the known ones; unknown ones come last.
 #[must_use]

@@ -35,10 +35,12 @@ fn goals_are_met_where_figures_reach_their_bars() {
         let goal = goal(&runs, id);
         assert_eq!(goal.verdict, Verdict::Met, "{goal:?}");
     }
-    for id in ["1.others", "2.mean", "4.copying", "4.cpu", "5.clean", "5.reused", "6.losses"] {
+    for id in ["2.mean", "4.copying", "4.cpu", "5.clean", "5.reused", "6.losses"] {
         let goal = goal(&runs, id);
         assert_eq!(goal.verdict, Verdict::Told, "{goal:?}");
     }
+    // One policy lacks a workload.
+    assert_eq!(goal(&runs, "1.others").verdict, Verdict::NotMeasured);
     assert!(goal(&runs, "5.clean").figure.contains("`gemini-no-repair` 39."));
 }
 
@@ -70,7 +72,7 @@ fn workloads_indifferent_to_the_tlb_are_told_beside_table_3() {
     assert_eq!(goal(&runs, "1.rate").figure, before);
     assert_eq!(goal(&runs, "1.lowest").verdict, Verdict::Met);
     let told = goal(&runs, "1.indifferent");
-    assert_eq!(told.verdict, Verdict::Told);
+    assert_eq!(told.verdict, Verdict::Missed);
     assert!(told.figure.contains("0.123 (zstd)"), "{told:?}");
 }
 
@@ -123,6 +125,7 @@ fn the_best_of_some_policies_is_not_taken_for_the_best() {
     let mut records = world_of_records();
     records.retain(|record| record["run"]["policy"] != "kubevirt-like");
     assert_eq!(goal(&runs(&records), "2.uncoordinated").verdict, Verdict::NotMeasured);
+    let mut records = world_of_records();
     for record in &mut records {
         record["tlb"]["misses"] = 1e6.into();
     }

@@ -45,6 +45,8 @@ const BALLOON_MODULE: &str = "/lib/gemini/extra/virtio_balloon.ko";
 const FOLLOW: Duration = Duration::from_secs(60);
 /// The daemon is at rest after so long without a change.
 const REST: Duration = Duration::from_millis(700);
+/// How long free memory is watched.
+const LATER: Duration = Duration::from_secs(3);
 const AGREE: Duration = Duration::from_secs(30);
 /// Longest pause between two things that happen.
 const PAUSE_MS: u64 = 400;
@@ -613,9 +615,13 @@ impl Changing {
         }
         let absent = view.free(HostState::Absent);
         self.seen.free_absent = self.seen.free_absent.max(absent.len() as u64 * crate::BLOCK);
-        let later = self.lab.view()?;
         for state in [HostState::Base, HostState::Huge] {
-            let mut back = later.free(state);
+            if state == HostState::Huge {
+                // Huge pages come back whenever somebody makes them; base pages that came back
+                // later the guest itself may have used.
+                std::thread::sleep(LATER);
+            }
+            let mut back = self.lab.view()?.free(state);
             back.retain(|block| absent.contains(block));
             if state == HostState::Huge {
                 self.wait_held(&mut back)?;

@@ -1,7 +1,7 @@
 //! Table 3, and the same for a reused VM, which is taken to be what Table 4 is about: how the huge
 //! pages of both layers meet.
 
-use super::{by_workload, mean_cell, medians, or_nothing};
+use super::{by_workload, mean_cell, medians, or_nothing, Mean};
 use crate::document::{percent, plain, share, Bars, Cell, Scale, Section, Series, Style, Table};
 use crate::metrics::{ALIGNED_COVERAGE, ALIGNED_RATE, REUSED, WAITING};
 use crate::names::{in_paper, main_policies, FRAGMENTED, GEMINI, POLICIES, STATES, VMS};
@@ -14,7 +14,13 @@ const NO_BUCKET: &str = "gemini-no-bucket";
 const DEFINITIONS: &str = "Counted from outside, by QEMU's page tables and the guest's \
     kernel. `aligned_rate`: of the huge pages in use at either layer, the share that is huge at \
     both. `aligned_coverage`: the share of resident user memory in such blocks; a high rate over \
-    few pages is worth nothing.";
+    few pages is worth nothing. Huge in the guest is what its kernel allocated as a huge page, \
+    however it is mapped. The rate calls blocks misaligned that the host alone has huge; under \
+    the kernel's memory, which it maps by pages of 1 GiB, these help nevertheless. The policies \
+    that need no coordination work from the guest's boot on, as they do where they are used, so \
+    that most of the host's huge pages are under memory that the fragmenter touched first. The \
+    guest's memory is fragmented with movable pages, so its kernel can still make huge pages by \
+    moving them, under every policy; what is scarce is the host's.";
 
 /// Table 3, the reused VM, and all states.
 #[must_use]
@@ -25,13 +31,20 @@ pub fn sections(runs: &Runs) -> Vec<Section> {
 fn table_3(runs: &Runs) -> Section {
     let place = (FRAGMENTED, "clean");
     let mut section = Section::new("Table 3: alignment in a clean VM, both layers fragmented");
-    let rates = by_workload(runs, "`aligned_rate`", place, ALIGNED_RATE, share);
+    let rates = by_workload(runs, "`aligned_rate`", place, ALIGNED_RATE, share, Mean::Arithmetic);
     if !rates.rows.is_empty() {
         section.text(DEFINITIONS);
     }
     section.bars(bars(runs, place));
     section.table(rates);
-    section.table(by_workload(runs, "`aligned_coverage`", place, ALIGNED_COVERAGE, share));
+    section.table(by_workload(
+        runs,
+        "`aligned_coverage`",
+        place,
+        ALIGNED_COVERAGE,
+        share,
+        Mean::Arithmetic,
+    ));
     if !section.parts.is_empty() {
         section.table(beside_the_paper(runs));
     }
@@ -101,9 +114,22 @@ fn beside_the_paper(runs: &Runs) -> Table {
 fn reused_vm(runs: &Runs) -> Section {
     let place = (FRAGMENTED, "reused");
     let mut section = Section::new("Alignment in a reused VM, both layers fragmented");
-    let rates = by_workload(runs, "`aligned_rate`, reused VM", place, ALIGNED_RATE, share);
-    let coverages =
-        by_workload(runs, "`aligned_coverage`, reused VM", place, ALIGNED_COVERAGE, share);
+    let rates = by_workload(
+        runs,
+        "`aligned_rate`, reused VM",
+        place,
+        ALIGNED_RATE,
+        share,
+        Mean::Arithmetic,
+    );
+    let coverages = by_workload(
+        runs,
+        "`aligned_coverage`, reused VM",
+        place,
+        ALIGNED_COVERAGE,
+        share,
+        Mean::Arithmetic,
+    );
     if !rates.rows.is_empty() {
         section.text(
             "Another workload of the same size ran and ended in the guest before the one that is \

@@ -8,7 +8,7 @@ use crate::document::{
 };
 use crate::metrics::{
     ACCESSES, ALIGNED_COVERAGE, ALIGNED_RATE, COPIED, CYCLES, INSTRUCTIONS, MISSES, REUSED,
-    SECONDS_TO_ALIGNMENT, THROUGHPUT,
+    SECONDS_TO_ALIGNMENT,
 };
 use crate::names::{policies, Kind, BASE, FRAGMENTED, GEMINI, INDIFFERENT, VMS};
 use crate::paper;
@@ -109,13 +109,13 @@ fn overhead(runs: &Runs) -> Section {
              memory (the paper: {})",
             paper::OVERHEAD
         ),
-        ["workload", "VM", "instructions", "cycles", "accesses to data", "throughput (wall time)"],
+        ["workload", "VM", "instructions", "cycles", "accesses to data"],
     );
     for workload in INDIFFERENT {
         for vm in VMS {
             let place = Place { workload, policy: GEMINI, state: FRAGMENTED, vm };
             let mut row = vec![Cell::text(workload), Cell::text(vm)];
-            for metric in [INSTRUCTIONS, CYCLES, ACCESSES, THROUGHPUT] {
+            for metric in [INSTRUCTIONS, CYCLES, ACCESSES] {
                 let ratio = runs.relative(place, BASE, metric);
                 let change = ratio.map(|ratio| Summary {
                     median: ratio.median - 1.0,

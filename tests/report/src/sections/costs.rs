@@ -1,6 +1,6 @@
 //! What policies cost: memory, copying, CPU time, and time until memory is aligned.
 
-use super::{by_workload, mean_cell, medians, or_nothing, ratios, relative_bars};
+use super::{by_workload, mean_cell, medians, or_nothing, ratios, relative_bars, Mean};
 use crate::document::{percent, significant, Cell, Scale, Section, Table};
 use crate::metrics::{
     Metric, COPIED, COPIED_PER_BLOCK, CPU_PER_BLOCK, DAEMON_CPU, GUEST_KERNEL_CPU, GUEST_USED,
@@ -18,7 +18,7 @@ const COLUMNS: [(&str, Metric); 9] = [
     ("host kernel CPU, s", HOST_KERNEL_CPU),
     ("guest kernel CPU, s", GUEST_KERNEL_CPU),
     ("copied per aligned block, MiB", COPIED_PER_BLOCK),
-    ("host CPU per aligned block, s", CPU_PER_BLOCK),
+    ("daemon CPU per aligned block, s", CPU_PER_BLOCK),
     ("seconds to alignment", SECONDS_TO_ALIGNMENT),
     ("used in the guest, MiB", GUEST_USED),
 ];
@@ -29,10 +29,11 @@ pub fn section(runs: &Runs) -> Section {
     let mut section = Section::new("Costs: memory, copying, CPU, time to alignment");
     if runs.all().iter().any(|record| record.costs.is_some()) {
         section.text(
-            "From the start of the workload to its end. Host RSS of `hugetlb` is all of the pool \
+            "From the start of the workload to its end: what the policies did before, the driver's first \
+             stock of ready blocks included, is not in it. Host RSS of `hugetlb` is all of the pool \
              that its guest was given: nobody else can use it. CPU of the host's kernel is that of \
              the threads that make and find huge pages, whoever they worked for; that of the \
-             guest's kernel includes its agent.",
+             guest's kernel includes its agent, and is that of an emulated processor.",
         );
     }
     section.bars(relative_bars(
@@ -56,6 +57,7 @@ pub fn section(runs: &Runs) -> Section {
         (FRAGMENTED, "clean"),
         SECONDS_TO_ALIGNMENT,
         significant,
+        Mean::Arithmetic,
     ));
     or_nothing(section)
 }

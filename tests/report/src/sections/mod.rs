@@ -52,14 +52,23 @@ fn mean_cell(values: &[f64], all: usize, mean: Option<f64>, show: fn(f64) -> Str
     }))
 }
 
-/// One line a workload and one column a policy, with the arithmetic mean below. Nothing if
-/// nothing was measured.
+/// What stands below a table of workloads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mean {
+    /// Of figures in the same unit.
+    Arithmetic,
+    /// Nothing: an operation of one workload is not one of another.
+    Nothing,
+}
+
+/// One line a workload and one column a policy. Nothing if nothing was measured.
 fn by_workload(
     runs: &Runs,
     caption: &str,
     (state, vm): (&str, &str),
     metric: Metric,
     show: fn(f64) -> String,
+    mean_of_all: Mean,
 ) -> Table {
     let workloads = runs.workloads_at(state, vm);
     let header = std::iter::once("workload").chain(main_policies());
@@ -72,7 +81,7 @@ fn by_workload(
             table.row(row);
         }
     }
-    if table.rows.is_empty() {
+    if table.rows.is_empty() || mean_of_all == Mean::Nothing {
         return table;
     }
     let mut mean_row = |name: &str, workloads: &[&str]| {

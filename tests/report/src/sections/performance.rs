@@ -1,10 +1,10 @@
 //! After the paper's figures of throughput, latency and TLB misses, against base pages.
 
-use super::{by_workload, ratios, relative_bars};
+use super::{by_workload, ratios, relative_bars, Mean};
 use crate::document::{significant, Cell, Scale, Section, Table};
 use crate::metrics::{
     Metric, ALL_MISSES, CYCLES, IDLE_INSTRUCTIONS, IDLE_MISSES, MEAN_LATENCY, MISSES, P99_LATENCY,
-    THROUGHPUT, USER_MISSES, WALK_READS,
+    THROUGHPUT, TLB_CYCLES, USER_MISSES, WALK_READS,
 };
 use crate::names::{main_policies, policies, Kind, BASE, FRAGMENTED, GEMINI, STATES, VMS};
 use crate::paper;
@@ -26,34 +26,26 @@ fn tlb_kind(runs: &Runs) -> &'static str {
     }
 }
 
-/// What is said of wall times.
-fn time_kind(runs: &Runs) -> &'static str {
-    if runs.emulated() {
-        "wall time of an emulated guest"
-    } else {
-        "wall time"
-    }
-}
-
 fn beside_the_paper(runs: &Runs) -> Section {
     let mut section = Section::new("After the paper's Figures 8 to 16: means beside the paper's");
     section.text(format!(
         "The paper's figures of its evaluation show throughput, latency and TLB misses of each \
          workload under each system, in a clean and in a reused VM, what each component brings, \
          and the overhead. Here are the means; the sections that follow have each workload. TLB: \
-         {}. Time: {}.",
-        tlb_kind(runs),
-        time_kind(runs)
+         {}.",
+        tlb_kind(runs)
     ));
     let mut table = Table::new(
         "Geometric means over workloads, fragmented memory",
         ["figure", "clean VM", "the paper's", "reused VM", "the paper's"],
     );
-    for (name, metric, paper) in [
+    // Of an emulated guest they tell nothing, the less beside a processor's.
+    let times = [
         ("throughput of `gemini` to `none`", THROUGHPUT, paper::THROUGHPUT),
         ("mean latency of `gemini` to `none`", MEAN_LATENCY, paper::MEAN_LATENCY),
         ("p99 latency of `gemini` to `none`", P99_LATENCY, paper::P99_LATENCY),
-    ] {
+    ];
+    for (name, metric, paper) in times.into_iter().filter(|_| !runs.emulated()) {
         let ours = |vm| geometric_mean(&ratios(runs, GEMINI, (FRAGMENTED, vm), metric));
         row(&mut table, name, VMS.map(ours), paper);
     }
@@ -98,9 +90,9 @@ fn misses(runs: &Runs) -> Section {
         let place = (FRAGMENTED, vm);
         section.bars(relative_bars(runs, &title, axis, place, MISSES, Scale::Logarithmic));
         let caption = format!("TLB misses an operation, {FRAGMENTED} memory, {vm} VM");
-        section.table(by_workload(runs, &caption, place, MISSES, significant));
+        section.table(by_workload(runs, &caption, place, MISSES, significant, Mean::Nothing));
         let caption = format!("Of these at addresses of programs, {FRAGMENTED} memory, {vm} VM");
-        section.table(by_workload(runs, &caption, place, USER_MISSES, significant));
+        section.table(by_workload(runs, &caption, place, USER_MISSES, significant, Mean::Nothing));
     }
     section.text(
         "What the guest does by the clock (timers, the agent, the driver's census) was measured \
@@ -113,11 +105,18 @@ fn misses(runs: &Runs) -> Section {
         let place = (FRAGMENTED, vm);
         let which = format!("{FRAGMENTED} memory, {vm} VM");
         let caption = format!("TLB misses an operation, all that were counted, {which}");
-        section.table(by_workload(runs, &caption, place, ALL_MISSES, significant));
+        section.table(by_workload(runs, &caption, place, ALL_MISSES, significant, Mean::Nothing));
         let caption = format!("TLB misses a second while the program waits, {which}");
-        section.table(by_workload(runs, &caption, place, IDLE_MISSES, significant));
+        section.table(by_workload(runs, &caption, place, IDLE_MISSES, significant, Mean::Nothing));
         let caption = format!("Instructions a second while the program waits, {which}");
-        section.table(by_workload(runs, &caption, place, IDLE_INSTRUCTIONS, significant));
+        section.table(by_workload(
+            runs,
+            &caption,
+            place,
+            IDLE_INSTRUCTIONS,
+            significant,
+            Mean::Nothing,
+        ));
     }
     section.text(
         "Misses that are not at addresses of programs are the kernel's, at its own. It maps all \
@@ -125,7 +124,18 @@ fn misses(runs: &Runs) -> Section {
          the host has huge help: `aligned_rate`, which is about the memory of programs, calls \
          them misaligned.",
     );
+    section.text(
+        "The TLB costs more than its misses: an address that its first level does not have and \
+         its second does costs cycles, too.",
+    );
+    for vm in VMS {
+        let caption =
+            format!("Cycles that the TLB costs an operation, {FRAGMENTED} memory, {vm} VM");
+        let place = (FRAGMENTED, vm);
+        section.table(by_workload(runs, &caption, place, TLB_CYCLES, significant, Mean::Nothing));
+    }
     section.table(states(runs, "TLB misses an operation", MISSES));
+    section.table(states(runs, "Cycles that the TLB costs an operation", TLB_CYCLES));
     section.table(states(runs, "Reads of page tables an operation", WALK_READS));
     super::or_nothing(section)
 }
@@ -155,38 +165,35 @@ fn states(runs: &Runs, what: &str, metric: Metric) -> Table {
 }
 
 fn speed(runs: &Runs) -> Section {
-    let mut section = Section::new(format!("Throughput and latency ({})", time_kind(runs)));
+    let times =
+        [("Throughput", THROUGHPUT), ("Mean latency", MEAN_LATENCY), ("p99 latency", P99_LATENCY)];
     if runs.emulated() {
+        let mut section = Section::new("Estimated cycles");
         section.text(
-            "Wall times of an emulated guest are those of QEMU's software, the simulator's own work \
-             for every miss included: they tell nothing of what a processor would gain. Where \
-             cycles are told, they are an estimate, with walk costs that were not validated.",
+            "Throughput and latency of an emulated guest are those of QEMU's software, the \
+             simulator's own work for every miss included: they are in the records, and tell \
+             nothing of what a processor would gain. Cycles are an estimate, one an instruction \
+             and what the TLB costs, with walk costs that were not validated.",
         );
+        compared(runs, &mut section, &[("Cycles", CYCLES)], tlb_kind(runs));
+        return section;
     }
+    let mut section = Section::new("Throughput and latency (wall time)");
+    compared(runs, &mut section, &[("Cycles", CYCLES)], tlb_kind(runs));
+    compared(runs, &mut section, &times, "wall time");
+    section
+}
+
+/// Bars of each figure, and its means in every state.
+fn compared(runs: &Runs, section: &mut Section, figures: &[(&str, Metric)], kind: &str) {
     for vm in VMS {
-        for (name, metric) in [
-            ("Cycles", CYCLES),
-            ("Throughput", THROUGHPUT),
-            ("Mean latency", MEAN_LATENCY),
-            ("p99 latency", P99_LATENCY),
-        ] {
-            let kind = if metric.name == CYCLES.name { tlb_kind(runs) } else { time_kind(runs) };
+        for (name, metric) in figures {
             let title = format!("{name}, {FRAGMENTED} memory, {vm} VM ({kind})");
-            let place = (FRAGMENTED, vm);
-            section.bars(relative_bars(
-                runs,
-                &title,
-                "ratio to none",
-                place,
-                metric,
-                Scale::Linear,
-            ));
+            let (axis, place) = ("ratio to none", (FRAGMENTED, vm));
+            section.bars(relative_bars(runs, &title, axis, place, *metric, Scale::Linear));
         }
     }
-    for (what, metric) in
-        [("Cycles an operation", CYCLES), ("Throughput", THROUGHPUT), ("p99 latency", P99_LATENCY)]
-    {
-        section.table(states(runs, what, metric));
+    for (name, metric) in figures {
+        section.table(states(runs, name, *metric));
     }
-    section
 }

@@ -54,7 +54,7 @@ pub fn section(runs: &Runs, notes: &Notes) -> Section {
     section.table(table);
     let told: Vec<_> = goals.iter().filter_map(|goal| shortfall(goal, notes)).collect();
     if !told.is_empty() {
-        section.text("What fell short, and why:");
+        section.text("What fell short, and why, and what else was found out:");
         section.parts.push(Part::List(told));
     }
     section
@@ -65,8 +65,8 @@ fn shortfall(goal: &Goal, notes: &Notes) -> Option<String> {
     let note = notes.get(goal.id).map(String::as_str);
     let why = match goal.verdict {
         Verdict::Missed => note.unwrap_or("no cause is told yet"),
-        Verdict::NotMeasured => note?,
-        Verdict::Met | Verdict::Told => return None,
+        Verdict::NotMeasured | Verdict::Told => note?,
+        Verdict::Met => return None,
     };
     Some(format!("`{}`: {why}", goal.id))
 }
