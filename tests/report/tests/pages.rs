@@ -127,7 +127,7 @@ fn what_is_missing_failed_or_emulated_is_said() -> Result {
         "| failed |",
         "n/m",
         "not validated for what a walk costs",
-        "wall time of an emulated guest",
+        "tell nothing of what a processor would gain",
         "Not measured: there is no result of `scripts/bench figure2 --json`",
     ] {
         ensure!(markdown.contains(said), "{said:?} is not said in {markdown}");
