@@ -436,9 +436,9 @@ impl State {
     /// Blocks of a size that the guest is to be asked for, because a migration has filled as many.
     pub fn owed(&mut self, block_size: u64, now: Instant) -> u64 {
         if self.scan.complete() && self.guest_sync == GuestSync::Done {
-            self.refill.seen(self.allocated(), block_size, self.totals.released, now);
+            self.refill.seen(self.allocated(), block_size, now);
         }
-        self.refill.owed(self.totals.released, now)
+        self.refill.owed(self.allocated(), block_size, now)
     }
 
     /// Bytes of the host's memory that the guest has.

@@ -100,9 +100,8 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let mut failures = Failures::default();
     for kill in 0..kills {
         for victim in VICTIMS {
-            let moment = Duration::from_secs_f64(
-                median(&seen.total_seconds) * rng.below(100) as f64 / 100.0,
-            );
+            let moment =
+                Duration::from_secs_f64(median(&seen.total_seconds) * rng.below(80) as f64 / 100.0);
             lab = lose(lab, victim, moment, seed, &mut failures, &mut seen)
                 .with_context(|| format!("{victim:?} killed {moment:?} after the begin, {kill}"))?;
         }
@@ -121,8 +120,13 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     scenario.figure("losses", f64::from(seen.losses + plain.losses), Bar::AtMost(0.0));
     let ratio = median(&seen.downtime_ms) / median(&plain.downtime_ms).max(1.0);
     scenario.figure("downtime_ratio", ratio, Bar::AtMost(DOWNTIME_BAR));
-    scenario.figure("downtime_ms", median(&seen.downtime_ms), Bar::None);
-    scenario.figure("downtime_ms_without_device", median(&plain.downtime_ms), Bar::None);
+    for (name, found) in [("downtime_ms", &seen), ("downtime_ms_without_device", &plain)] {
+        let extreme =
+            |of: fn(f64, f64) -> f64, from| found.downtime_ms.iter().copied().fold(from, of);
+        scenario.figure(name, median(&found.downtime_ms), Bar::None);
+        scenario.figure(&format!("{name}_min"), extreme(f64::min, f64::INFINITY), Bar::None);
+        scenario.figure(&format!("{name}_max"), extreme(f64::max, 0.0), Bar::None);
+    }
     scenario.figure("total_seconds", median(&seen.total_seconds), Bar::None);
     scenario.figure("total_seconds_without_device", median(&plain.total_seconds), Bar::None);
     scenario.figure("coverage_before", former, Bar::None);
@@ -135,8 +139,10 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     scenario.figure("source_mib_before_cancel", cancelled[0], Bar::None);
     scenario.figure("source_mib_after_cancel", cancelled[1], Bar::None);
     scenario.figure("source_mib_given_back", cancelled[1] - cancelled[2], Bar::None);
-    scenario.figure("kills", f64::from(failures.tried), Bar::AtLeast(f64::from(kills) * 4.0));
-    scenario.figure("kills_too_late", f64::from(failures.late), Bar::None);
+    scenario.figure("kills", f64::from(failures.tried), Bar::AtLeast(f64::from(kills) * 3.0));
+    // After the guest has moved nothing is at stake.
+    let half = f64::from(failures.tried) / 2.0;
+    scenario.figure("kills_too_late", f64::from(failures.late), Bar::AtMost(half));
     scenario.figure("wrong_number_of_guests", f64::from(failures.wrong), Bar::AtMost(0.0));
     scenario.figure("postcopy_refused", f64::from(postcopy.is_err()), Bar::AtLeast(1.0));
     scenario.figure("guest_complaints", complaints as f64, Bar::AtMost(0.0));
@@ -243,14 +249,14 @@ fn lose(
     let over = || began.elapsed() >= moment;
     process::wait_for("the moment", PATIENCE, || Ok(over().then_some(())))?;
     let late = migration::state(&mut from.vm)?.0 != State::Active;
-    failures.tried += 1;
     failures.late += u32::from(late);
+    failures.tried += 1;
     match victim {
         Victim::SourceDaemon => from.kill_daemon()?,
         Victim::TargetDaemon => to.kill_daemon()?,
         Victim::SourceQemu => from.vm.process.kill()?,
-        // It is the guest's own by then.
-        Victim::TargetQemu if late => {}
+        // It runs the guest by then.
+        Victim::TargetQemu if late => failures.tried -= 1,
         Victim::TargetQemu => to.vm.process.kill()?,
     }
     let mut winner = match victim {
