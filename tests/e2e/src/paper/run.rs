@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use gemini_guest::protocol::{BlockState, PageSize};
+use gemini_guest::protocol::BlockState;
 
 use super::costs::Meter;
 use super::counters::Counters;
 use super::matrix::{Run, Vm};
 use super::misalign;
 use super::policy::Setup;
-use super::program::Program;
+use super::program::{self, Program};
 use super::record::{Alignment, Arguments, Idle, Maps, Record, Reuse, Tlb};
 use super::settle;
 use super::state::{self, Host, Limiter, FRAGMENTS};
@@ -38,8 +38,8 @@ const IDLE: Duration = Duration::from_secs(6);
 /// tables change under them.
 const WALKS_A_DISAGREEMENT: u64 = 10_000;
 
-/// Names the former program's memory in a reused guest.
-const FORMER: &str = "former";
+/// What a reused guest ran before.
+const FORMER: &str = "liblinear";
 
 /// As the guests of all runs are made.
 #[derive(Clone, Debug)]
@@ -212,8 +212,9 @@ fn let_loose(lab: &Lab, setup: &Setup) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a program of the same size to its end. Returns the blocks of it that were
-/// aligned.
+/// Has a program of the same size load its data and end: an SVM training, as in the
+/// paper, or the reader where there are no others. Returns the blocks that were
+/// aligned for it.
 fn run_former(
     lab: &Lab,
     setup: &Setup,
@@ -222,15 +223,18 @@ fn run_former(
     settle: Duration,
 ) -> anyhow::Result<BTreeSet<u64>> {
     let guest = &lab.vm.guest;
-    guest.fill(FORMER, size.mib * MIB / BLOCK * BLOCK, !seed, PageSize::System)?;
+    let name = if lab.vm.config.workloads.is_some() { FORMER } else { program::READER.name };
+    let aligned =
+        || -> anyhow::Result<_> { Ok(lab.view()?.in_state(BlockState::Huge, HostState::Huge)) };
+    let before = aligned()?;
+    let former = Program::load(guest, name, size, !seed)?;
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
     settle::watch(lab, Instant::now(), settle)?;
-    let of_program: BTreeSet<u64> = guest.blocks_of(FORMER)?.into_iter().flatten().collect();
-    let aligned = lab.view()?.in_state(BlockState::Huge, HostState::Huge);
-    guest.free(FORMER)?;
-    Ok(of_program.intersection(&aligned).copied().collect())
+    let after = aligned()?;
+    former.end(guest)?;
+    Ok(after.difference(&before).copied().collect())
 }
 
 /// Does something while accesses are counted, and then nothing where a clock that
