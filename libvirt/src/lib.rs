@@ -341,21 +341,13 @@ impl<'a, 'i> Domain<'a, 'i> {
                  it: take that element out",
             );
         }
-        let huge = backing.is_some_and(|node| child(node, "hugepages").is_some());
         match attribute("source", "type") {
+            // Without a source, libvirt makes shared memory a file: `add_backing` gives it one.
             None | Some("memfd") => {}
-            Some("anonymous") if huge => {
-                return unsuitable(
-                    "its memory is anonymous and has <hugepages/>: make the source \
-                     <source type='memfd'/>",
-                )
-            }
-            // QEMU makes it a memfd of its own, and aligned.
-            Some("anonymous") if access == Some("shared") => {}
             Some("anonymous") => {
                 return unsuitable(
-                    "its memory is anonymous (<source type='anonymous'/>): make it \
-                     <source type='memfd'/>, or add <access mode='shared'/>",
+                    "its memory is anonymous (<source type='anonymous'/>), which libvirt makes a \
+                     file as soon as it is shared: make it <source type='memfd'/>",
                 )
             }
             Some(other) => {

@@ -162,8 +162,9 @@ fn unsuitable_domains_are_refused_with_cause_and_remedy() {
     for (text, part) in [
         (backing("<access mode='private'/>"), "take that element out"),
         (backing("<source type='file'/>"), "<source type='memfd'/>"),
-        (backing("<source type='anonymous'/>"), "<access mode='shared'/>"),
-        (backing("<hugepages/><source type='anonymous'/>"), "has <hugepages/>"),
+        (backing("<source type='anonymous'/>"), "make it <source type='memfd'/>"),
+        (backing("<source type='anonymous'/><access mode='shared'/>"), "<source type='memfd'/>"),
+        (backing("<hugepages/><source type='anonymous'/>"), "make it <source type='memfd'/>"),
         (NUMA.replace("memAccess='shared'", "memAccess='private'"), "NUMA cell 1"),
         (devices("<memory model='dimm' access='private'/>"), "memory devices"),
         (devices("<hostdev mode='subsystem' type='pci'/>"), "--no-release"),
@@ -191,15 +192,22 @@ fn passed_through_device_is_served_without_release() {
 }
 
 #[test]
-fn anonymous_shared_memory_is_taken_as_it_is() {
+fn shared_memory_without_a_source_becomes_a_memfd_and_a_file_again() {
     let text = Q35.replace(
         "  <vcpu",
-        "  <memoryBacking>\n    <source type='anonymous'/>\n    <access mode='shared'/>\n  \
-         </memoryBacking>\n  <vcpu",
+        "  <memoryBacking>\n    <access mode='shared'/>\n  </memoryBacking>\n  <vcpu",
     );
     let with = added(&text);
-    assert!(with.contains("anonymous") && !with.contains("memfd"));
+    assert!(with.contains("    <access mode='shared'/>\n    <source type='memfd'/>\n"), "{with}");
     assert_eq!(remove(&with).expect("a domain").text, text);
+}
+
+#[test]
+fn device_beside_anonymous_memory_can_be_taken_out() {
+    let with = added(Q35).replace("type='memfd'", "type='anonymous'");
+    assert!(refused(&with).contains("anonymous"));
+    let text = remove(&with).expect("a domain").text;
+    assert!(text.contains("<source type='anonymous'/>") && !text.contains("gemini"), "{text}");
 }
 
 #[test]
