@@ -192,8 +192,14 @@ impl<'a> Note<'a, '_> {
         list.split_whitespace().any(|word| word == what)
     }
 
+    /// The emulator that the domain had.
     fn emulator(&self) -> Option<&'a str> {
         self.node.attribute("emulator")
+    }
+
+    /// The emulator that [`add`] put in its place; older notes do not tell.
+    fn replacement(&self) -> Option<&'a str> {
+        self.node.attribute("replacement")
     }
 }
 
@@ -287,7 +293,7 @@ impl<'a, 'i> Domain<'a, 'i> {
         let mut found = self.arguments_of_device();
         found.sort_by_key(|node| node.range().start);
         let found: Vec<_> = found.iter().filter_map(|node| node.attribute("value")).collect();
-        let emulator = self.find(&["devices", "emulator"]).and_then(|node| node.text());
+        let emulator = self.emulator().and_then(|text| text.text());
         self.free_place().is_ok_and(|place| found == device.arguments(place))
             && self.note().is_some()
             && device.emulator.as_deref().is_none_or(|wanted| emulator == Some(wanted))
@@ -381,7 +387,7 @@ impl<'a, 'i> Domain<'a, 'i> {
         let mut added = Vec::new();
         let mut notes = Vec::new();
         self.add_backing(&mut edits, &mut added, &mut notes)?;
-        let old_emulator = self.change_emulator(&mut edits, device)?;
+        let changed_emulator = self.change_emulator(&mut edits, device)?;
 
         let declared = self.root.lookup_prefix(QEMU_NAMESPACE).filter(|name| !name.is_empty());
         if declared.is_none() {
@@ -411,8 +417,8 @@ impl<'a, 'i> Domain<'a, 'i> {
             added.push("metadata");
         }
         let mut line = format!("<gemini:device xmlns:gemini='{NOTE_NAMESPACE}'");
-        if let Some(emulator) = old_emulator {
-            let _ = write!(line, " emulator='{}'", escape(emulator));
+        if let Some((old, new)) = changed_emulator {
+            let _ = write!(line, " emulator='{}' replacement='{}'", escape(old), escape(new));
         }
         let _ = write!(line, " added='{}'/>", added.join(" "));
         match metadata {
@@ -469,25 +475,28 @@ impl<'a, 'i> Domain<'a, 'i> {
         Ok(())
     }
 
-    /// Gives the domain its emulator, and returns the one that it had.
-    fn change_emulator(
+    /// The text that names the domain's emulator.
+    fn emulator(&self) -> Option<Node<'a, 'i>> {
+        self.find(&["devices", "emulator"])?.first_child().filter(Node::is_text)
+    }
+
+    /// Gives the domain its emulator, and returns the one that it had and the
+    /// new one.
+    fn change_emulator<'d>(
         &self,
         edits: &mut Edits,
-        device: &Device,
-    ) -> Result<Option<&'a str>, Error> {
+        device: &'d Device,
+    ) -> Result<Option<(&'a str, &'d str)>, Error> {
         let Some(wanted) = device.emulator.as_deref() else {
             return Ok(None);
         };
-        let node = self
-            .find(&["devices", "emulator"])
-            .ok_or(Error::Missing("emulator> in its <devices"))?;
-        let text = node.first_child().filter(Node::is_text).ok_or(Error::Missing("emulator"))?;
-        let old = text.text().unwrap_or_default();
+        let node = self.emulator().ok_or(Error::Missing("emulator> in its <devices"))?;
+        let old = node.text().unwrap_or_default();
         if old == wanted {
             return Ok(None);
         }
-        edits.replace(text.range(), escape(wanted));
-        Ok(Some(old))
+        edits.replace(node.range(), escape(wanted));
+        Ok(Some((old, wanted)))
     }
 
     fn remove<'t>(&self, text: &'t str, notes: &mut Vec<String>) -> Edits<'t> {
@@ -520,14 +529,21 @@ impl<'a, 'i> Domain<'a, 'i> {
                 edits.remove(note.node);
             }
         }
-        if let Some(old) = note.emulator() {
-            let emulator = self.find(&["devices", "emulator"]).and_then(|node| node.first_child());
-            if let Some(node) = emulator {
-                edits.replace(node.range(), escape(old));
-            }
-        }
+        self.remove_emulator(&mut edits, note, notes);
         self.remove_backing(&mut edits, note, notes);
         edits
+    }
+
+    /// Puts the old emulator back, unless somebody has chosen yet another one.
+    fn remove_emulator(&self, edits: &mut Edits, note: Note, notes: &mut Vec<String>) {
+        let (Some(old), Some(node)) = (note.emulator(), self.emulator()) else {
+            return;
+        };
+        if note.replacement().is_none_or(|ours| node.text() == Some(ours)) {
+            edits.replace(node.range(), escape(old));
+        } else {
+            notes.push("the emulator stays: it was changed after the device was added".into());
+        }
     }
 
     fn remove_backing(&self, edits: &mut Edits, note: Note, notes: &mut Vec<String>) {

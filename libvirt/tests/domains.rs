@@ -42,7 +42,7 @@ fn plain_domain_gets_memory_emulator_and_arguments_and_nothing_else() {
             "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' type='kvm'>",
             &format!(
                 "    <gemini:device xmlns:gemini='{NOTE_NAMESPACE}' \
-                 emulator='/usr/bin/qemu-system-x86_64' \
+                 emulator='/usr/bin/qemu-system-x86_64' replacement='{EMULATOR}' \
                  added='backing source access namespace commandline'/>"
             ),
             "  <memoryBacking>",
@@ -131,6 +131,29 @@ fn what_came_to_the_backing_later_stays() {
         .replace("    <access mode='shared'/>\n", "    <access mode='shared'/>\n    <locked/>\n");
     let text = remove(&with).expect("a domain").text;
     assert!(text.contains("  <memoryBacking>\n    <locked/>\n  </memoryBacking>\n"), "{text}");
+}
+
+#[test]
+fn emulator_that_came_later_stays() {
+    let with = added(Q35);
+    let element = |path: &str| format!("<emulator>{path}</emulator>");
+    let later = with.replace(&element(EMULATOR), &element("/usr/local/bin/qemu"));
+    assert_ne!(later, with);
+    let changed = remove(&later).expect("a domain");
+    let own = element("/usr/bin/qemu-system-x86_64");
+    assert_eq!(changed.text, Q35.replace(&own, &element("/usr/local/bin/qemu")));
+    assert!(changed.notes.iter().any(|note| note.contains("emulator stays")), "{changed:?}");
+    // Added anew, it is the one that comes back.
+    assert_eq!(remove(&added(&later)).expect("a domain").text, changed.text);
+}
+
+#[test]
+fn note_without_the_emulator_that_was_set_gives_the_old_one_back() {
+    let old_note = added(Q35).replace(&format!(" replacement='{EMULATOR}'"), "");
+    assert!(!old_note.contains("replacement"));
+    assert_eq!(remove(&old_note).expect("a domain").text, Q35);
+    let changed = old_note.replace(&format!("<emulator>{EMULATOR}<"), "<emulator>/elsewhere<");
+    assert_eq!(remove(&changed).expect("a domain").text, Q35);
 }
 
 #[test]
