@@ -7,6 +7,7 @@
 
 pub mod args;
 mod edit;
+mod passthrough;
 mod pci;
 
 use std::collections::BTreeSet;
@@ -14,6 +15,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use edit::{escape, opening_tag, Edits};
+use passthrough::Passed;
 use roxmltree::{Document, Node};
 
 /// libvirt's namespace for arguments of QEMU's.
@@ -127,15 +129,14 @@ pub fn add(text: &str, device: &Device) -> Result<Changed, Error> {
     if domain.note().is_none() && domain.arguments_of_device().is_empty() {
         return domain.add(text, device);
     }
-    let without = remove(text)?;
-    let document = Document::parse(&without.text)?;
-    let mut changed = Domain::new(&document)?.add(&without.text, device)?;
     // What libvirt has put elsewhere meanwhile stays there.
     if domain.has(device) {
-        text.clone_into(&mut changed.text);
-        changed.notes.push("the domain has the device already: nothing changed".into());
+        let note = "the domain has the device already: nothing changed".into();
+        return Ok(Changed { text: text.to_owned(), notes: vec![note] });
     }
-    Ok(changed)
+    let without = remove(text)?;
+    let document = Document::parse(&without.text)?;
+    Domain::new(&document)?.add(&without.text, device)
 }
 
 /// Takes the device out of a domain, and undoes what [`add`] did beside it as
@@ -315,23 +316,30 @@ impl<'a, 'i> Domain<'a, 'i> {
             );
         }
         self.check_memory()?;
-        let passed_through = self
-            .find(&["devices"])
-            .into_iter()
-            .flat_map(|devices| devices.children())
-            .filter(|node| node.is_element())
-            .any(|node| match node.tag_name().name() {
-                "hostdev" => matches!(node.attribute("type"), Some("pci" | "mdev")),
-                "interface" => matches!(node.attribute("type"), Some("hostdev" | "vdpa")),
-                _ => false,
-            });
-        if passed_through && device.release {
+        if device.release && self.passed_through().any(|passed| passed == Passed::Surely) {
             return unsuitable(
                 "a device of the host is passed through to it, which holds the guest's pages: \
                  no memory may be dropped there, add the device with --no-release",
             );
         }
         Ok(())
+    }
+
+    /// What of it is passed through, or may be.
+    fn passed_through(&self) -> impl Iterator<Item = Passed<'a>> {
+        self.find(&["devices"]).into_iter().flat_map(elements).filter_map(passthrough::of)
+    }
+
+    /// The networks that may give it a device of the host, for a sentence.
+    fn pools(&self) -> Option<String> {
+        let networks: BTreeSet<_> = self
+            .passed_through()
+            .filter_map(|passed| match passed {
+                Passed::IfNetworkIs(name) => Some(name),
+                Passed::Surely => None,
+            })
+            .collect();
+        (!networks.is_empty()).then(|| networks.into_iter().collect::<Vec<_>>().join(", "))
     }
 
     fn check_memory(&self) -> Result<(), Error> {
@@ -388,6 +396,13 @@ impl<'a, 'i> Domain<'a, 'i> {
         let mut notes = Vec::new();
         self.add_backing(&mut edits, &mut added, &mut notes)?;
         let changed_emulator = self.change_emulator(&mut edits, device)?;
+        if let Some(networks) = self.pools().filter(|_| device.release) {
+            notes.push(format!(
+                "it has an <interface type='network'>: if that network ({networks}) hands out \
+                 devices of the host (<forward mode='hostdev'> in `virsh net-dumpxml`), add the \
+                 device with --no-release, or the domain will not start"
+            ));
+        }
 
         let declared = self.root.lookup_prefix(QEMU_NAMESPACE).filter(|name| !name.is_empty());
         if declared.is_none() {

@@ -190,7 +190,6 @@ fn unsuitable_domains_are_refused_with_cause_and_remedy() {
         (backing("<hugepages/><source type='anonymous'/>"), "make it <source type='memfd'/>"),
         (NUMA.replace("memAccess='shared'", "memAccess='private'"), "NUMA cell 1"),
         (devices("<memory model='dimm' access='private'/>"), "memory devices"),
-        (devices("<hostdev mode='subsystem' type='pci'/>"), "--no-release"),
         (Q35.replace("'x86_64'", "'aarch64'"), "aarch64"),
         (Q35.replace("type='kvm'", "type='xen'"), "'xen'"),
         (Q35.replace("type='kvm'", "type='kvm' id='3'"), "--inactive"),
@@ -205,13 +204,41 @@ fn unsuitable_domains_are_refused_with_cause_and_remedy() {
 }
 
 #[test]
-fn passed_through_device_is_served_without_release() {
-    let text = Q35.replace("  </devices>", "<hostdev mode='subsystem' type='pci'/></devices>");
-    let device = Device::new(Path::new("/run/a"), None, false).expect("good paths");
-    assert!(add(&text, &device)
-        .expect("suitable")
-        .text
-        .contains("chardev=gemini,bus=pcie.0,addr=0x1c,release=off"));
+fn passed_through_device_is_served_without_release_only() {
+    let off = Device::new(Path::new("/run/a"), None, false).expect("good paths");
+    for device in [
+        "<hostdev mode='subsystem' type='pci' managed='yes'/>",
+        "<hostdev mode='subsystem' type='mdev' model='vfio-pci'/>",
+        "<interface type='hostdev' managed='yes'/>",
+        "<interface type='vdpa'/>",
+        "<disk type='nvme' device='disk'><source type='pci' namespace='1'/></disk>",
+        "<disk type='vhostvdpa' device='disk'><source dev='/dev/vhost-vdpa-0'/></disk>",
+        "<disk type='file'><backingStore type='file'><backingStore type='nvme'/></backingStore>\
+         </disk>",
+    ] {
+        let text = Q35.replace("  </devices>", &format!("{device}</devices>"));
+        let error = refused(&text);
+        assert!(error.contains("--no-release"), "{device}: {error}");
+        let changed = add(&text, &off).expect("suitable");
+        assert!(changed.text.contains("chardev=gemini,bus=pcie.0,addr=0x1c,release=off"));
+        assert_eq!(changed.notes, [""; 0], "{device}");
+    }
+    for device in ["<hostdev mode='subsystem' type='usb'/>", "<disk type='network'/>"] {
+        added(&Q35.replace("  </devices>", &format!("{device}</devices>")));
+    }
+}
+
+#[test]
+fn network_that_may_hand_out_devices_of_the_host_is_told() {
+    let with_pool = Q35.replace(
+        "  </devices>",
+        "<interface type='network'><source network='sriov'/></interface></devices>",
+    );
+    let changed = add(&with_pool, &device()).expect("suitable");
+    let told = |note: &&String| note.contains("(default, sriov)") && note.contains("--no-release");
+    assert_eq!(changed.notes.iter().filter(told).count(), 1, "{:?}", changed.notes);
+    let no_network = Q35.replace("<interface type='network'>", "<interface type='bridge'>");
+    assert_eq!(add(&no_network, &device()).expect("suitable").notes, [""; 0]);
 }
 
 #[test]
