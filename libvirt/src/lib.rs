@@ -473,8 +473,11 @@ impl<'a, 'i> Domain<'a, 'i> {
         };
         let mut lines = Vec::new();
         if child(backing, "hugepages").is_some() {
-            notes
-                .push("its memory is hugetlb, which the daemon recognises and leaves alone".into());
+            notes.push(
+                "its memory is hugetlb: the daemon prepares blocks from the pool of such pages, \
+                 and never takes them back"
+                    .into(),
+            );
         }
         if child(backing, "source").is_none() {
             lines.push(SOURCE.to_owned());

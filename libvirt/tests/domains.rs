@@ -7,6 +7,7 @@ use gemini_virt_xml::{add, remove, Device, Error, NOTE_NAMESPACE};
 const Q35: &str = include_str!("domains/q35.xml");
 const NUMA: &str = include_str!("domains/numa-commandline.xml");
 const HUGETLB: &str = include_str!("domains/hugetlb.xml");
+const HUGETLB_EXAMPLE: &str = include_str!("../../docs/libvirt/hugetlb.xml");
 const EMULATOR: &str = "/opt/virtio-gemini/bin/qemu-system-x86_64";
 
 fn device() -> Device {
@@ -107,10 +108,24 @@ fn own_prefix_arguments_and_backing_are_kept() {
 }
 
 #[test]
-fn hugetlb_is_served_from_a_memfd_and_said_to_be_left_alone() {
+fn hugetlb_is_served_from_a_memfd() {
     let changed = add(HUGETLB, &device()).expect("a suitable domain");
     assert!(changed.text.contains("</hugepages>\n    <source type='memfd'/>\n    <access mode"));
-    assert!(changed.notes.iter().any(|note| note.contains("hugetlb")), "{:?}", changed.notes);
+}
+
+#[test]
+fn what_happens_to_hugetlb_memory_is_told_alike_everywhere() {
+    let comment = HUGETLB_EXAMPLE.split("-->").next().expect("a comment");
+    let mut told = add(HUGETLB, &device()).expect("a suitable domain").notes;
+    told.retain(|note| note.contains("hugetlb"));
+    assert_eq!(told.len(), 1);
+    told.push(comment.split_whitespace().collect::<Vec<_>>().join(" "));
+    let guide = include_str!("../../docs/libvirt.md");
+    told.extend(guide.lines().find(|line| line.contains("libvirt/hugetlb.xml")).map(str::to_owned));
+    assert_eq!(told.len(), 3);
+    for text in told {
+        assert!(text.contains("prepare") && text.contains("never take"), "{text}");
+    }
 }
 
 #[test]
