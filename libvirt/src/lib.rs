@@ -7,6 +7,7 @@
 
 pub mod args;
 mod edit;
+mod package;
 mod passthrough;
 mod pci;
 
@@ -396,6 +397,17 @@ impl<'a, 'i> Domain<'a, 'i> {
         let mut notes = Vec::new();
         self.add_backing(&mut edits, &mut added, &mut notes)?;
         let changed_emulator = self.change_emulator(&mut edits, device)?;
+        if changed_emulator.is_some_and(|(_, new)| package::has(new)) {
+            let missing = package::missing(self.root);
+            if !missing.is_empty() {
+                let missing = missing.into_iter().collect::<Vec<_>>().join("; ");
+                notes.push(format!(
+                    "the QEMU of this project's package is a small build, without what these need: \
+                     {missing}. The domain will not start with it unless they are changed or taken \
+                     out"
+                ));
+            }
+        }
         if let Some(networks) = self.pools().filter(|_| device.release) {
             notes.push(format!(
                 "it has an <interface type='network'>: if that network ({networks}) hands out \

@@ -253,7 +253,8 @@ fn network_that_may_hand_out_devices_of_the_host_is_told() {
     let told = |note: &&String| note.contains("(default, sriov)") && note.contains("--no-release");
     assert_eq!(changed.notes.iter().filter(told).count(), 1, "{:?}", changed.notes);
     let no_network = Q35.replace("<interface type='network'>", "<interface type='bridge'>");
-    assert_eq!(add(&no_network, &device()).expect("suitable").notes, [""; 0]);
+    let notes = add(&no_network, &device()).expect("suitable").notes;
+    assert!(!notes.iter().any(|note| note.contains("--no-release")), "{notes:?}");
 }
 
 #[test]
@@ -286,6 +287,31 @@ fn paths_that_cannot_work_are_refused() {
     let with = add(Q35, &quoted).expect("suitable").text;
     assert!(with.contains("path=/run/it&apos;s &lt;a&gt;&amp;&quot;b&quot;,"));
     assert_eq!(add(&with, &quoted).expect("suitable").text, with);
+}
+
+#[test]
+fn what_the_packaged_emulator_cannot_do_is_told_once_when_the_domain_is_given_it() {
+    let desktop = Q35.replace(
+        "  </devices>",
+        "<graphics type='spice'/><graphics type='vnc'/><redirdev bus='usb' type='spicevmc'/>\
+         <redirdev bus='usb' type='spicevmc'/></devices>",
+    );
+    let about = |text: &str, emulator: Option<&str>| {
+        let device = Device::new(Path::new("/run/a"), emulator.map(Path::new), true);
+        let notes = add(text, &device.expect("good paths")).expect("suitable").notes;
+        notes.into_iter().filter(|note| note.contains("will not start with it")).collect::<Vec<_>>()
+    };
+    let told = about(&desktop, Some(EMULATOR));
+    assert_eq!(told.len(), 1, "{told:?}");
+    // The domain's interface would get vhost-net.
+    assert!(told[0].contains(": <graphics>; <interface> of model virtio"), "{told:?}");
+    assert!(told[0].contains("; <redirdev>. The domain"), "{told:?}");
+    for emulator in [None, Some("/usr/bin/qemu-system-x86_64"), Some("/opt/other/qemu")] {
+        assert_eq!(about(&desktop, emulator), [""; 0], "{emulator:?}");
+    }
+    let own = desktop.replace("/usr/bin/qemu-system-x86_64", EMULATOR);
+    assert_eq!(about(&own, Some(EMULATOR)), [""; 0]);
+    assert_eq!(about(HUGETLB, Some(EMULATOR)), [""; 0]);
 }
 
 #[test]
