@@ -156,9 +156,9 @@ fn with_release_off_the_guest_is_aligned_beside_it_and_nothing_is_dropped() -> a
     let pages = lab.vm.guest.pages()?;
     let inflated: u64 = pages.given_away.iter().map(|run| run.count * 4096).sum();
     ensure!(inflated == 256 * MIB, "{inflated} bytes are in the balloon");
-    let left = lab.memory.bytes_without_owner(&pages)?;
-    eprintln!("{before} bytes before, {left} left under the balloon, pinned: {beside}");
-    ensure!(beside || left == 0, "{left} bytes are left under the balloon");
+    let left = lab.memory.without_owner(&pages)?.len();
+    eprintln!("{before} bytes before, {left} pages left under the balloon, pinned: {beside}");
+    ensure!(beside || left == 0, "{left} pages are left under the balloon");
 
     let status = lab.daemon.status()?;
     ensure!(status.released == 0 && status.trimmed_pages == 0, "{status:?}");

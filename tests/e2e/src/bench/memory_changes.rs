@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
-use gemini_guest::protocol::{PageRun, PageRuns, PageSize};
+use gemini_guest::protocol::{PageRun, PageSize};
 use gemini_harness::figures::{Bar, Scenario};
 use gemini_harness::rng::Rng;
 use serde_json::json;
@@ -47,6 +47,9 @@ const FOLLOW: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_millis(700);
 /// How long free memory is watched.
 const LATER: Duration = Duration::from_secs(3);
+/// What is nobody's at so many looks stays nobody's.
+const LOOKS: u32 = 3;
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
 const AGREE: Duration = Duration::from_secs(30);
 /// Longest pause between two things that happen.
 const PAUSE_MS: u64 = 400;
@@ -603,12 +606,11 @@ impl Changing {
             }
         }
         let view = self.lab.view()?;
-        let pages = self.lab.vm.guest.pages()?;
-        let without_owner = self.lab.memory.bytes_without_owner(&pages)?;
-        if without_owner > 0 {
-            eprintln!("{without_owner} bytes under pages that the guest does not have");
-            self.tell_map(&pages)?;
-            self.seen.without_owner += without_owner;
+        let without_owner = self.without_owner()?;
+        if !without_owner.is_empty() {
+            eprintln!("pages that the guest does not have: {without_owner:x?}");
+            self.tell_map()?;
+            self.seen.without_owner += without_owner.len() as u64 * 4096;
         }
         for name in self.fills.clone() {
             self.verify(&name);
@@ -634,6 +636,26 @@ impl Changing {
         self.count_files()
     }
 
+    /// Pages that the host has and the guest does not, at every look: a page is the
+    /// balloon's a moment before QEMU is told to drop it, also where the guest's kernel
+    /// exchanges one for another while it compacts memory.
+    fn without_owner(&self) -> anyhow::Result<BTreeSet<u64>> {
+        let look = || {
+            let pages = self.lab.vm.guest.pages()?;
+            self.lab.memory.without_owner(&pages)
+        };
+        let mut without = look()?;
+        for _ in 1..LOOKS {
+            if without.is_empty() {
+                break;
+            }
+            std::thread::sleep(BETWEEN_LOOKS);
+            let now = look()?;
+            without.retain(|page| now.contains(page));
+        }
+        Ok(without)
+    }
+
     /// What the driver has made huge for its stock while it was free it holds
     /// soon: takes those blocks out.
     fn wait_held(&self, blocks: &mut BTreeSet<u64>) -> anyhow::Result<()> {
@@ -654,9 +676,8 @@ impl Changing {
 
     /// What there is to know of memory that came back: where the guest has
     /// memory, what the host has there, and what the driver asked for.
-    fn tell_map(&mut self, pages: &PageRuns) -> anyhow::Result<()> {
+    fn tell_map(&mut self) -> anyhow::Result<()> {
         eprintln!("devices: {:?}", self.lab.vm.qmp.memory_devices()?);
-        eprintln!("given away: {:?}", pages.given_away);
         eprintln!("daemon: {:?}", self.lab.daemon.map()?.runs);
         if self.lab.vm.config.driver {
             for name in ["prepared", "renewed", "given_back", "returned_isolation"] {
