@@ -80,7 +80,8 @@ impl TlbView {
 
 impl TlbSimulator {
     /// Has the guest of `config` simulated as a processor of `profile`, with a
-    /// socket beside the daemon's. The guest gets page tables of four levels, as
+    /// socket beside the daemon's. A profile's name may end with `+coalesceN`, for
+    /// entries that hold N base pages. The guest gets page tables of four levels, as
     /// the paper's test-bed has. With `pcid` a processor keeps what it has of an
     /// address space while it is in another one, as all have done since 2010.
     ///

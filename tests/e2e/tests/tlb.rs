@@ -99,6 +99,7 @@ fn alignment_saves_misses_and_a_trace_replays_as_recorded() -> anyhow::Result<()
     let recorded = accesses(&[])?;
     ensure!(recorded > READS, "{recorded} accesses in the traces");
     ensure!(accesses(&["--profile", "zen4"])? == recorded);
+    ensure!(accesses(&["--profile", "zen4+coalesce4"])? == recorded);
     lab.vm.guest.verify("a")?;
     lab.vm.expect_alive()?;
     lab.daemon.stop()

@@ -33,7 +33,9 @@ macro_rules! counters {
         }
 
         /// Counters at a moment, or between two.
+        // Old traces end without what was not counted yet.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default)]
         pub struct Counters {
             $($(#[doc = $text])+ pub $name: u64,)+
         }
@@ -85,6 +87,9 @@ counters! {
     misses_host_only,
     /// Misses where both have one.
     misses_aligned,
+    /// Misses after which one entry holds a group of base pages. Each is one where only
+    /// the host has a huge page, too.
+    misses_coalesced,
     /// Flushes of one page.
     page_flushes,
     /// Those that emptied the whole TLB, because it held fragments of a huge page.

@@ -9,6 +9,10 @@ use crate::paging::{PageSize, Translation};
 use crate::profile::{FractureFlush, Profile, TlbBank};
 use crate::walk::{kind, Walker};
 
+/// Entries for groups of `1 << group` base pages have the kind `GROUPS + group`; those
+/// below are for single pages of each size.
+const GROUPS: u8 = 2;
+
 /// No page has this number: addresses have at most 64 bits.
 const NO_PAGE: u64 = u64::MAX;
 
@@ -21,10 +25,46 @@ struct Mapping {
     global: bool,
 }
 
+/// What an entry covers.
+#[derive(Clone, Copy, Debug)]
+enum Extent {
+    /// A page.
+    Page(PageSize),
+    /// An aligned group of base pages, by log2 of their number, in the place of one.
+    Group(u8),
+}
+
+impl Extent {
+    fn of(kind: u8) -> Self {
+        match PageSize::ALL.get(usize::from(kind)) {
+            Some(&size) => Extent::Page(size),
+            None => Extent::Group(kind - GROUPS),
+        }
+    }
+
+    /// log2 of its size in bytes.
+    fn shift(self) -> u32 {
+        match self {
+            Extent::Page(size) => size.shift(),
+            Extent::Group(group) => PageSize::Base.shift() + u32::from(group),
+        }
+    }
+
+    fn key(self, address: u64, space: u8) -> Key {
+        let kind = match self {
+            Extent::Page(size) => kind(size),
+            Extent::Group(group) => GROUPS + group,
+        };
+        Key { number: address >> self.shift(), kind, space }
+    }
+}
+
 /// One level of the TLB: banks that hold some sizes of pages each.
 #[derive(Clone, Debug)]
 struct Level {
     banks: Vec<(&'static [PageSize], Bank<Mapping>)>,
+    /// The groups that entries for base pages may hold; 0 for none.
+    group: u8,
 }
 
 impl Mapping {
@@ -38,27 +78,37 @@ impl Mapping {
     }
 }
 
-fn key(address: u64, size: PageSize, space: u8) -> Key {
-    Key { number: address >> size.shift(), kind: kind(size), space }
+/// Whether an entry covers an address.
+fn covers(key: Key, address: u64) -> bool {
+    key.number == address >> Extent::of(key.kind).shift()
 }
 
 /// First address of an entry.
 fn start(key: Key) -> u64 {
-    let size = PageSize::ALL[usize::from(key.kind)];
-    key.number << size.shift()
+    key.number << Extent::of(key.kind).shift()
 }
 
 impl Level {
-    fn new(banks: &[TlbBank]) -> Self {
-        Level { banks: banks.iter().map(|bank| (bank.sizes, Bank::new(bank.geometry))).collect() }
+    fn new(banks: &[TlbBank], group: u8) -> Self {
+        let banks = banks.iter().map(|bank| (bank.sizes, Bank::new(bank.geometry))).collect();
+        Level { banks, group }
     }
 
-    /// The entry for an address: its size, and what it knows.
-    fn find(&mut self, address: u64, space: u8) -> Option<(PageSize, Mapping)> {
+    /// The entry for an address: what it covers, and what it knows.
+    fn find(&mut self, address: u64, space: u8) -> Option<(Extent, Mapping)> {
         for (sizes, bank) in &mut self.banks {
             for &size in *sizes {
-                if let Some(mapping) = bank.find(key(address, size, space)) {
-                    return Some((size, mapping));
+                // A group comes before its pages: what was there of them when they were
+                // merged is not used any more, and goes.
+                if self.group > 0 && size == PageSize::Base {
+                    let extent = Extent::Group(self.group);
+                    if let Some(mapping) = bank.find(extent.key(address, space)) {
+                        return Some((extent, mapping));
+                    }
+                }
+                let extent = Extent::Page(size);
+                if let Some(mapping) = bank.find(extent.key(address, space)) {
+                    return Some((extent, mapping));
                 }
             }
         }
@@ -66,13 +116,20 @@ impl Level {
     }
 
     /// Puts an entry in: into the bank whose victim has waited longest, of those
-    /// that hold its size or else the next smaller one.
-    fn insert(&mut self, address: u64, mut size: PageSize, space: u8, mapping: Mapping) {
+    /// that hold its size or else the next smaller one. A group is held as a base page
+    /// is.
+    fn insert(&mut self, address: u64, mut extent: Extent, space: u8, mapping: Mapping) {
         let held = |size| self.banks.iter().any(|(sizes, _)| sizes.contains(&size));
-        while size > PageSize::Base && !held(size) {
-            size = if size == PageSize::Giant { PageSize::Huge } else { PageSize::Base };
-        }
-        let key = key(address, size, space);
+        let size = match &mut extent {
+            Extent::Group(_) => PageSize::Base,
+            Extent::Page(size) => {
+                while *size > PageSize::Base && !held(*size) {
+                    *size = if *size == PageSize::Giant { PageSize::Huge } else { PageSize::Base };
+                }
+                *size
+            }
+        };
+        let key = extent.key(address, space);
         let target = self
             .banks
             .iter_mut()
@@ -112,8 +169,8 @@ impl Cpu {
     #[must_use]
     pub fn new(profile: Profile, counters: Arc<LiveCounters>) -> Self {
         Cpu {
-            l1: Level::new(profile.l1),
-            l2: Level::new(profile.l2),
+            l1: Level::new(profile.l1, profile.group),
+            l2: Level::new(profile.l2, profile.group),
             walker: Walker::new(&profile),
             profile,
             space: 0,
@@ -141,9 +198,9 @@ impl Cpu {
         let user = u64::from(address >> 63 == 0);
         if page == self.last || self.l1.find(address, self.space).is_some() {
             self.counters.l1_hits.add(1);
-        } else if let Some((size, mapping)) = self.l2.find(address, self.space) {
+        } else if let Some((extent, mapping)) = self.l2.find(address, self.space) {
             self.counters.l2_hits.add(1);
-            self.l1.insert(address, size, mapping.space(self.space), mapping);
+            self.l1.insert(address, extent, mapping.space(self.space), mapping);
         } else {
             let Some(translation) = translate(address) else {
                 self.skip();
@@ -180,8 +237,15 @@ impl Cpu {
         self.fractured |= size < guest_size;
         let mapping = Mapping { guest: guest_size, global: translation.global };
         let space = mapping.space(self.space);
-        self.l1.insert(address, size, space, mapping);
-        self.l2.insert(address, size, space, mapping);
+        // A group needs both layers to have its pages one after another. Of the host that
+        // is known where it has a huge page, which each group lies in as a whole; where
+        // its base pages are is not known, so none counts as the neighbour of another.
+        let group = self.profile.group;
+        let merged = group > 0 && translation.group >= group && host_size > PageSize::Base;
+        let extent = if merged { Extent::Group(group) } else { Extent::Page(size) };
+        self.counters.misses_coalesced.add(u64::from(merged));
+        self.l1.insert(address, extent, space, mapping);
+        self.l2.insert(address, extent, space, mapping);
     }
 
     /// Flushes the page of `address` in the present address space, also where it
@@ -195,10 +259,10 @@ impl Cpu {
             return;
         }
         let space = self.space;
-        // Every part of the guest's page goes.
+        // Every part of the guest's page goes, and what the page was merged into.
         let gone = |key: Key, mapping: Mapping| {
-            (key.space == space || key.space == GLOBAL)
-                && mapping.guest.start(start(key)) == mapping.guest.start(address)
+            let part = mapping.guest.start(start(key)) == mapping.guest.start(address);
+            (key.space == space || key.space == GLOBAL) && (part || covers(key, address))
         };
         self.l1.remove(gone);
         self.l2.remove(gone);
@@ -253,7 +317,9 @@ mod tests {
     use super::*;
     use crate::bank::Geometry;
     use crate::host::RamLayout;
-    use crate::profile::{BROADWELL, ZEN4};
+    use crate::paging::tests::{registers, Tables};
+    use crate::paging::GROUP_LIMIT;
+    use crate::profile::{ALL, BROADWELL, ZEN4};
 
     const MIB: u64 = 1 << 20;
     const RAM: u64 = 1 << 30;
@@ -266,7 +332,14 @@ mod tests {
             for (index, entry) in (0..).zip(&mut entries).take(4).skip(usize::from(level) - 1) {
                 *entry = 4096 * (index + 1);
             }
-            Some(Translation { entries, top: 4, frame: size.start(address), level, global })
+            Some(Translation {
+                entries,
+                top: 4,
+                frame: size.start(address),
+                level,
+                global,
+                group: 0,
+            })
         }
     }
 
@@ -286,18 +359,33 @@ mod tests {
         cpu.counters.tlb_misses.get()
     }
 
+    /// Base pages in the largest groups that there are.
+    fn neighbours(address: u64) -> Option<Translation> {
+        let translation = identity(PageSize::Base, false)(address);
+        translation.map(|translation| Translation { group: GROUP_LIMIT, ..translation })
+    }
+
     /// Touches every base page of `bytes` from 2 MiB on, twice.
-    fn twice(guest: PageSize, huge_host: bool, bytes: u64) -> (u64, u64) {
-        let mut cpu = cpu(BROADWELL);
+    fn twice_on(
+        profile: Profile,
+        huge_host: bool,
+        bytes: u64,
+        guest: impl Fn(u64) -> Option<Translation> + Copy,
+    ) -> (u64, u64) {
+        let mut cpu = cpu(profile);
         let host = host(huge_host);
         let mut once = || {
             let before = misses(&cpu);
             for address in (2 * MIB..2 * MIB + bytes).step_by(4096) {
-                cpu.access(address, &host, identity(guest, false));
+                cpu.access(address, &host, guest);
             }
             misses(&cpu) - before
         };
         (once(), once())
+    }
+
+    fn twice(guest: PageSize, huge_host: bool, bytes: u64) -> (u64, u64) {
+        twice_on(BROADWELL, huge_host, bytes, identity(guest, false))
     }
 
     #[test]
@@ -458,6 +546,219 @@ mod tests {
         assert_eq!((misses(&cpu), cpu.counters.l2_hits.get()), (2, 1));
     }
 
+    #[test]
+    fn merging_makes_entries_for_base_pages_larger_and_no_others() {
+        let merging = |pages| BROADWELL.coalescing(pages).expect("a power of two");
+        // 4096 base pages over huge pages of the host, and 1536 entries: two a page are
+        // too many, four fit, in 256 sets of six.
+        assert_eq!(twice_on(merging(1), true, 16 * MIB, neighbours), (4096, 4096));
+        assert_eq!(twice_on(merging(2), true, 16 * MIB, neighbours), (2048, 2048));
+        assert_eq!(twice_on(merging(4), true, 16 * MIB, neighbours), (1024, 0));
+        assert_eq!(twice_on(merging(8), true, 16 * MIB, neighbours), (512, 0));
+        assert_eq!(twice_on(merging(16), true, 16 * MIB, neighbours), (256, 0));
+        // Not known of the host's base pages.
+        assert_eq!(twice_on(merging(4), false, 16 * MIB, neighbours), (4096, 4096));
+        for (guest, huge_host, expected) in [
+            (PageSize::Base, true, (4096, 4096)),
+            (PageSize::Huge, false, (4096, 4096)),
+            (PageSize::Huge, true, (8, 0)),
+            (PageSize::Giant, true, (8, 0)),
+            (PageSize::Giant, false, (4096, 4096)),
+        ] {
+            let guest = identity(guest, false);
+            assert_eq!(twice_on(merging(4), huge_host, 16 * MIB, guest), expected);
+        }
+    }
+
+    /// First address of the pages of the tests below.
+    const VIRTUAL: u64 = 4 * MIB;
+
+    /// Present, writable, the user's, accessed, dirty.
+    const PLAIN: u64 = 0x67;
+
+    /// Entries of 16 base pages that lie one after another, from 8 MiB on.
+    fn in_order() -> [u64; 16] {
+        let mut entries = [0; 16];
+        for (page, entry) in (0..).zip(&mut entries) {
+            *entry = 8 * MIB + page * 4096 + PLAIN;
+        }
+        entries
+    }
+
+    fn tables(entries: &[u64]) -> Tables {
+        let mut tables = Tables::default();
+        tables.0.extend([(0x1000, 0x2067), (0x2000, 0x3067), (0x3010, 0x4067)]);
+        tables.0.extend((0..).zip(entries).map(|(page, &entry)| (0x4000 + 8 * page, entry)));
+        tables
+    }
+
+    /// A processor that merges `pages` pages, and touches some pages of such tables.
+    fn touch(pages: u32, entries: &[u64], huge_host: bool, touched: &[u64]) -> Cpu {
+        let mut cpu = cpu(ZEN4.coalescing(pages).expect("a power of two"));
+        touch_again(&mut cpu, entries, huge_host, touched);
+        cpu
+    }
+
+    fn touch_again(cpu: &mut Cpu, entries: &[u64], huge_host: bool, touched: &[u64]) {
+        let (tables, host) = (tables(entries), host(huge_host));
+        for page in touched {
+            cpu.access(VIRTUAL + page * 4096, &host, |address| registers().walk(&tables, address));
+        }
+    }
+
+    #[test]
+    fn pages_in_order_share_an_entry() {
+        let all: Vec<_> = (0..16).chain(0..16).collect();
+        for (pages, expected) in [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)] {
+            let counted = touch(pages, &in_order(), true, &all).counters.snapshot();
+            assert_eq!((counted.accesses, counted.skipped), (32, 0));
+            assert_eq!((counted.tlb_misses, counted.l1_hits), (expected, 32 - expected));
+            assert_eq!(counted.misses_host_only, expected);
+            assert_eq!(counted.misses_coalesced, if pages == 1 { 0 } else { expected });
+        }
+    }
+
+    #[test]
+    fn looking_at_neighbours_reads_no_tables() {
+        let reads = |pages| touch(pages, &in_order(), true, &[5]).counters.page_walk_refs.get();
+        assert_eq!((reads(4), reads(16)), (reads(1), reads(1)));
+    }
+
+    #[test]
+    fn pages_are_not_merged_where_one_does_not_fit() {
+        // Four pages, the third of which is as the entry says: each has its own entry.
+        let third = 8 * MIB + 2 * 4096;
+        for (entry, why) in [
+            (third + (PLAIN & !2), "read-only"),
+            (third + (PLAIN & !4), "the kernel's"),
+            (third + (PLAIN & !0x40), "not dirty"),
+            (third + (PLAIN | 0x10), "not cached"),
+            (third + (PLAIN | 0x80), "of another memory type"),
+            (third + (PLAIN | 0x100), "global"),
+            (third + (PLAIN | 1 << 63), "not to be executed"),
+            (third + (PLAIN | 1 << 59), "of another protection key"),
+            (third + MIB + PLAIN, "elsewhere"),
+            (third + 4096 + PLAIN, "where the fourth is"),
+        ] {
+            let mut entries = in_order();
+            entries[2] = entry;
+            let cpu = touch(4, &entries, true, &[0, 1, 2, 3, 0, 1, 2, 3]);
+            assert_eq!((misses(&cpu), cpu.counters.misses_coalesced.get()), (4, 0), "{why}");
+        }
+        // Not accessed: it fits as soon as it is walked to itself.
+        let mut entries = in_order();
+        entries[2] &= !0x20;
+        let mut cpu = touch(4, &entries, true, &[0, 1, 3]);
+        assert_eq!((misses(&cpu), cpu.counters.misses_coalesced.get()), (3, 0));
+        touch_again(&mut cpu, &entries, true, &[2, 0, 1, 3]);
+        assert_eq!((misses(&cpu), cpu.counters.misses_coalesced.get()), (4, 1));
+        // Absent: what is there of it besides does not matter.
+        let mut entries = in_order();
+        entries[2] -= 1;
+        let counted = touch(4, &entries, true, &[0, 1, 2, 3]).counters.snapshot();
+        assert_eq!((counted.tlb_misses, counted.skipped, counted.misses_coalesced), (3, 1, 0));
+        // The kernel's own bits do not matter to a processor.
+        let mut entries = in_order();
+        entries[2] |= 1 << 9 | 1 << 58;
+        assert_eq!(misses(&touch(4, &entries, true, &[0, 1, 2, 3])), 1);
+    }
+
+    #[test]
+    fn pages_are_not_merged_out_of_order_or_across_groups() {
+        let mut entries = in_order();
+        entries.swap(0, 1);
+        assert_eq!(misses(&touch(4, &entries, true, &[0, 1, 2, 3])), 4);
+        // Backwards.
+        let mut entries = in_order();
+        entries[..4].reverse();
+        assert_eq!(misses(&touch(4, &entries, true, &[0, 1, 2, 3])), 4);
+        // In order, but each a page further than an entry of four could tell.
+        let entries = in_order().map(|entry| entry + 4096);
+        assert_eq!(misses(&touch(4, &entries, true, &[0, 1, 2, 3])), 4);
+        // Groups of other four pages fit; of these, none is aligned.
+        let mut entries = in_order();
+        (entries[0], entries[7]) = (0, 0);
+        assert_eq!(misses(&touch(4, &entries, true, &[1, 2, 3, 4, 5, 6])), 6);
+        // Half a group is none, but a group of its own where they are smaller.
+        assert_eq!(misses(&touch(2, &entries, true, &[1, 2, 3, 4, 5, 6])), 4);
+    }
+
+    #[test]
+    fn pages_are_not_merged_where_the_host_has_base_pages() {
+        let cpu = touch(4, &in_order(), false, &[0, 1, 2, 3]);
+        assert_eq!((misses(&cpu), cpu.counters.misses_base.get()), (4, 4));
+        assert_eq!(cpu.counters.misses_coalesced.get(), 0);
+    }
+
+    #[test]
+    fn a_flush_of_one_page_drops_what_it_was_merged_into() {
+        for flushed in 0..4 {
+            let mut cpu = touch(4, &in_order(), true, &[0, 4, 1, 2, 3]);
+            assert_eq!(misses(&cpu), 2);
+            cpu.flush_page(VIRTUAL + flushed * 4096 + 123);
+            touch_again(&mut cpu, &in_order(), true, &[4, 5, 6, 7]);
+            assert_eq!(misses(&cpu), 2, "the other group stays");
+            touch_again(&mut cpu, &in_order(), true, &[3, 2, 1, 0]);
+            assert_eq!(misses(&cpu), 3);
+        }
+    }
+
+    #[test]
+    fn what_was_merged_is_flushed_with_its_space_and_kept_apart() {
+        let mut cpu = cpu(ZEN4.coalescing(4).expect("a power of two"));
+        for (space, expected) in [(1, 1), (2, 2), (1, 2), (2, 2)] {
+            cpu.switch_space(space);
+            touch_again(&mut cpu, &in_order(), true, &[0, 1]);
+            assert_eq!(misses(&cpu), expected);
+        }
+        cpu.flush_space();
+        touch_again(&mut cpu, &in_order(), true, &[2]);
+        assert_eq!(misses(&cpu), 3);
+        cpu.switch_space(1);
+        touch_again(&mut cpu, &in_order(), true, &[3]);
+        assert_eq!(misses(&cpu), 3);
+        cpu.host_changed();
+        touch_again(&mut cpu, &in_order(), true, &[0]);
+        assert_eq!(misses(&cpu), 4);
+    }
+
+    #[test]
+    fn the_first_level_is_refilled_with_groups() {
+        let mut cpu = cpu(BROADWELL.coalescing(4).expect("a power of two"));
+        let host = host(true);
+        // Five groups of one set of four in the first level.
+        let group = |number: u64| 2 * MIB + number * 16 * 4 * 4096;
+        for round in 0..2 {
+            for number in 0..5 {
+                cpu.access(group(number), &host, neighbours);
+            }
+            let counted = cpu.counters.snapshot();
+            assert_eq!((counted.tlb_misses, counted.l2_hits), (5, 5 * round));
+        }
+        cpu.access(group(4) + 4096, &host, neighbours);
+        assert_eq!((misses(&cpu), cpu.counters.l1_hits.get()), (5, 1));
+    }
+
+    #[test]
+    fn an_entry_from_before_pages_were_merged_goes() {
+        let mut cpu = simple(2, 0);
+        let four = BROADWELL.coalescing(4).expect("a power of two");
+        (cpu.profile, cpu.l1.group) = (four, four.group);
+        let host = host(true);
+        let mut access = |address, merged| {
+            let alone = identity(PageSize::Base, false);
+            cpu.access(address, &host, |a| if merged { neighbours(a) } else { alone(a) });
+            misses(&cpu)
+        };
+        assert_eq!(access(4 * MIB, false), 1);
+        assert_eq!(access(4 * MIB + 4096, true), 2);
+        // Both have this page: the group is what is used...
+        assert_eq!(access(4 * MIB, true), 2);
+        // ...so that the page's own entry is the victim of another.
+        assert_eq!(access(8 * MIB, false), 3);
+        assert_eq!(access(4 * MIB + 2 * 4096, true), 3);
+    }
+
     /// A processor with fully associative TLBs.
     fn simple(l1: usize, l2: usize) -> Cpu {
         let bank = |entries| (&PageSize::ALL[..], Bank::<Mapping>::new(Geometry::full(entries)));
@@ -492,6 +793,35 @@ mod tests {
             prop_assert_eq!(corners, counted.tlb_misses);
             prop_assert!(counted.page_walk_refs >= counted.tlb_misses);
             prop_assert!(counted.page_walk_refs <= 24 * counted.tlb_misses);
+        }
+
+        #[test]
+        fn without_merging_neighbours_do_not_matter(
+            steps in prop::collection::vec((0_u64..3000, 0_u8..20), 0..150),
+        ) {
+            let run = |profile: Profile, group| {
+                let mut cpu = cpu(profile);
+                let host = host(true);
+                for &(page, action) in &steps {
+                    match action {
+                        0 => cpu.flush_page(page * 4096),
+                        1 => cpu.flush_space(),
+                        2 => cpu.switch_space(2),
+                        _ => cpu.access(page * 4096, &host, |address| {
+                            let found = identity(PageSize::Base, page % 7 == 0)(address);
+                            found.map(|found| Translation { group, ..found })
+                        }),
+                    }
+                }
+                cpu.counters.snapshot()
+            };
+            for profile in ALL {
+                let plain = run(profile, 0);
+                prop_assert_eq!(run(profile, GROUP_LIMIT), plain);
+                // Nor does it matter whether a processor merges where nothing can be.
+                let merging = profile.coalescing(4).expect("a power of two");
+                prop_assert_eq!(run(merging, 1), plain);
+            }
         }
 
         #[test]

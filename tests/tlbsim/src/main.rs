@@ -19,8 +19,9 @@ struct Cli {
     /// Traces, one of each virtual processor
     #[arg(required = true)]
     traces: Vec<PathBuf>,
-    /// Simulate another processor than the one that was recorded
-    #[arg(long, value_parser = parse_profile)]
+    /// Simulate another processor than the one that was recorded; NAME+coalesceN has
+    /// entries for N base pages
+    #[arg(long, value_name = "NAME", value_parser = parse_profile)]
     profile: Option<Profile>,
     /// What the host is taken to be
     #[arg(long, value_enum, default_value = "recorded")]
@@ -39,7 +40,8 @@ enum HostChoice {
 
 fn parse_profile(name: &str) -> anyhow::Result<Profile> {
     profile::find(name).with_context(|| {
-        format!("there is: {}", profile::ALL.map(|profile| profile.name).join(", "))
+        let names = profile::ALL.map(|profile| profile.name).join(", ");
+        format!("there is: {names}; each with +coalesce2, 4, 8 or 16, too")
     })
 }
 
@@ -68,7 +70,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         let replayed = replay(BufReader::new(file), cli.profile, host)
             .with_context(|| format!("cannot replay {}", path.display()))?;
         let counters = Counters { skipped: replayed.recorded.skipped, ..replayed.counters };
-        let unchanged = cli.profile.is_none_or(|profile| profile.name == replayed.header.profile);
+        let unchanged =
+            cli.profile.is_none_or(|profile| profile.to_string() == replayed.header.profile);
         if unchanged && host == Host::Recorded && counters != replayed.recorded {
             bail!(
                 "{} does not replay as it was recorded: {counters:?}, then {:?}",

@@ -10,7 +10,8 @@ use crate::profile::{self, Profile};
 /// How the plugin is told to work.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// `profile`: the processor to be simulated.
+    /// `profile`: the processor to be simulated; with `coalesce`, how many base pages
+    /// one entry of its TLB may hold, whatever the profile's own name says.
     pub profile: Profile,
     /// `memory`: bytes of guest memory, which is one memfd of this size.
     pub memory: u64,
@@ -34,7 +35,7 @@ impl Options {
     /// control is missing.
     pub fn parse<'a>(words: impl IntoIterator<Item = &'a str>) -> anyhow::Result<Self> {
         let (mut profile, mut pcid, mut simulate, mut epoch) = (profile::ALL[0], false, true, 100);
-        let (mut memory, mut control) = (None, None);
+        let (mut memory, mut control, mut coalesce) = (None, None, None);
         for word in words {
             let (name, value) = word.split_once('=').with_context(|| format!("what is {word}?"))?;
             match name {
@@ -42,6 +43,7 @@ impl Options {
                     profile = profile::find(value)
                         .with_context(|| format!("there is no profile {value}"))?;
                 }
+                "coalesce" => coalesce = Some(value.parse().context("coalesce is no number")?),
                 "memory" => memory = Some(value.parse().context("memory is no number")?),
                 "control" => control = Some(PathBuf::from(value)),
                 "pcid" => pcid = switch(name, value)?,
@@ -49,6 +51,11 @@ impl Options {
                 "epoch" => epoch = value.parse().context("epoch is no number")?,
                 _ => bail!("what is {name}?"),
             }
+        }
+        if let Some(pages) = coalesce {
+            profile = profile
+                .coalescing(pages)
+                .with_context(|| format!("coalesce is a power of two up to 16, not {pages}"))?;
         }
         Ok(Options {
             profile,
@@ -77,14 +84,41 @@ mod tests {
     fn words_are_read_and_the_rest_has_defaults() {
         let options = Options::parse(["memory=4096", "control=/run/x", "pcid=on"]).expect("fine");
         assert_eq!((options.memory, options.pcid, options.simulate), (4096, true, true));
-        assert_eq!(options.profile.name, "broadwell");
+        assert_eq!(options.profile.to_string(), "broadwell");
         assert_eq!(options.epoch, Duration::from_millis(100));
+    }
+
+    #[test]
+    fn merging_is_an_option_of_its_own_or_part_of_the_profile() {
+        for (words, name) in [
+            (&["profile=zen4", "coalesce=4"][..], "zen4+coalesce4"),
+            (&["coalesce=8", "profile=zen4"], "zen4+coalesce8"),
+            (&["profile=zen4+coalesce2"], "zen4+coalesce2"),
+            (&["profile=zen4+coalesce2", "coalesce=16"], "zen4+coalesce16"),
+            (&["profile=zen4+coalesce2", "coalesce=0"], "zen4"),
+            (&["coalesce=1"], "broadwell"),
+        ] {
+            let needed = ["memory=4096", "control=/run/x"];
+            let options = Options::parse(needed.into_iter().chain(words.iter().copied()));
+            assert_eq!(options.expect("fine").profile.to_string(), name);
+        }
     }
 
     #[test]
     fn what_is_wrong_is_refused() {
         let needed = ["memory=4096", "control=/run/x"];
-        for wrong in ["profile=i386", "pcid=maybe", "epoch=soon", "speed=9", "on", "memory=much"] {
+        for wrong in [
+            "profile=i386",
+            "profile=zen4+coalesce5",
+            "coalesce=5",
+            "coalesce=32",
+            "coalesce=on",
+            "pcid=maybe",
+            "epoch=soon",
+            "speed=9",
+            "on",
+            "memory=much",
+        ] {
             let words = needed.into_iter().chain([wrong]);
             assert!(Options::parse(words).is_err(), "{wrong}");
         }

@@ -73,7 +73,16 @@ pub struct Translation {
     pub level: u8,
     /// Whether the page is in every address space.
     pub global: bool,
+    /// log2 of the number of base pages in the largest group around the page that the
+    /// guest maps as it would map one page of that size: aligned in both address
+    /// spaces, in order, and with the same attributes. 0 where the page has no such
+    /// neighbours or is no base page; at most [`GROUP_LIMIT`]. All smaller aligned
+    /// groups around the page are mapped like that, too.
+    pub group: u8,
 }
+
+/// Largest group that is looked for: 16 base pages.
+pub const GROUP_LIMIT: u8 = 4;
 
 impl Translation {
     /// Size of the page in the guest.
@@ -109,9 +118,14 @@ const CR4_PAE: u64 = 1 << 5;
 const CR4_PGE: u64 = 1 << 7;
 const CR4_LA57: u64 = 1 << 12;
 const PRESENT: u64 = 1 << 0;
+const ACCESSED: u64 = 1 << 5;
 const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Bits of an entry that are the kernel's own: 9 to 11 and 52 to 58. All others are
+/// address or attributes, bits 59 to 62 (the protection key) included.
+const IGNORED: u64 = 7 << 9 | 0x7f << 52;
 
 /// Memory of the guest, by guest physical address.
 pub trait GuestMemory {
@@ -152,12 +166,44 @@ impl ControlRegisters {
                 found.level = level;
                 found.frame = found.size().start(entry & ADDRESS);
                 found.global = entry & GLOBAL != 0 && self.cr4 & CR4_PGE != 0;
+                if level == 1 {
+                    found.group = group(memory, place, entry);
+                }
                 return Some(found);
             }
             table = entry & ADDRESS;
         }
         None
     }
+}
+
+/// The group ([`Translation::group`]) of the base page whose entry is at `place`.
+///
+/// A processor that merges pages has one set of attributes for all of them. So all
+/// that it goes by has to be the same, accessed and dirty bits included, and as it
+/// sets the accessed bit of an entry before it uses it, that of all others has to be
+/// set.
+fn group(memory: &impl GuestMemory, place: u64, entry: u64) -> u8 {
+    let entry = entry | ACCESSED;
+    let own = (place / 8) & ((1 << GROUP_LIMIT) - 1);
+    // In a group that is aligned in both address spaces, entries differ in the same
+    // bits as their numbers.
+    let fits = |other: u64| {
+        let word = memory.word(place ^ ((own ^ other) * 8));
+        word.is_some_and(|word| (word ^ entry ^ (own ^ other) << 12) & !IGNORED == 0)
+    };
+    let mut group = 0;
+    while group < GROUP_LIMIT {
+        // The other half of the group that is twice as large.
+        let half = 1 << group;
+        let start = (own ^ half) & !(half - 1);
+        let aligned = (own ^ entry >> 12) & half == 0;
+        if !aligned || !(start..start + half).all(fits) {
+            break;
+        }
+        group += 1;
+    }
+    group
 }
 
 #[cfg(test)]
@@ -193,7 +239,7 @@ pub(crate) mod tests {
         tables
     }
 
-    fn registers() -> ControlRegisters {
+    pub(crate) fn registers() -> ControlRegisters {
         // Bits of CR3 that are no address must not matter.
         ControlRegisters { cr0: CR0_PG, cr3: 0x1018, cr4: CR4_PAE | CR4_PGE }
     }
@@ -235,6 +281,52 @@ pub(crate) mod tests {
         let five = ControlRegisters { cr3: 0x9000, cr4: registers().cr4 | CR4_LA57, ..registers() };
         let found = five.walk(&tables, 0x5000).expect("it is mapped");
         assert_eq!((found.top, found.entries[4]), (5, 0x9000));
+    }
+
+    /// The groups of 16 base pages with these entries, from 0x1_0000 on.
+    fn groups(entries: [u64; 16]) -> [u8; 16] {
+        let mut tables = tables();
+        for (page, entry) in (0..).zip(entries) {
+            tables.0.insert(0x4000 + 8 * (16 + page), entry);
+        }
+        let mut found = [0; 16];
+        for (page, group) in (0..).zip(&mut found) {
+            let address = 0x1_0000 + page * 4096;
+            *group = registers().walk(&tables, address).map_or(u8::MAX, |found| found.group);
+        }
+        found
+    }
+
+    #[test]
+    fn groups_are_as_large_as_what_lies_in_order() {
+        let mut entries = [0; 16];
+        for (page, entry) in (0..).zip(&mut entries) {
+            *entry = 0x70_0021 + page * 4096;
+        }
+        assert_eq!(groups(entries), [4; 16]);
+        // Frames are aligned to as much as groups of two.
+        assert_eq!(groups(entries.map(|entry| entry + 0x2000)), [1; 16]);
+        assert_eq!(groups(entries.map(|entry| entry + 0x1000)), [0; 16]);
+        // The eighth page is elsewhere.
+        let mut hole = entries;
+        hole[7] += 0x100_0000;
+        assert_eq!(groups(hole), [2, 2, 2, 2, 1, 1, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3]);
+        // The first is absent.
+        hole = entries;
+        hole[0] = 0;
+        assert_eq!(groups(hole), [255, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3]);
+        // A processor sets the accessed bit of the page that it walks to, not of others.
+        hole = entries;
+        hole[5] &= !ACCESSED;
+        assert_eq!(groups(hole), [2, 2, 2, 2, 0, 4, 1, 1, 3, 3, 3, 3, 3, 3, 3, 3]);
+        assert_eq!(groups(entries.map(|entry| entry & !ACCESSED)), [0; 16]);
+    }
+
+    #[test]
+    fn larger_pages_are_in_no_group() {
+        for address in [0x20_1234, 0x8000_0000] {
+            assert_eq!(registers().walk(&tables(), address).expect("it is mapped").group, 0);
+        }
     }
 
     #[test]

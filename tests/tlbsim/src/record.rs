@@ -16,7 +16,9 @@ const KNOWN_LIMIT: usize = 1 << 18;
 ///
 /// While it is made, translations come from what the trace holds: a processor
 /// may go by an old one until it is told to flush it, so every replay, with
-/// whatever TLB, sees what this processor sees.
+/// whatever TLB, sees what this processor sees. Pages that the guest has mapped since,
+/// beside a page whose translation the trace holds, are not seen meanwhile: that takes
+/// no flush. A processor that merges pages merges fewer while it is recorded.
 #[derive(Debug)]
 pub struct Recorder<W> {
     writer: Writer<W>,

@@ -41,7 +41,8 @@ pub struct Replayed {
 /// Replays a trace, with its own profile or another one.
 ///
 /// # Errors
-/// If the trace is torn, malformed, or of a profile that is not known.
+/// If the trace is torn, malformed, or of a profile that is not known, or if the
+/// profile merges pages and the trace is too old to know which.
 pub fn replay(
     input: impl BufRead,
     profile: Option<Profile>,
@@ -53,6 +54,11 @@ pub fn replay(
         None => profile::find(&header.profile)
             .with_context(|| format!("there is no profile {}", header.profile))?,
     };
+    ensure!(
+        profile.group == 0 || reader.knows_groups(),
+        "this trace is of an older version, which did not record what {profile} needs to know: \
+         which pages could be merged"
+    );
     let layout = RamLayout::q35(header.memory);
     let mut map = HostMap::new(layout, header.host_page);
     if host == Host::Huge {
@@ -123,19 +129,25 @@ mod tests {
         let mut entries = [0x20_0000, 0x40_1000, 0x40_2000, 0x40_3000, 0];
         entries[..usize::from(level) - 1].fill(0);
         let frame = size.start(address.wrapping_add(time << 21) % MEMORY);
-        Some(Translation { entries, top: 4, frame, level, global: page % 11 == 0 })
+        // As many neighbours as the page's number says, so that all numbers occur.
+        let group = if level == 1 { (page % 5).to_le_bytes()[0] } else { 0 };
+        Some(Translation { entries, top: 4, frame, level, global: page % 11 == 0, group })
     }
 
-    /// Records steps, and returns the trace and what was counted.
+    /// Records steps, and returns the trace.
     fn record(steps: &[(u64, u8)], limit: u64) -> Vec<u8> {
+        record_on(BROADWELL, steps, limit)
+    }
+
+    fn record_on(profile: Profile, steps: &[(u64, u8)], limit: u64) -> Vec<u8> {
         let header = Header {
             processor: 0,
             memory: MEMORY,
             host_page: PageSize::Huge,
-            profile: BROADWELL.name.into(),
+            profile: profile.to_string(),
         };
         let mut host = HostMap::new(RamLayout::q35(MEMORY), PageSize::Huge);
-        let mut cpu = Cpu::new(BROADWELL, Arc::default());
+        let mut cpu = Cpu::new(profile, Arc::default());
         let mut bytes = Vec::new();
         let mut recorder = Recorder::new(&mut bytes, &header, &cpu, &host, limit).expect("memory");
         for (time, &(page, action)) in (0..).zip(steps) {
@@ -191,6 +203,22 @@ mod tests {
             let other = replay(&trace[..], Some(ZEN4), Host::Recorded).expect("a trace");
             prop_assert_eq!(other.counters.accesses, replayed.counters.accesses);
         }
+
+        #[test]
+        fn what_was_merged_is_merged_in_a_replay(
+            steps in prop::collection::vec((0_u64..9000, 0_u8..60), 0..600),
+        ) {
+            let merging = ZEN4.coalescing(4).expect("a power of two");
+            let trace = record_on(merging, &steps, u64::MAX);
+            let replayed = replay(&trace[..], None, Host::Recorded).expect("a trace");
+            let skipped = replayed.recorded.skipped;
+            prop_assert_eq!(Counters { skipped, ..replayed.counters }, replayed.recorded);
+            prop_assert_eq!(replayed.profile.group, merging.group);
+            // Which processor it was recorded on does not matter to another.
+            let plain = record_on(ZEN4, &steps, u64::MAX);
+            let merged = replay(&plain[..], Some(merging), Host::Recorded).expect("a trace");
+            prop_assert_eq!(merged.counters, replayed.counters);
+        }
     }
 
     #[test]
@@ -202,6 +230,43 @@ mod tests {
         let misses = |host| replay(&trace[..], None, host).expect("a trace").counters.tlb_misses;
         assert!(misses(Host::Huge) < misses(Host::Base) / 100);
         assert_eq!(misses(Host::Base), misses(Host::Recorded));
+    }
+
+    #[test]
+    fn a_trace_knows_what_could_be_merged() {
+        // Four pages in groups of 4, 8, 16 and 1; block 0, where a page at time 0 would
+        // be, is never huge in the host.
+        let trace = record(&[(600, 9), (12, 9), (13, 9), (14, 9), (15, 9)], u64::MAX);
+        let misses = |pages, host| {
+            let profile = BROADWELL.coalescing(pages);
+            replay(&trace[..], profile, host).expect("a trace").counters.tlb_misses - 1
+        };
+        assert_eq!([1, 2, 4, 8, 16].map(|pages| misses(pages, Host::Huge)), [4, 2, 1, 2, 3]);
+        assert_eq!(misses(4, Host::Base), 4);
+        assert_eq!(misses(4, Host::Recorded), 4);
+    }
+
+    #[test]
+    fn old_traces_replay_but_know_nothing_of_neighbours() {
+        let old = |steps: &[(u64, u8)]| {
+            let mut trace = record(steps, u64::MAX);
+            let place = trace.iter().position(|&byte| byte == b'\n').expect("a line") - 1;
+            assert_eq!(std::mem::replace(&mut trace[place], b'1'), b'2');
+            trace
+        };
+        // Pages without neighbours are written as they always were.
+        let steps: Vec<_> = (0..80).map(|page| (page * 5 + 10, 9)).collect();
+        let (trace, now) = (old(&steps), record(&steps, u64::MAX));
+        let replayed = replay(&trace[..], None, Host::Recorded).expect("a trace");
+        let expected = replay(&now[..], None, Host::Recorded).expect("a trace");
+        assert_eq!(replayed.counters, expected.counters);
+        assert!(replayed.counters.tlb_misses > 0);
+        let refused = replay(&trace[..], BROADWELL.coalescing(4), Host::Recorded);
+        let error = refused.expect_err("it is not known").to_string();
+        assert!(error.contains("older version") && error.contains("broadwell+coalesce4"));
+        assert!(replay(&now[..], BROADWELL.coalescing(4), Host::Recorded).is_ok());
+        // What no such trace can hold is no event.
+        assert!(replay(&old(&[(1, 9)])[..], None, Host::Recorded).is_err());
     }
 
     #[test]

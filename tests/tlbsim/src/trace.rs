@@ -11,10 +11,13 @@ use anyhow::{bail, ensure, Context};
 use serde::{Deserialize, Serialize};
 
 use crate::counters::Counters;
-use crate::paging::{PageSize, Translation, LEVELS};
+use crate::paging::{PageSize, Translation, GROUP_LIMIT, LEVELS};
 
 /// First line of a trace.
-const MAGIC: &str = "gemini-tlb-trace 1";
+const MAGIC: &str = "gemini-tlb-trace 2";
+
+/// That of one from before translations told of groups.
+const MAGIC_WITHOUT_GROUPS: &str = "gemini-tlb-trace 1";
 
 /// Longest line that is read.
 const LINE_LIMIT: u64 = 64 << 10;
@@ -67,6 +70,10 @@ const END: u64 = 7;
 
 /// Bits of a number that say what the event is.
 const KIND_BITS: u32 = 3;
+
+/// Bits of the first number of a translation that tell all but its group, which is 0
+/// in traces that know none.
+const TRANSLATION_BITS: u32 = 7;
 
 /// A difference as a number that is small when it is.
 fn zigzag(difference: i64) -> u64 {
@@ -122,8 +129,9 @@ impl<W: Write> Writer<W> {
             Event::Access(page) => self.page(ACCESS, *page),
             Event::Translation(page, translation) => {
                 self.page(TRANSLATION, *page)?;
-                let Translation { entries, top, frame, level, global } = translation;
-                self.number(u64::from(*top) << 4 | u64::from(*level) << 1 | u64::from(*global))?;
+                let Translation { entries, top, frame, level, global, group } = translation;
+                let kind = u64::from(*top) << 4 | u64::from(*level) << 1 | u64::from(*global);
+                self.number(u64::from(*group) << TRANSLATION_BITS | kind)?;
                 self.number(*frame >> PageSize::Base.shift())?;
                 for entry in entries.iter().take(usize::from(*top)).skip(usize::from(*level) - 1) {
                     self.number(*entry)?;
@@ -179,6 +187,7 @@ impl<W: Write> Writer<W> {
 pub struct Reader<R> {
     input: R,
     page: u64,
+    knows_groups: bool,
 }
 
 impl<R: BufRead> Reader<R> {
@@ -187,9 +196,20 @@ impl<R: BufRead> Reader<R> {
     /// # Errors
     /// If it is none, or one of another version.
     pub fn new(mut input: R) -> anyhow::Result<(Self, Header)> {
-        ensure!(line(&mut input)? == MAGIC, "this is no trace of this version");
+        let knows_groups = match line(&mut input)?.as_str() {
+            MAGIC => true,
+            MAGIC_WITHOUT_GROUPS => false,
+            _ => bail!("this is no trace of a version that is known"),
+        };
         let header = serde_json::from_str(&line(&mut input)?).context("a trace without header")?;
-        Ok((Reader { input, page: 0 }, header))
+        Ok((Reader { input, page: 0, knows_groups }, header))
+    }
+
+    /// Whether translations tell which base pages could be merged with the next ones:
+    /// older traces do not know.
+    #[must_use]
+    pub fn knows_groups(&self) -> bool {
+        self.knows_groups
     }
 
     /// The next event. A trace ends with [`Event::End`].
@@ -223,15 +243,19 @@ impl<R: BufRead> Reader<R> {
     }
 
     fn translation(&mut self) -> anyhow::Result<Translation> {
-        let [kind, ..] = self.number()?.to_le_bytes();
+        let number = self.number()?;
+        let [kind, ..] = (number & ((1 << TRANSLATION_BITS) - 1)).to_le_bytes();
         let (top, level) = (kind >> 4, kind >> 1 & 7);
         ensure!((1..=3).contains(&level) && (4..=5).contains(&top), "a page of level {level}");
+        let group = u8::try_from(number >> TRANSLATION_BITS).context("a group without end")?;
+        let largest = if level == 1 && self.knows_groups { GROUP_LIMIT } else { 0 };
+        ensure!(group <= largest, "a group of 2^{group} pages of level {level}");
         let frame = self.number()? << PageSize::Base.shift();
         let mut entries = [0; LEVELS];
         for entry in entries.iter_mut().take(usize::from(top)).skip(usize::from(level) - 1) {
             *entry = self.number()?;
         }
-        Ok(Translation { entries, top, frame, level, global: kind & 1 == 1 })
+        Ok(Translation { entries, top, frame, level, global: kind & 1 == 1, group })
     }
 
     fn number(&mut self) -> anyhow::Result<u64> {
@@ -274,12 +298,15 @@ mod tests {
     fn events() -> impl Strategy<Value = Event> {
         let page = 0_u64..1 << 52;
         let level = 1_u8..=3;
-        let translation = (page.clone(), level, 4_u8..=5, any::<[u64; LEVELS]>(), any::<bool>())
-            .prop_map(|(frame, level, top, mut entries, global)| {
+        let (entries, group) = (any::<[u64; LEVELS]>(), 0..=GROUP_LIMIT);
+        let translation = (page.clone(), level, 4_u8..=5, entries, any::<bool>(), group).prop_map(
+            |(frame, level, top, mut entries, global, group)| {
                 entries[usize::from(top)..].fill(0);
                 entries[..usize::from(level) - 1].fill(0);
-                Translation { entries, top, frame: frame << 12, level, global }
-            });
+                let group = if level == 1 { group } else { 0 };
+                Translation { entries, top, frame: frame << 12, level, global, group }
+            },
+        );
         prop_oneof![
             page.clone().prop_map(Event::Access),
             (page.clone(), translation).prop_map(|(page, found)| Event::Translation(page, found)),
@@ -331,7 +358,10 @@ mod tests {
     #[test]
     fn other_files_are_refused() {
         assert!(Reader::new(&b"hello\n"[..]).is_err());
-        assert!(Reader::new(&b"gemini-tlb-trace 1\n{}\n"[..]).is_err());
+        assert!(Reader::new(&b"gemini-tlb-trace 2\n{}\n"[..]).is_err());
+        let next =
+            String::from_utf8(write(&[])).expect("text").replace(MAGIC, "gemini-tlb-trace 3");
+        assert!(Reader::new(next.as_bytes()).is_err());
         assert!(Reader::new(&b""[..]).is_err());
     }
 }

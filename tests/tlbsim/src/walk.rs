@@ -153,7 +153,7 @@ mod tests {
         for level in size.level()..=4 {
             entries[usize::from(level) - 1] = u64::from(level) << 22;
         }
-        Translation { entries, top: 4, frame: GIB, level: size.level(), global: false }
+        Translation { entries, top: 4, frame: GIB, level: size.level(), global: false, group: 0 }
     }
 
     fn host(huge: bool) -> HostMap {

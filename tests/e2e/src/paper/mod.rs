@@ -83,7 +83,7 @@ pub struct PaperArgs {
     /// Whole free blocks that a fragmented host has left, in percent of the guest's
     #[arg(long, value_name = "PERCENT", default_value_t = 40)]
     host_blocks: u64,
-    /// Processor whose TLBs are simulated
+    /// Processor whose TLBs are simulated; NAME+coalesceN merges N base pages
     #[arg(long, value_name = "NAME", default_value = PROFILE)]
     profile: String,
     /// Guests run on an emulator, which is asked about every access, or on hardware,

@@ -227,7 +227,7 @@ impl Plugin {
         let total =
             processors.iter().fold(estimate(Counters::default(), 0), |sum, next| sum.plus(next));
         Ok(json!({
-            "profile": self.options.profile.name,
+            "profile": self.options.profile.to_string(),
             "pcid": self.options.pcid,
             "simulating": self.instrumented(),
             "host_huge_blocks": shared.host.huge_blocks(),

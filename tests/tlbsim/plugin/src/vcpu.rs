@@ -190,7 +190,7 @@ impl Vcpu {
             processor: self.number,
             memory: host.layout().bytes(),
             host_page: host.huge_size(),
-            profile: self.profile.name.into(),
+            profile: self.profile.to_string(),
         };
         let mut path = recording.path.clone().into_os_string();
         path.push(format!(".{}", self.number));
