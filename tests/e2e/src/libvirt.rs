@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{bail, ensure, Context};
+use anyhow::{anyhow, bail, ensure, Context};
 use clap::Args;
 use gemini_guest::protocol::{PageSize, PORT_NAME};
 use gemini_harness::settings::NR_HUGEPAGES;
@@ -30,6 +30,8 @@ use crate::BLOCK;
 const MEMORY: u64 = 1 << 30;
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
+/// A migration that others have the time to disturb.
+const SLOWLY: [&str; 2] = ["--bandwidth", "16"];
 const DOMAIN: &str = "gemini-test";
 /// The domains that are shipped.
 const EXAMPLE: &str = "gemini-example";
@@ -109,7 +111,24 @@ pub fn run(args: &LibvirtArgs) -> anyhow::Result<()> {
     chown(other_place.directory(), Some(user.0), Some(user.1))?;
     let other = Libvirt::start(args, &args.destination, Some(&other_place))?;
     other.take_kernel(&bench)?;
-    let running = running.migrate(&host, &place, &other, &other_place, &config)?;
+    let way = Way { from: &host, from_place: &place, to: &other, to_place: &other_place };
+    let said = running.stay(&way, &config, &["--postcopy"], || Ok(()))?;
+    ensure!(said.contains("does not support postcopy"), "postcopy is refused by: {said}");
+    step("postcopy: refused, and told why");
+    running.stay(&way, &config, &SLOWLY, || {
+        way.wait_under_way()?;
+        host.virsh(&["domjobabort", DOMAIN]).map(drop)
+    })?;
+    step("migration aborted: the domain stays, and nothing is lost");
+    running.stay(&way, &config, &SLOWLY, || {
+        way.wait_under_way()?;
+        let qemu = other.qemu(DOMAIN)?.to_string();
+        let killed = Command::new("kill").args(["-KILL", &qemu]).status()?;
+        ensure!(killed.success(), "kill: {killed}");
+        Ok(())
+    })?;
+    step("the destination's QEMU killed on the way: the domain stays, and nothing is lost");
+    let running = running.migrate(&way, &config)?;
     running.expect_aligned("migrated")?;
 
     other.virsh(&["destroy", DOMAIN])?;
@@ -205,6 +224,14 @@ impl Libvirt {
             _libvirtd: libvirtd,
             _virtlogd: virtlogd,
         })
+    }
+
+    /// The process of a domain that runs there.
+    fn qemu(&self, domain: &str) -> anyhow::Result<u32> {
+        let path = self.root.join(format!("run/libvirt/qemu/{domain}.pid"));
+        let pid =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(pid.trim().parse()?)
     }
 
     fn virsh(&self, arguments: &[&str]) -> anyhow::Result<String> {
@@ -444,36 +471,44 @@ impl Running {
     }
 
     /// Moves to another host, under load, and returns the domain as it is there.
-    fn migrate(
-        self,
-        from: &Libvirt,
-        from_place: &Place,
-        to: &Libvirt,
-        to_place: &Place,
-        config: &DaemonConfig,
-    ) -> anyhow::Result<Self> {
-        let daemon = to_place.start(config)?;
-        let path = |place: &Place| place.directory().to_string_lossy().into_owned();
-        let xml = from.virsh(&["dumpxml", "--migratable", DOMAIN])?;
-        let xml = xml.replace(&path(from_place), &path(to_place));
-        fs::write(from.root.join("run/destination.xml"), xml)?;
+    fn migrate(self, way: &Way, config: &DaemonConfig) -> anyhow::Result<Self> {
+        let daemon = way.to_place.start(config)?;
         self.guest.start_churn("load", MEMORY / 16, 1)?;
-        from.virsh(&[
-            "migrate",
-            "--live",
-            "--xml",
-            "/run/destination.xml",
-            DOMAIN,
-            &to.uri,
-            "tcp://127.0.0.1",
-        ])?;
+        way.migrate(&[])?;
         self.expect_disconnected()?;
         self.daemon.stop()?;
-        let (guest, memory) = look(to, to_place, DOMAIN)?;
+        let (guest, memory) = look(way.to, way.to_place, DOMAIN)?;
         guest.stop_churn("load")?;
         guest.verify("kept")?;
         guest.free("kept")?;
         Ok(Running { guest, memory, daemon })
+    }
+
+    /// Begins to move and is disturbed, so that it must not arrive. Returns what
+    /// virsh says.
+    fn stay(
+        &self,
+        way: &Way,
+        config: &DaemonConfig,
+        options: &[&str],
+        disturb: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<String> {
+        let daemon = way.to_place.start(config)?;
+        let (moved, disturbed) = std::thread::scope(|scope| {
+            let moving = scope.spawn(|| way.migrate(options));
+            let disturbed = disturb();
+            (moving.join(), disturbed)
+        });
+        disturbed?;
+        let moved = moved.map_err(|_| anyhow!("the thread that migrates has panicked"))?;
+        let Err(error) = moved else { bail!("the domain has moved") };
+        let state = way.from.virsh(&["domstate", DOMAIN])?;
+        ensure!(state.trim() == "running", "the domain is {state:?} after {error:#}");
+        let there = way.to.virsh(&["list", "--all", "--name"])?;
+        ensure!(!there.contains(DOMAIN), "the domain is at both hosts");
+        daemon.stop()?;
+        self.guest.verify("kept")?;
+        Ok(format!("{error:#}"))
     }
 
     fn expect_disconnected(&self) -> anyhow::Result<()> {
@@ -504,6 +539,34 @@ impl Running {
     }
 }
 
+/// From where to where a domain moves.
+struct Way<'a> {
+    from: &'a Libvirt,
+    from_place: &'a Place,
+    to: &'a Libvirt,
+    to_place: &'a Place,
+}
+
+impl Way<'_> {
+    fn migrate(&self, options: &[&str]) -> anyhow::Result<()> {
+        let path = |place: &Place| place.directory().to_string_lossy().into_owned();
+        let xml = self.from.virsh(&["dumpxml", "--migratable", DOMAIN])?;
+        let xml = xml.replace(&path(self.from_place), &path(self.to_place));
+        fs::write(self.from.root.join("run/destination.xml"), xml)?;
+        let what = ["migrate", "--live", "--xml", "/run/destination.xml"];
+        let whereto = [DOMAIN, &self.to.uri, "tcp://127.0.0.1"];
+        self.from.virsh(&[&what, options, &whereto].concat()).map(drop)
+    }
+
+    /// Waits until some memory has been sent.
+    fn wait_under_way(&self) -> anyhow::Result<()> {
+        process::wait_for("the domain is being moved", SYNC_TIMEOUT, || {
+            let told = self.from.virsh(&["domjobinfo", DOMAIN])?;
+            Ok(told.contains("Memory processed").then_some(()))
+        })
+    }
+}
+
 fn boot(host: &Libvirt, place: &Place, domain: &str) -> anyhow::Result<(Guest, GuestMemory)> {
     host.virsh(&["start", domain])?;
     look(host, place, domain)
@@ -513,11 +576,7 @@ fn boot(host: &Libvirt, place: &Place, domain: &str) -> anyhow::Result<(Guest, G
 fn look(host: &Libvirt, place: &Place, domain: &str) -> anyhow::Result<(Guest, GuestMemory)> {
     let guest = Guest::connect(&place.directory().join("guest"))?;
     guest.wait_ready(BOOT_TIMEOUT, || Ok(()))?;
-    let path = host.root.join(format!("run/libvirt/qemu/{domain}.pid"));
-    let pid = fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {}", path.display()))?
-        .trim()
-        .parse()?;
+    let pid = host.qemu(domain)?;
     let mut qmp = Qmp::connect(&place.directory().join("qmp"))?;
     let memory = GuestMemory::find(pid, MEMORY, &mut qmp)?;
     ensure!(memory.is_aligned(), "QEMU maps the memory where no huge page can be");
