@@ -1,5 +1,5 @@
-//! What is told to the service manager (sd_notify(3)): that the sockets are there, so that what is
-//! ordered after the daemon finds them.
+//! What is told to the service manager (sd_notify(3)): that the daemon serves, so that what is
+//! ordered after it finds its sockets, and a start that failed is seen to have failed.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,21 +10,37 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 /// Names the service manager's socket; without it there is nobody to tell.
 const VARIABLE: &str = "NOTIFY_SOCKET";
 
-/// Tells that the daemon is ready. That it cannot be told is no reason to end.
-pub fn ready() {
-    if let Some(name) = std::env::var_os(VARIABLE) {
-        if let Err(error) = tell(&name, b"READY=1") {
-            log::warn!("cannot tell the service manager ({VARIABLE}) of the start: {error}");
+/// A way to the service manager. It is taken before the sandbox, in which there is none, and used
+/// once all that may fail is done.
+#[derive(Debug)]
+pub struct Manager(Option<UnixDatagram>);
+
+impl Manager {
+    /// The one that started the daemon, if one did. That it cannot be reached is no reason to end.
+    pub fn reach() -> Self {
+        Self(std::env::var_os(VARIABLE).and_then(|name| connect(&name).inspect_err(warn).ok()))
+    }
+
+    /// Tells that the daemon is ready.
+    pub fn ready(self) {
+        if let Some(Err(error)) = self.0.map(|socket| socket.send(b"READY=1")) {
+            warn(&error);
         }
     }
 }
 
-fn tell(name: &OsStr, message: &[u8]) -> io::Result<()> {
+fn warn(error: &io::Error) {
+    log::warn!("cannot tell the service manager ({VARIABLE}) of the start: {error}");
+}
+
+fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
     let address = match name.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name)?,
         None => SocketAddr::from_pathname(name)?,
     };
-    UnixDatagram::unbound()?.send_to_addr(message, &address).map(drop)
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    Ok(socket)
 }
 
 #[cfg(test)]
@@ -46,7 +62,7 @@ mod tests {
         ];
         for (socket, name) in sockets {
             let socket = socket.unwrap();
-            tell(&name, b"READY=1").unwrap();
+            Manager(connect(&name).ok()).ready();
             let mut heard = [0; 16];
             let length = socket.recv(&mut heard).unwrap();
             assert_eq!(&heard[..length], b"READY=1", "{}", name.display());
@@ -54,8 +70,8 @@ mod tests {
     }
 
     #[test]
-    fn a_manager_that_is_gone_is_an_error() {
-        assert!(tell(OsStr::new("/nonexistent/notify"), b"READY=1").is_err());
-        assert!(tell(OsStr::new(""), b"READY=1").is_err());
+    fn a_manager_that_is_not_there_is_an_error() {
+        assert!(connect(OsStr::new("/nonexistent/notify")).is_err());
+        assert!(connect(OsStr::new("")).is_err());
     }
 }

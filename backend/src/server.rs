@@ -7,7 +7,7 @@ use crate::control;
 use crate::device::{say, Device, GuestMap, GuestMemory};
 use crate::engine::{Engine, Port, Threads};
 use crate::logging;
-use crate::notify;
+use crate::notify::Manager;
 use crate::sandbox::{self, Sandbox};
 use crate::shares;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -255,7 +255,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let control = args.control_socket.as_deref();
     let control = control.map(|path| listen(path, crate::backing::bind_private)).transpose()?;
     let metrics = args.metrics_address.map(listen_metrics).transpose()?;
-    notify::ready();
+    let manager = Manager::reach();
     let config = args.config.as_deref().map(sandbox::settled);
     let share_dir = args.share_dir.as_deref().map(settled_directory).transpose()?;
     let sockets = created.as_ref().into_iter().chain(control.as_ref().map(|(_, made)| made));
@@ -299,6 +299,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         control::serve_metrics(listener, subject).map_err(system("start a thread"))?;
     }
     sandbox.seal()?;
+    manager.ready();
     serve(listener, &threads, &ending, &end)
 }
 

@@ -6,8 +6,8 @@ use serde_json::{json, Value};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,18 +20,23 @@ struct Daemon {
     directory: tempfile::TempDir,
 }
 
-fn daemon_in(directory: tempfile::TempDir, arguments: &[&str]) -> Daemon {
-    let path = |name| directory.path().join(name);
-    let process = Command::new(env!("CARGO_BIN_EXE_vhost-device-gemini"))
+fn command_in(directory: &Path, arguments: &[&str]) -> Command {
+    let path = |name| directory.join(name);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-device-gemini"));
+    command
         .arg("--socket-path")
         .arg(path("vm1.sock"))
         .arg("--control-socket")
         .arg(path("vm1-control.sock"))
         .args(arguments)
+        .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::null())
-        .stderr(std::fs::File::create(path("log")).unwrap())
-        .spawn()
-        .unwrap();
+        .stderr(std::fs::File::create(path("log")).unwrap());
+    command
+}
+
+fn daemon_in(directory: tempfile::TempDir, arguments: &[&str]) -> Daemon {
+    let process = command_in(directory.path(), arguments).spawn().unwrap();
     let mut daemon = Daemon { process, directory };
     daemon.wait_for("listening", |daemon| UnixStream::connect(daemon.socket()).is_ok());
     daemon
@@ -183,6 +188,48 @@ fn a_bad_file_ends_a_daemon_that_starts_and_leaves_nothing_behind() {
         [["--copy-rate", "1M"], ["--policy", "best"], ["--metrics-address", "0.0.0.0:1"]]
     {
         assert_eq!(start(&arguments).status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+/// A daemon that a service manager starts, and the manager's ear.
+fn managed(arguments: &[&str]) -> (Daemon, UnixDatagram) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = command_in(directory.path(), arguments);
+    let process = command.env("NOTIFY_SOCKET", path).spawn().unwrap();
+    (Daemon { process, directory }, manager)
+}
+
+#[test]
+fn the_service_manager_hears_of_a_daemon_when_it_serves_shut_in() {
+    for (mode, filter) in [("on", 2), ("log", 2), ("off", 0)] {
+        let shares = tempfile::tempdir().unwrap();
+        let shares = shares.path().to_str().unwrap();
+        let (daemon, manager) = managed(&["--share-dir", shares, "--sandbox", mode]);
+        let mut heard = [0; 16];
+        let length = manager.recv(&mut heard).unwrap_or_else(|error| {
+            panic!("--sandbox {mode}: {error}: {}", daemon.log());
+        });
+        assert_eq!(&heard[..length], b"READY=1");
+        let status = format!("/proc/{}/status", daemon.process.id());
+        let status = std::fs::read_to_string(status).unwrap();
+        assert!(status.contains(&format!("Seccomp:\t{filter}\n")), "--sandbox {mode}: {status}");
+        assert_eq!(daemon.status()["connected"], json!(false));
+    }
+}
+
+#[test]
+fn the_service_manager_hears_nothing_of_a_daemon_that_cannot_serve() {
+    // Its sockets are there when it finds that out: the one is none that can be shared, the other
+    // would bring all files into the sandbox's view.
+    for shares in ["/nonexistent", "/"] {
+        let (mut daemon, manager) = managed(&["--share-dir", shares]);
+        assert_eq!(daemon.process.wait().unwrap().code(), Some(1), "{}", daemon.log());
+        manager.set_nonblocking(true).unwrap();
+        let nothing = manager.recv(&mut [0; 16]).map_err(|error| error.kind());
+        assert_eq!(nothing, Err(std::io::ErrorKind::WouldBlock), "{shares}");
     }
 }
 
@@ -384,7 +431,7 @@ fn geminictl_says_what_is_wrong_and_what_to_do() {
     let empty = tempfile::tempdir().unwrap();
     let output = geminictl().arg("status").env("XDG_RUNTIME_DIR", empty.path()).output().unwrap();
     // Daemons may run on this machine: then there is one, or several.
-    if !std::path::Path::new("/run/virtio-gemini").exists() {
+    if !Path::new("/run/virtio-gemini").exists() {
         let none = failed(&output);
         assert!(none.contains("GEMINI_CONTROL_SOCKET") && none.contains("/run/"), "{none}");
     }
