@@ -68,6 +68,9 @@ fn yes(value: &Value) -> bool {
 }
 
 fn state(answer: &Value) -> &'static str {
+    if yes(&answer["migrating"]) {
+        return "a VMM is connected, and its guest is migrating: nothing is made huge or taken back";
+    }
     match (yes(&answer["connected"]), yes(&answer["paused"])) {
         (true, true) => "paused: nothing is made huge; a VMM is connected",
         (false, true) => "paused: nothing is made huge; no VMM is connected",
@@ -302,6 +305,15 @@ mod tests {
             "warning        x: do y",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_migration_is_told_also_where_it_is_not_the_only_reason() {
+        for paused in [false, true] {
+            let of_guest = json!({"connected": true, "paused": paused, "migrating": true});
+            let text = status(&of_guest);
+            assert!(text.contains("state          a VMM is connected, and its guest is migrating"));
         }
     }
 
