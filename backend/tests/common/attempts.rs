@@ -86,6 +86,8 @@ fn call(number: libc::c_long, arguments: [libc::c_long; 4]) -> io::Result<()> {
 }
 
 fn call_for(number: libc::c_long, [a, b, c, d]: [libc::c_long; 4]) -> io::Result<libc::c_long> {
+    let none: libc::c_long = 0;
+    // What is not given would be whatever the register has: flags that no kernel knows, for one.
     // SAFETY: the calls that come here take no pointers, or null for them.
-    value(unsafe { libc::syscall(number, a, b, c, d) })
+    value(unsafe { libc::syscall(number, a, b, c, d, none) })
 }
