@@ -109,6 +109,15 @@ fn service_user_with_sys_nice_collapses_at_the_vmm_and_the_vmm_pays() {
 }
 
 #[test]
+fn in_a_namespace_of_its_own_it_collapses_at_the_vmm_as_well() {
+    let test = "in_a_namespace_of_its_own_it_collapses_at_the_vmm_as_well";
+    let rights = format!("become {SERVICE} sys_nice sys_admin");
+    let Some(mut scene) = scene(test, &rights) else { return };
+    assert_eq!(scene.open(), "[]");
+    scene.collapse_all_charging(1, 0);
+}
+
+#[test]
 fn vmm_pays_for_populated_blocks_where_faults_give_huge_pages() {
     let test = "vmm_pays_for_populated_blocks_where_faults_give_huge_pages";
     let Some(mut scene) = scene(test, &format!("become {SERVICE} sys_nice")) else { return };

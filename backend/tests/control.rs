@@ -216,6 +216,12 @@ fn the_service_manager_hears_of_a_daemon_when_it_serves_shut_in() {
         let status = format!("/proc/{}/status", daemon.process.id());
         let status = std::fs::read_to_string(status).unwrap();
         assert!(status.contains(&format!("Seccomp:\t{filter}\n")), "--sandbox {mode}: {status}");
+        // CAP_SYS_ADMIN, in every mode.
+        for set in ["CapPrm", "CapEff", "CapInh", "CapAmb"] {
+            let bits = status.lines().find_map(|line| line.strip_prefix(&format!("{set}:\t")));
+            let bits = u64::from_str_radix(bits.unwrap(), 16).unwrap();
+            assert_eq!(bits & 1 << 21, 0, "--sandbox {mode}: {status}");
+        }
         assert_eq!(daemon.status()["connected"], json!(false));
     }
 }

@@ -54,6 +54,11 @@ fn service() -> String {
     format!("become {SERVICE} sys_nice")
 }
 
+/// With what the packaged service has when it starts.
+fn packaged_service() -> String {
+    format!("become {SERVICE} sys_nice sys_admin")
+}
+
 fn forbidden_calls_end(rights: Option<&str>) {
     let scene = Scene::new();
     let (vmm, file) = (scene.vmm.pid(), scene.path("file"));
@@ -133,10 +138,19 @@ fn files_that_the_daemon_has_no_use_for_are_out_of_view() {
     if !host::is_root("files_that_the_daemon_has_no_use_for_are_out_of_view") {
         return;
     }
-    let scene = Scene::new();
+    out_of_view(None);
+    out_of_view(Some(&packaged_service()));
+}
+
+fn out_of_view(rights: Option<&str>) {
+    let mut scene = Scene::new();
+    if rights.is_some() {
+        // The daemon's user is the VMM's.
+        scene.vmm.ask(&format!("become {SERVICE}"));
+    }
     let vmm = scene.vmm.pid();
     std::os::unix::fs::symlink("/proc/self/root/etc/passwd", scene.path("link")).unwrap();
-    let mut child = scene.inside(None, true);
+    let mut child = scene.inside(rights, true);
     for (attempt, errno) in [
         ("read /etc/passwd", libc::ENOENT),
         ("read /dev/null", libc::ENOENT),
@@ -154,6 +168,8 @@ fn files_that_the_daemon_has_no_use_for_are_out_of_view() {
     ] {
         assert_eq!(child.ask(&format!("try {attempt}")), format!("errno {errno}"), "{attempt}");
     }
+    assert_eq!(child.ask(&format!("try create {}", scene.path("new"))), "done");
+    assert_eq!(child.ask("open"), "[]");
 }
 
 #[test]
@@ -164,7 +180,9 @@ fn capabilities_that_the_daemon_has_no_use_for_are_given_up() {
     // CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, CAP_SYS_NICE, CAP_PERFMON.
     const USED: u64 = 1 << 2 | 1 << 19 | 1 << 23 | 1 << 38;
     let scene = Scene::new();
-    for (rights, left) in [(None, USED), (Some(service()), 1 << 23)] {
+    for (rights, left) in
+        [(None, USED), (Some(service()), 1 << 23), (Some(packaged_service()), 1 << 23)]
+    {
         let child = scene.inside(rights.as_deref(), false);
         // Of the thread that is inside: the one that reports tests is not.
         let tasks = std::fs::read_dir(format!("/proc/{}/task", child.pid())).unwrap();

@@ -21,9 +21,10 @@ pub enum Mode {
     /// A call that is not allowed ends the process.
     #[default]
     On,
-    /// It is made, and the kernel logs it. There is no namespace, and no capability is given up.
+    /// It is made, and the kernel logs it. There is no namespace, and no capability is given up but
+    /// `CAP_SYS_ADMIN`.
     Log,
-    /// No sandbox.
+    /// No sandbox; `CAP_SYS_ADMIN` is given up all the same.
     Off,
 }
 
@@ -52,7 +53,7 @@ pub enum Error {
     #[error("cannot shut the file system away: {0}; --sandbox off goes without")]
     Namespace(#[source] io::Error),
     /// The capabilities.
-    #[error("cannot give capabilities up: {0}; --sandbox off goes without")]
+    #[error("cannot give capabilities up: {0}; let whatever filters system calls allow capset")]
     Capabilities(#[source] io::Error),
     /// The filter is none. That does not depend on the system.
     #[error("cannot make a filter of system calls: {0}")]
@@ -66,6 +67,9 @@ pub enum Error {
 /// given them: docs/sandbox.md says what for.
 const KEPT: [(u32, &str); 4] =
     [(2, "CAP_DAC_READ_SEARCH"), (19, "CAP_SYS_PTRACE"), (23, "CAP_SYS_NICE"), (38, "CAP_PERFMON")];
+
+/// `CAP_SYS_ADMIN`: to make the namespace, and never to serve with.
+const ADMINISTRATION: u32 = 21;
 
 /// The sandbox of this process.
 #[derive(Debug)]
@@ -88,7 +92,9 @@ impl Sandbox {
     /// namespace goes on without: the log says so.
     pub fn enter(&self) -> Result<(), Error> {
         if self.mode != Mode::On {
-            return Ok(());
+            // A service gives it for the namespace, and may be told in an emergency to have none.
+            let mask = !(1 << ADMINISTRATION);
+            return sys::keep_capabilities(mask).map(drop).map_err(Error::Capabilities);
         }
         let all = self.files.read.iter().chain(&self.files.written);
         if let Some(root) = all.into_iter().find(|path| path.parent().is_none()) {

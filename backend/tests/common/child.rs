@@ -299,6 +299,7 @@ fn become_service(uid: libc::uid_t, capabilities: &[&str]) -> io::Result<()> {
             << match *capability {
                 "dac_read_search" => 2,
                 "sys_ptrace" => 19,
+                "sys_admin" => 21,
                 "sys_nice" => 23,
                 "perfmon" => 38,
                 other => return Err(io::Error::other(format!("capability {other}?"))),
