@@ -303,9 +303,7 @@ fn what_the_packaged_emulator_cannot_do_is_told_once_when_the_domain_is_given_it
     };
     let told = about(&desktop, Some(EMULATOR));
     assert_eq!(told.len(), 1, "{told:?}");
-    // The domain's interface would get vhost-net.
-    assert!(told[0].contains(": <graphics>; <interface> of model virtio"), "{told:?}");
-    assert!(told[0].contains("; <redirdev>. The domain"), "{told:?}");
+    assert!(told[0].contains(": <graphics type='spice'>; <redirdev>. The domain"), "{told:?}");
     for emulator in [None, Some("/usr/bin/qemu-system-x86_64"), Some("/opt/other/qemu")] {
         assert_eq!(about(&desktop, emulator), [""; 0], "{emulator:?}");
     }
