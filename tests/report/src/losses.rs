@@ -113,6 +113,19 @@ pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
     if metric.name == ALIGNED_RATE.name {
         return lone_blocks(runs, *place);
     }
+    let indifferent = INDIFFERENT.contains(&place.workload);
+    let of_programs = |policy| Some(runs.summary(place.under(policy), USER_MISSES)?.median);
+    if let (Some(ours), Some(theirs)) = (of_programs(GEMINI), of_programs(other)) {
+        let is_of_tlb = [MISSES.name, TLB_CYCLES.name].contains(&metric.name);
+        if is_of_tlb && !indifferent && ours < theirs {
+            return format!(
+                "the guest's kernel, whose addresses the host's pages alone decide: programs miss \
+                 {} times an operation there, {} here",
+                significant(theirs),
+                significant(ours)
+            );
+        }
+    }
     match (gemini, theirs) {
         (Some(gemini), Some(theirs)) if metric.name == ALIGNED_COVERAGE.name => {
             if theirs >= 1.0 - ALIKE && gemini >= 1.0 - ALIKE {
@@ -120,31 +133,18 @@ pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
             }
             format!("{} of user memory is not in aligned blocks", share(1.0 - gemini))
         }
-        _ if INDIFFERENT.contains(&place.workload) => {
-            "the workload is indifferent to the TLB".into()
-        }
+        _ if indifferent => "the workload is indifferent to the TLB".into(),
         (Some(gemini), Some(theirs)) if (gemini - theirs).abs() < ALIKE => {
             format!("as much is aligned there: coverage {}, here {}", share(theirs), share(gemini))
         }
         (Some(gemini), Some(theirs)) if gemini < theirs => {
             format!("more is aligned there: coverage {}, here {}", share(theirs), share(gemini))
         }
-        (Some(gemini), Some(theirs)) => {
-            let misses = |policy| Some(runs.summary(place.under(policy), USER_MISSES)?.median);
-            match (misses(GEMINI), misses(other)) {
-                (Some(ours), Some(others)) if ours < others => format!(
-                    "the guest's kernel, whose addresses the host's pages alone decide: programs \
-                     miss {} times an operation there, {} here",
-                    significant(others),
-                    significant(ours)
-                ),
-                _ => format!(
-                    "not explained by alignment: coverage {} there, {} here",
-                    share(theirs),
-                    share(gemini)
-                ),
-            }
-        }
+        (Some(gemini), Some(theirs)) => format!(
+            "not explained by alignment: coverage {} there, {} here",
+            share(theirs),
+            share(gemini)
+        ),
         _ => "alignment was not measured".into(),
     }
 }

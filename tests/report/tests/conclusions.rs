@@ -201,6 +201,13 @@ fn losses_and_ties_are_found_with_what_explains_them() {
     records[1]["alignment"]["aligned_coverage"] = 0.98.into();
     let told = runs(&records);
     let comparisons = compare(&told);
+    let misses = comparisons.iter().find(|found| found.metric.name == MISSES.name);
+    let why = reason(&told, misses.expect("misses are compared"));
+    assert!(why.starts_with("the guest's kernel"), "programs miss less under gemini: {why}");
+
+    records[1]["tlb"]["user_misses"] = records[2]["tlb"]["user_misses"].clone();
+    let told = runs(&records);
+    let comparisons = compare(&told);
     let of = |name| comparisons.iter().find(|found| found.metric.name == name);
     let misses = of(MISSES.name).expect("misses are compared");
     assert_eq!((misses.outcome, misses.other), (Outcome::Ties, "thp"));
