@@ -46,8 +46,8 @@ const POOL_ATTEMPTS: u32 = 5;
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
 /// khugepaged of host and guest: pauses between scans, and after it has found no
-/// huge page. The defaults are 10 s and 60 s, longer than a run; so that the
-/// kernel, too, comes to an end in the time that a policy is given.
+/// huge page. The defaults are 10 s and 60 s; so that the kernel, too, gets
+/// somewhere in the time that a policy is given.
 const KHUGEPAGED: [&str; 2] = ["scan_sleep_millisecs", "alloc_sleep_millisecs"];
 const KHUGEPAGED_MS: &str = "1000";
 const KHUGEPAGED_DIRECTORY: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
