@@ -30,6 +30,8 @@ use crate::BLOCK;
 const MEMORY: u64 = 1 << 30;
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
+/// Whether others than root may have their page faults told, as postcopy needs it.
+const USERFAULTFD: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 /// A migration that others have the time to disturb.
 const SLOWLY: [&str; 2] = ["--bandwidth", "16"];
 const DOMAIN: &str = "gemini-test";
@@ -112,6 +114,8 @@ pub fn run(args: &LibvirtArgs) -> anyhow::Result<()> {
     let other = Libvirt::start(args, &args.destination, Some(&other_place))?;
     other.take_kernel(&bench)?;
     let way = Way { from: &host, from_place: &place, to: &other, to_place: &other_place };
+    // Without it QEMU, which is not root, refuses for a reason of its own.
+    bench.set(USERFAULTFD, "1")?;
     let said = running.stay(&way, &config, &["--postcopy"], || Ok(()))?;
     ensure!(said.contains("does not support postcopy"), "postcopy is refused by: {said}");
     step("postcopy: refused, and told why");
