@@ -117,7 +117,10 @@ pub fn run(args: &LibvirtArgs) -> anyhow::Result<()> {
     // Without it QEMU, which is not root, refuses for a reason of its own.
     bench.set(USERFAULTFD, "1")?;
     let said = running.stay(&way, &config, &["--postcopy"], || Ok(()))?;
-    ensure!(said.contains("does not support postcopy"), "postcopy is refused by: {said}");
+    ensure!(
+        said.contains("vhost-user backend not capable of postcopy"),
+        "postcopy is refused by: {said}"
+    );
     step("postcopy: refused, and told why");
     running.stay(&way, &config, &SLOWLY, || {
         way.wait_under_way()?;
