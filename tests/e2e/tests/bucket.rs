@@ -264,7 +264,7 @@ impl<'a> Section<'a> {
     fn start_offlining(&self) -> anyhow::Result<()> {
         let state = &self.state;
         self.guest.shell(&format!(
-            "rm -f /offlined; (echo offline > {state}; echo $? > /offlined) \
+            ": > /offlined; (echo offline > {state}; echo $? > /offlined) \
              < /dev/null > /dev/null 2>&1 &"
         ))?;
         Ok(())

@@ -14,9 +14,11 @@ const TIMEOUT_MS: u64 = 60_000;
 const FREE_SHARE: u64 = 8;
 /// Below what a guest is asked for memory, in a cgroup with a limit as here.
 const ROOM: u64 = 64 * MIB;
+/// How often the host wants something, until somebody saw it.
+const WISHES: u32 = 8;
 /// Until the file is gone, prints how long blocks are held and what is left of the
 /// host's wish, as long as there is one before and after; by the shell's own means,
-/// as a wish is soon met.
+/// as a wish is soon met: sometimes before anybody looks.
 const WATCH: &str =
     "cd /sys/bus/virtio/drivers/virtio_gemini/virtio*/gemini && touch /tmp/watch && \
     while [ -e /tmp/watch ]; do \
@@ -32,7 +34,7 @@ fn pressure_of_guest_and_host_shrinks_the_hold() -> anyhow::Result<()> {
     group.enter()?;
     let started = Lab::start(&bench, "holding", "gemini", |_| {});
     group.leave()?;
-    let mut lab = started?;
+    let lab = started?;
     let guest = &lab.vm.guest;
     let log = guest.log_position()?;
     guest.set_driver("booking_timeout_ms", TIMEOUT_MS)?;
@@ -55,21 +57,13 @@ fn pressure_of_guest_and_host_shrinks_the_hold() -> anyhow::Result<()> {
     })?;
 
     // The host, which wants memory while there is some to be had.
-    guest.fill("aligned", 256 * MIB, 2, PageSize::Huge)?;
-    lab.wait_settled(SETTLE)?;
-    let guest = &lab.vm.guest;
-    guest.free("aligned")?;
-    process::wait_for("freed blocks are held", SETTLE, || {
-        Ok((guest.driver_number("held")? > 64).then_some(()))
-    })?;
-    let released = lab.daemon.status()?.released;
-    let watched = guest.start_shell(WATCH)?;
-    group.limit(group.usage()? + ROOM / 2)?;
-    process::wait_for("the host got some", SETTLE, || {
-        Ok((lab.daemon.status()?.released > released).then_some(()))
-    })?;
-    guest.shell("rm /tmp/watch")?;
-    let seen = watched.wait(SETTLE)?.output;
+    let mut seen = String::new();
+    for _ in 0..WISHES {
+        seen = looks_at_wish(&lab, &group)?;
+        if !seen.is_empty() {
+            break;
+        }
+    }
     for line in seen.lines() {
         let (hold_ms, owed) = line.split_once(' ').context("two numbers a line")?;
         let hold_ms: u64 = hold_ms.parse().with_context(|| line.to_owned())?;
@@ -80,13 +74,36 @@ fn pressure_of_guest_and_host_shrinks_the_hold() -> anyhow::Result<()> {
         seen.lines().count(),
         seen.lines().next()
     );
-    ensure!(!seen.is_empty(), "nobody saw a wish");
+    ensure!(!seen.is_empty(), "nobody saw any of {WISHES} wishes");
+    let guest = &lab.vm.guest;
+    let complaints = guest.complaints(log)?;
+    ensure!(complaints.is_empty(), "{complaints:?}");
+    lab.daemon.stop()
+}
+
+/// Has the host want some of what the guest holds, and leaves it in peace again;
+/// returns what was seen meanwhile.
+fn looks_at_wish(lab: &Lab, group: &MemoryCgroup) -> anyhow::Result<String> {
+    let guest = &lab.vm.guest;
+    guest.fill("aligned", 256 * MIB, 2, PageSize::Huge)?;
+    lab.wait_settled(SETTLE)?;
+    guest.free("aligned")?;
+    process::wait_for("freed blocks are held", SETTLE, || {
+        Ok((guest.driver_number("held")? > 64).then_some(()))
+    })?;
+    let released = lab.daemon.status()?.released;
+    let watched = guest.start_shell(WATCH)?;
+    process::wait_for("somebody watches", SETTLE, || Ok(guest.shell("test -e /tmp/watch").ok()))?;
+    group.limit(group.usage()? + ROOM / 2)?;
+    process::wait_for("the host got some", SETTLE, || {
+        Ok((lab.daemon.status()?.released > released).then_some(()))
+    })?;
+    guest.shell("rm /tmp/watch")?;
+    let seen = watched.wait(SETTLE)?.output;
     group.limit(group.usage()? + 4 * ROOM)?;
     process::wait_for("the hold is whole again", SETTLE, || {
         Ok((guest.driver_number("hold_ms")? == TIMEOUT_MS).then_some(()))
     })
     .context("after the host's wish")?;
-    let complaints = guest.complaints(log)?;
-    ensure!(complaints.is_empty(), "{complaints:?}");
-    lab.daemon.stop()
+    Ok(seen)
 }
