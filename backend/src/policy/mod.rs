@@ -25,9 +25,9 @@ pub enum Policy {
     /// Put host huge pages under guest huge pages (Gemini paper, section 4), and prepare what
     /// the guest asks for.
     Gemini,
-    /// The same, and while the host is not fragmented put its huge pages under what the guest's
-    /// kernel has for itself, too: it maps all memory by pages of 1 GiB or 2 MiB, so that the
-    /// host's alone decide there.
+    /// The same, and put the host's huge pages under what the guest's kernel has for itself, too:
+    /// all of it while the host is not fragmented, else a share ([`Spare`]). The kernel maps all
+    /// memory by pages of 1 GiB or 2 MiB, so that the host's alone decide there.
     GeminiKernel,
     /// Half of `Gemini`: prepare what the guest asks for, and collapse nothing unasked.
     PrepareOnly,
@@ -45,22 +45,56 @@ pub enum Policy {
 const INGENS_PAGES: u16 = 460;
 /// Fragmentation index of the host, in thousandths, from which on it looks at them.
 pub const FRAGMENTED: u32 = 500;
+/// In a fragmented host the guest's kernel has huge pages under one block in so many of the
+/// guest's: a few for what it uses most, which leaves the others to programs.
+const KERNEL_SHARE: usize = 32;
+/// Base pages of a block from which on its kernel is given one there: full ones of 2 MiB, such as
+/// the kernel's own image and its array of pages.
+const FULL: u16 = 512;
+
+/// What the host has for blocks in which no program of the guest has a huge page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Spare {
+    /// Huge pages are hard to find, and the share of the guest's kernel is used up.
+    None,
+    /// They are hard to find, and some of the share is left.
+    Share,
+    /// They are easily found.
+    #[default]
+    Plenty,
+}
+
+impl Spare {
+    /// What there is for a guest of `blocks` blocks, whose kernel has `kernel` huge pages;
+    /// `fragmented` tells whether huge pages are hard to find in the host.
+    pub fn of(fragmented: bool, kernel: u64, blocks: usize) -> Self {
+        match fragmented {
+            false => Self::Plenty,
+            true if kernel < (blocks / KERNEL_SHARE) as u64 => Self::Share,
+            true => Self::None,
+        }
+    }
+}
 
 impl Policy {
     /// Whether the host should collapse the block now.
     ///
     /// Absent blocks are never wanted: nothing that another device gave back is filled again
-    /// unasked. `fragmented` tells whether huge pages are hard to find in the host.
-    pub fn wants_collapse(self, block: &Block, fragmented: bool) -> bool {
+    /// unasked.
+    pub fn wants_collapse(self, block: &Block, spare: Spare) -> bool {
         block.host == HostState::Base
             && match self {
                 Self::None | Self::PrepareOnly => false,
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
-                Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
+                Self::IngensLike => spare == Spare::Plenty || block.resident >= INGENS_PAGES,
                 Self::Gemini => block.guest == GuestState::Huge,
                 Self::GeminiKernel => match block.guest {
                     GuestState::Huge => true,
-                    GuestState::Pinned => !fragmented,
+                    GuestState::Pinned => match spare {
+                        Spare::Plenty => true,
+                        Spare::Share => block.resident >= FULL,
+                        Spare::None => false,
+                    },
                     _ => false,
                 },
             }
@@ -100,19 +134,42 @@ mod tests {
     #[test]
     fn gemini_collapses_only_under_guest_huge_pages() {
         for guest in GuestState::ALL {
-            let wanted = Policy::Gemini.wants_collapse(&block(guest, HostState::Base), false);
+            let wanted =
+                Policy::Gemini.wants_collapse(&block(guest, HostState::Base), Spare::Plenty);
             assert_eq!(wanted, guest == GuestState::Huge, "{guest:?}");
         }
     }
 
     #[test]
-    fn the_kernels_own_memory_is_wanted_too_where_the_host_has_huge_pages_to_spare() {
+    fn the_guests_kernel_has_what_the_host_can_spare_and_a_share_of_what_it_cannot() {
         for guest in GuestState::ALL {
-            let wanted = |fragmented| {
-                Policy::GeminiKernel.wants_collapse(&block(guest, HostState::Base), fragmented)
-            };
-            let (huge, pinned) = (guest == GuestState::Huge, guest == GuestState::Pinned);
-            assert_eq!((wanted(false), wanted(true)), (huge || pinned, huge), "{guest:?}");
+            for (resident, spare, pinned) in [
+                (1, Spare::Plenty, true),
+                (511, Spare::Share, false),
+                (512, Spare::Share, true),
+                (512, Spare::None, false),
+            ] {
+                let block = Block { resident, ..block(guest, HostState::Base) };
+                let wanted = Policy::GeminiKernel.wants_collapse(&block, spare);
+                let expected = match guest {
+                    GuestState::Huge => true,
+                    GuestState::Pinned => pinned,
+                    _ => false,
+                };
+                assert_eq!(wanted, expected, "{block:?} {spare:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_kernels_share_is_one_block_in_32() {
+        for (fragmented, kernel, spare) in [
+            (false, 1000, Spare::Plenty),
+            (true, 0, Spare::Share),
+            (true, 15, Spare::Share),
+            (true, 16, Spare::None),
+        ] {
+            assert_eq!(Spare::of(fragmented, kernel, 512), spare);
         }
     }
 
@@ -121,7 +178,7 @@ mod tests {
         assert!(Policy::PrepareOnly.prepares());
         for guest in GuestState::ALL {
             let block = block(guest, HostState::Base);
-            assert!(!Policy::PrepareOnly.wants_collapse(&block, false), "{guest:?}");
+            assert!(!Policy::PrepareOnly.wants_collapse(&block, Spare::Plenty), "{guest:?}");
         }
     }
 
@@ -139,7 +196,7 @@ mod tests {
             for guest in GuestState::ALL {
                 for host in [HostState::Absent, HostState::Huge, HostState::Hugetlb] {
                     assert!(
-                        !policy.wants_collapse(&block(guest, host), false),
+                        !policy.wants_collapse(&block(guest, host), Spare::Plenty),
                         "{policy:?} {host:?}"
                     );
                 }
@@ -149,11 +206,14 @@ mod tests {
 
     #[test]
     fn ingens_wants_full_blocks_where_the_host_is_fragmented_and_else_all() {
-        for (resident, fragmented, wanted) in
-            [(1, false, true), (459, true, false), (460, true, true), (512, true, true)]
-        {
+        for (resident, spare, wanted) in [
+            (1, Spare::Plenty, true),
+            (459, Spare::Share, false),
+            (460, Spare::Share, true),
+            (512, Spare::None, true),
+        ] {
             let block = Block { resident, ..block(GuestState::Base, HostState::Base) };
-            assert_eq!(Policy::IngensLike.wants_collapse(&block, fragmented), wanted);
+            assert_eq!(Policy::IngensLike.wants_collapse(&block, spare), wanted);
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::document::{
 };
 use crate::metrics::{
     ACCESSES, ALIGNED_COVERAGE, ALIGNED_RATE, COPIED, CYCLES, INSTRUCTIONS, MISSES, REUSED,
-    SECONDS_TO_ALIGNMENT,
+    SECONDS_TO_ALIGNMENT, THROUGHPUT,
 };
 use crate::names::{policies, Kind, BASE, FRAGMENTED, GEMINI, INDIFFERENT, VMS};
 use crate::paper;
@@ -103,19 +103,28 @@ fn ablation_table(runs: &Runs, vm: &str) -> Table {
 
 fn overhead(runs: &Runs) -> Section {
     let mut section = Section::new("Overhead where nothing is to be gained");
+    let (mut heads, mut metrics) = (
+        vec!["workload", "VM", "instructions", "cycles", "accesses to data"],
+        vec![INSTRUCTIONS, CYCLES, ACCESSES],
+    );
+    // Of an emulated guest it tells nothing.
+    if !runs.emulated() {
+        heads.push("throughput");
+        metrics.push(THROUGHPUT);
+    }
     let mut table = Table::new(
         format!(
             "`gemini` against `none` on workloads that are indifferent to the TLB, {FRAGMENTED} \
              memory (the paper: {})",
             paper::OVERHEAD
         ),
-        ["workload", "VM", "instructions", "cycles", "accesses to data"],
+        heads,
     );
     for workload in INDIFFERENT {
         for vm in VMS {
             let place = Place { workload, policy: GEMINI, state: FRAGMENTED, vm };
             let mut row = vec![Cell::text(workload), Cell::text(vm)];
-            for metric in [INSTRUCTIONS, CYCLES, ACCESSES] {
+            for &metric in &metrics {
                 let ratio = runs.relative(place, BASE, metric);
                 let change = ratio.map(|ratio| Summary {
                     median: ratio.median - 1.0,
