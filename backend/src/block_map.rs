@@ -51,11 +51,6 @@ impl Block {
             }
     }
 
-    /// Whether the host's huge page is one that the guest's kernel has for itself.
-    pub fn is_kernels(&self) -> bool {
-        self.host == HostState::Huge && self.guest == GuestState::Pinned
-    }
-
     /// Classifies the block. A free block is not in use: it counts nowhere.
     pub fn alignment(&self) -> Alignment {
         match (self.guest, self.host.is_huge()) {
@@ -82,8 +77,6 @@ pub struct Counters {
     pub guest_only: u64,
     /// Huge in the host alone, and in use.
     pub host_only: u64,
-    /// Huge in the host alone, and the guest kernel's own.
-    pub kernel: u64,
     /// Huge in the host, and of no use to the guest: free, held, or with few base pages in use.
     pub unused: u64,
 }
@@ -112,7 +105,6 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n += 1;
         }
-        self.kernel += u64::from(block.is_kernels());
         self.unused += u64::from(block.is_unused());
     }
 
@@ -122,7 +114,6 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n -= 1;
         }
-        self.kernel -= u64::from(block.is_kernels());
         self.unused -= u64::from(block.is_unused());
     }
 }

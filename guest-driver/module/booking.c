@@ -632,6 +632,7 @@ static bool fill(struct gemini *gemini, int nid, struct candidates *found,
 {
 	bool ask = may_ask(gemini);
 	bool small = false, absent = false;
+	bool zeroed = zeroed_at_booking();
 	bool progress;
 	unsigned int i;
 	u64 need;
@@ -642,10 +643,13 @@ static bool fill(struct gemini *gemini, int nid, struct candidates *found,
 		absent |= found->best[i].cost == COST_FREE_SMALL &&
 			  found->best[i].host == VIRTIO_GEMINI_HOST_ABSENT;
 	}
-	/* Whatever a plain allocation takes is written to. */
-	absent = absent && zeroed_at_booking();
+	/*
+	 * Whatever a plain allocation takes is written to.  Where it may not be
+	 * what is looked for, only that is taken.
+	 */
+	absent = absent && zeroed;
 
-	progress = book_free(gemini, nid, found, !absent);
+	progress = book_free(gemini, nid, found, !(small && zeroed));
 	progress |= book_for_stock(gemini, nid, found, COST_SPENT);
 	need = min(need_on(gemini, nid), spare(gemini, nid));
 	if (ask && need && absent && can_prepare(gemini)) {
