@@ -51,6 +51,11 @@ impl Block {
             }
     }
 
+    /// Whether the host's huge page is one that the guest's kernel has for itself.
+    pub fn is_kernels(&self) -> bool {
+        self.host == HostState::Huge && self.guest == GuestState::Pinned
+    }
+
     /// Classifies the block. A free block is not in use: it counts nowhere.
     pub fn alignment(&self) -> Alignment {
         match (self.guest, self.host.is_huge()) {
@@ -77,6 +82,8 @@ pub struct Counters {
     pub guest_only: u64,
     /// Huge in the host alone, and in use.
     pub host_only: u64,
+    /// Huge in the host alone, and the guest kernel's own.
+    pub kernel: u64,
     /// Huge in the host, and of no use to the guest: free, held, or with few base pages in use.
     pub unused: u64,
 }
@@ -105,6 +112,7 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n += 1;
         }
+        self.kernel += u64::from(block.is_kernels());
         self.unused += u64::from(block.is_unused());
     }
 
@@ -114,6 +122,7 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n -= 1;
         }
+        self.kernel -= u64::from(block.is_kernels());
         self.unused -= u64::from(block.is_unused());
     }
 }

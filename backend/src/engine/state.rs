@@ -90,6 +90,8 @@ pub struct State {
     pub policy: Policy,
     /// Whether huge pages are hard to find in the host.
     fragmented: bool,
+    /// What it therefore has for the guest's kernel, when last looked.
+    spare: Spare,
     /// Whether the operator wants nothing made huge for now.
     pub paused: bool,
     /// Whether the guest is being migrated: the VMM logs what is written.
@@ -148,6 +150,7 @@ impl State {
         Self {
             policy,
             fragmented: false,
+            spare: Spare::Plenty,
             paused: false,
             logging: false,
             refill: Refill::Nothing,
@@ -225,7 +228,7 @@ impl State {
         let Some(block) = self.map.get(index) else { return };
         let unknown = Block { guest: GuestState::Unknown, used: 0, ..*block };
         let block = if self.driver_away { &unknown } else { block };
-        let wanted = self.policy.wants_collapse(block, self.spare(index));
+        let wanted = self.policy.wants_collapse(block, self.spare);
         self.repair.agenda().note_huge(index, block.guest == GuestState::Huge);
         self.repair.consider(index, wanted);
     }
@@ -301,6 +304,7 @@ impl State {
             state.acted_on.assign(index, true);
             true
         });
+        self.note_share();
     }
 
     /// A RELEASE, RENEW or TRIM begins to drop.
@@ -377,18 +381,34 @@ impl State {
         self.drop_requests_unless_served();
     }
 
-    /// Notes whether huge pages are hard to find in the host.
+    /// Notes whether huge pages are hard to find in the host, as it is looked now and then.
     pub fn set_fragmented(&mut self, fragmented: bool) {
-        if std::mem::replace(&mut self.fragmented, fragmented) != fragmented
-            && self.policy.minds_fragmentation()
-        {
-            self.reconsider_all();
+        self.fragmented = fragmented;
+        self.set_spare(self.spare_now());
+    }
+
+    /// What the host has for blocks in which no program has a huge page, when last looked.
+    pub fn spare(&self) -> Spare {
+        self.spare
+    }
+
+    /// The guest's kernel got a huge page: was it the last one of its share? What frees some of it
+    /// is found at the next look at the host, so that no guest makes us go through all its blocks
+    /// with every report.
+    fn note_share(&mut self) {
+        if self.spare_now() == Spare::None {
+            self.set_spare(Spare::None);
         }
     }
 
-    /// What the host has for a block in which no program of the guest has a huge page.
-    pub fn spare(&self, index: usize) -> Spare {
-        Spare::of(self.fragmented, index, self.map.len())
+    fn spare_now(&self) -> Spare {
+        Spare::of(self.fragmented, self.map.counters().kernel, self.map.len())
+    }
+
+    fn set_spare(&mut self, spare: Spare) {
+        if std::mem::replace(&mut self.spare, spare) != spare && self.policy.minds_fragmentation() {
+            self.reconsider_all();
+        }
     }
 
     fn reconsider_all(&mut self) {
@@ -847,6 +867,31 @@ mod tests {
         assert_eq!(state.repair.agenda().wanted(), 1);
         state.apply_look(&[HostRun { resident: 460, ..runs[0] }]);
         assert_eq!(state.repair.agenda().wanted(), 8, "more pages, no other state");
+    }
+
+    #[test]
+    fn in_a_fragmented_host_the_guests_kernel_has_no_more_than_its_share() {
+        const PINNED: u64 = 40;
+        let mut state = state_of(512);
+        state.set_policy(Policy::GeminiKernel);
+        state.set_fragmented(true);
+        let run = |first, count, host| HostRun { first, count, state: host, resident: 512 };
+        state.apply_look(&[run(0, 512, HostState::Base)]);
+        for block in 0..PINNED {
+            let index = state.map.index_of(block).unwrap();
+            state.set_guest(index, GuestState::Pinned, 0);
+        }
+        for block in 0..16 {
+            assert_eq!(state.repair.agenda().wanted() as u64, PINNED - block);
+            state.apply_acted(&[run(block, 1, HostState::Huge)]);
+        }
+        assert_eq!((state.spare(), state.repair.agenda().wanted()), (Spare::None, 0));
+        state.apply_acted(&[run(3, 1, HostState::Base)]);
+        assert_eq!(state.repair.agenda().wanted(), 0, "the next look at the host tells");
+        state.set_fragmented(true);
+        assert_eq!(state.repair.agenda().wanted() as u64, PINNED - 15);
+        state.set_fragmented(false);
+        assert_eq!(state.spare(), Spare::Plenty);
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub enum Policy {
     /// the guest asks for.
     Gemini,
     /// The same, and put the host's huge pages under what the guest's kernel has for itself, too:
-    /// all of it while the host is not fragmented, else a part ([`Spare`]). The kernel maps all
+    /// all of it while the host is not fragmented, else a share ([`Spare`]). The kernel maps all
     /// memory by pages of 1 GiB or 2 MiB, so that the host's alone decide there.
     GeminiKernel,
     /// Half of `Gemini`: prepare what the guest asks for, and collapse nothing unasked.
@@ -45,32 +45,32 @@ pub enum Policy {
 const INGENS_PAGES: u16 = 460;
 /// Fragmentation index of the host, in thousandths, from which on it looks at them.
 pub const FRAGMENTED: u32 = 500;
-/// In a fragmented host the guest's kernel is given huge pages in the highest of so many parts of
-/// its memory. Linux allocates from the top while it boots: there lie its array of pages, a 64th of
-/// all memory, and what each CPU has for itself.
-const KERNELS_PART: usize = 32;
-/// Base pages of a block from which on its kernel is given one there: full blocks of 2 MiB.
+/// In a fragmented host the guest's kernel has huge pages under one block in so many of the
+/// guest's: a few for what it uses most, which leaves the others to programs.
+const KERNEL_SHARE: usize = 32;
+/// Base pages of a block from which on its kernel is given one there: full ones of 2 MiB, such as
+/// the kernel's own image and its array of pages.
 const FULL: u16 = 512;
 
-/// What the host has for a block in which no program of the guest has a huge page.
+/// What the host has for blocks in which no program of the guest has a huge page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Spare {
-    /// Huge pages are hard to find.
+    /// Huge pages are hard to find, and the share of the guest's kernel is used up.
     None,
-    /// They are hard to find, but this is where the guest's kernel has what it uses most.
-    Kernels,
+    /// They are hard to find, and some of the share is left.
+    Share,
     /// They are easily found.
     #[default]
     Plenty,
 }
 
 impl Spare {
-    /// What there is for the block at `index` of a guest of `len` blocks; `fragmented` tells
-    /// whether huge pages are hard to find in the host.
-    pub fn of(fragmented: bool, index: usize, len: usize) -> Self {
+    /// What there is for a guest of `blocks` blocks, whose kernel has `kernel` huge pages;
+    /// `fragmented` tells whether huge pages are hard to find in the host.
+    pub fn of(fragmented: bool, kernel: u64, blocks: usize) -> Self {
         match fragmented {
             false => Self::Plenty,
-            true if index >= len - len / KERNELS_PART => Self::Kernels,
+            true if kernel < (blocks / KERNEL_SHARE) as u64 => Self::Share,
             true => Self::None,
         }
     }
@@ -92,7 +92,7 @@ impl Policy {
                     GuestState::Huge => true,
                     GuestState::Pinned => match spare {
                         Spare::Plenty => true,
-                        Spare::Kernels => block.resident >= FULL,
+                        Spare::Share => block.resident >= FULL,
                         Spare::None => false,
                     },
                     _ => false,
@@ -141,12 +141,12 @@ mod tests {
     }
 
     #[test]
-    fn the_guests_kernel_has_what_the_host_can_spare_and_a_part_of_what_it_cannot() {
+    fn the_guests_kernel_has_what_the_host_can_spare_and_a_share_of_what_it_cannot() {
         for guest in GuestState::ALL {
             for (resident, spare, pinned) in [
                 (1, Spare::Plenty, true),
-                (511, Spare::Kernels, false),
-                (512, Spare::Kernels, true),
+                (511, Spare::Share, false),
+                (512, Spare::Share, true),
                 (512, Spare::None, false),
             ] {
                 let block = Block { resident, ..block(guest, HostState::Base) };
@@ -162,15 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn in_a_fragmented_host_the_kernel_has_the_highest_32nd_of_its_guest() {
-        for (fragmented, index, len, spare) in [
-            (false, 0, 512, Spare::Plenty),
-            (true, 0, 512, Spare::None),
-            (true, 495, 512, Spare::None),
-            (true, 496, 512, Spare::Kernels),
-            (true, 30, 31, Spare::None),
+    fn the_kernels_share_is_one_block_in_32() {
+        for (fragmented, kernel, spare) in [
+            (false, 1000, Spare::Plenty),
+            (true, 0, Spare::Share),
+            (true, 15, Spare::Share),
+            (true, 16, Spare::None),
         ] {
-            assert_eq!(Spare::of(fragmented, index, len), spare, "{index} of {len}");
+            assert_eq!(Spare::of(fragmented, kernel, 512), spare);
         }
     }
 
@@ -209,8 +208,8 @@ mod tests {
     fn ingens_wants_full_blocks_where_the_host_is_fragmented_and_else_all() {
         for (resident, spare, wanted) in [
             (1, Spare::Plenty, true),
-            (459, Spare::Kernels, false),
-            (460, Spare::Kernels, true),
+            (459, Spare::Share, false),
+            (460, Spare::Share, true),
             (512, Spare::None, true),
         ] {
             let block = Block { resident, ..block(GuestState::Base, HostState::Base) };

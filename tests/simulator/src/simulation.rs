@@ -347,7 +347,7 @@ impl Simulation<'_> {
             Work::Collapse { first, count } => {
                 for index in blocks(first, count) {
                     let block = self.state.map.get(index).copied().unwrap_or_default();
-                    let wanted = self.plan.policy.wants_collapse(&block, self.state.spare(index));
+                    let wanted = self.plan.policy.wants_collapse(&block, self.state.spare());
                     self.expect(wanted, || {
                         format!("{first} is not wanted, and collapsed: {block:?}")
                     });
