@@ -34,7 +34,7 @@ fn pressure_of_guest_and_host_shrinks_the_hold() -> anyhow::Result<()> {
     group.enter()?;
     let started = Lab::start(&bench, "holding", "gemini", |_| {});
     group.leave()?;
-    let lab = started?;
+    let mut lab = started?;
     let guest = &lab.vm.guest;
     let log = guest.log_position()?;
     guest.set_driver("booking_timeout_ms", TIMEOUT_MS)?;

@@ -43,6 +43,11 @@ const BALLOON_MODULE: &str = "/lib/gemini/extra/virtio_balloon.ko";
 
 /// How long the guest may take to follow; emulated, on a machine with other work.
 const FOLLOW: Duration = Duration::from_secs(60);
+/// How long the kernel is left to itself with a size that it could not reach. A page
+/// that somebody looks at for a moment is enough for that, and its virtio-mem driver
+/// tries again after 50 s, then after 100 s (drivers/virtio/virtio_mem.c), or when it
+/// is told another size.
+const LEFT_ALONE: Duration = Duration::from_secs(10);
 /// The daemon is at rest after so long without a change.
 const REST: Duration = Duration::from_millis(700);
 /// How long free memory is watched.
@@ -133,6 +138,7 @@ struct Seen {
     /// Times that the guest's kernel told that it had to try again to move a
     /// page out of what it sets offline.
     retries: usize,
+    told_again: u32,
     /// Times that the driver reset the device, as it does where memory is to go
     /// offline and no daemon is there to answer for it.
     device_resets: usize,
@@ -199,6 +205,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool, control: bool) -> anyhow::
     scenario.figure("daemon_deaths", f64::from(seen.deaths), Bar::AtMost(0.0));
     scenario.figure("guest_complaints", seen.complaints as f64, Bar::AtMost(0.0));
     scenario.figure("migrations_retried", seen.retries as f64, Bar::None);
+    scenario.figure("sizes_told_again", f64::from(seen.told_again), Bar::None);
     scenario.figure("device_resets", seen.device_resets as f64, Bar::None);
     scenario.figure("leftover_files", seen.leftover_files as f64, Bar::AtMost(0.0));
     scenario.figure("free_absent_bytes_max", seen.free_absent as f64, Bar::AtLeast(1.0));
@@ -551,11 +558,20 @@ impl Changing {
 
     fn follows_size(&mut self) -> anyhow::Result<bool> {
         let deadline = Instant::now() + FOLLOW;
+        let mut tell_again = Instant::now() + LEFT_ALONE;
         loop {
             let size =
                 self.lab.vm.qmp.execute("qom-get", json!({"path": "vmem", "property": "size"}))?;
             if size == self.pluggable {
                 return Ok(true);
+            }
+            if Instant::now() > tell_again {
+                tell_again = Instant::now() + LEFT_ALONE;
+                self.seen.told_again += 1;
+                let wanted = self.pluggable;
+                // The same size again would be no news.
+                self.set_pluggable(if wanted < PLUGGABLE { wanted + STEP } else { 0 })?;
+                self.set_pluggable(wanted)?;
             }
             if Instant::now() > deadline {
                 eprintln!("virtio-mem has {size} bytes instead of {}", self.pluggable);
