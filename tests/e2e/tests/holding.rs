@@ -59,7 +59,7 @@ fn pressure_of_guest_and_host_shrinks_the_hold() -> anyhow::Result<()> {
     // The host, which wants memory while there is some to be had.
     let mut seen = String::new();
     for _ in 0..WISHES {
-        seen = looks_at_wish(&lab, &group)?;
+        seen = looks_at_wish(&mut lab, &group)?;
         if !seen.is_empty() {
             break;
         }
@@ -83,10 +83,10 @@ fn pressure_of_guest_and_host_shrinks_the_hold() -> anyhow::Result<()> {
 
 /// Has the host want some of what the guest holds, and leaves it in peace again;
 /// returns what was seen meanwhile.
-fn looks_at_wish(lab: &Lab, group: &MemoryCgroup) -> anyhow::Result<String> {
-    let guest = &lab.vm.guest;
-    guest.fill("aligned", 256 * MIB, 2, PageSize::Huge)?;
+fn looks_at_wish(lab: &mut Lab, group: &MemoryCgroup) -> anyhow::Result<String> {
+    lab.vm.guest.fill("aligned", 256 * MIB, 2, PageSize::Huge)?;
     lab.wait_settled(SETTLE)?;
+    let guest = &lab.vm.guest;
     guest.free("aligned")?;
     process::wait_for("freed blocks are held", SETTLE, || {
         Ok((guest.driver_number("held")? > 64).then_some(()))
