@@ -6,6 +6,7 @@ mod common;
 
 use common::host::{Lock, Setting};
 use common::*;
+use std::os::unix::net::UnixListener;
 use vhost_device_gemini::backing::{
     Collapsed, Error, Holes, HostState, Kind, Memory, Refusal, RegionDesc,
 };
@@ -373,4 +374,36 @@ fn vmm_is_told_from_another_back_end() {
     assert_eq!(collapse(&memory, 5, 1), [Ok(Collapsed::Copied { bytes: BLOCK })]);
     assert_eq!(vmm.huge_blocks(), 1, "it was collapsed at the VMM");
     assert_eq!(others.map(|mut other| other.huge_blocks()), [0, 0]);
+}
+
+#[test]
+fn who_opened_the_connection_is_asked_first_and_has_to_map_the_memory() {
+    let test = "who_opened_the_connection_is_asked_first_and_has_to_map_the_memory";
+    let Some(_held) = base_pages_only(test) else { return };
+    let file = memfd(4 * BLOCK, 0);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let connect = |child: &mut Child| {
+        assert_eq!(child.ask(&format!("connect {}", path.display())), "ok");
+        listener.accept().unwrap().0
+    };
+    let found = || {
+        let memory = memory(&file);
+        (memory.vmm().and_then(|pid| u32::try_from(pid).ok()), codes(&memory))
+    };
+    let mut vmm = Child::vmm(&file);
+    // Maps as much of it, and was started earlier or later: either may be taken.
+    let other = Child::vmm(&file);
+    let mut stranger = Child::spawn(&file);
+    let _passed_on = connect(&mut stranger);
+    assert_eq!(found().1, ["vmm-ambiguous"], "whoever passed the connection on maps nothing");
+    let connection = connect(&mut vmm);
+    assert_eq!(found(), (Some(vmm.pid()), vec![]));
+    drop(connection);
+    assert_eq!(found().1, ["vmm-ambiguous"]);
+    drop(other);
+    let _connection = connect(&mut stranger);
+    stranger.ask(&format!("map 0 {} 0 private", 4 * BLOCK));
+    assert_eq!(found().0, Some(vmm.pid()), "what is not shared is not the guest's");
 }

@@ -1,6 +1,8 @@
 //! Our side of descriptors that others gave us.
 
+use super::process::own_proc;
 use super::sys::check;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Error, ErrorKind};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -132,6 +134,32 @@ fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
     check(libc::c_long::from(result)).map(|_| value)
 }
 
+/// The processes that opened the other ends of our connections over unix sockets, this one left
+/// out; none where the system does not tell. Nobody has to hand the connections over: the frame
+/// keeps the VMM's to itself.
+pub fn peers() -> BTreeSet<i32> {
+    let entries = own_proc().and_then(|own| std::fs::read_dir(own.join("fd")));
+    let numbers = entries.into_iter().flatten().flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let own = i32::try_from(std::process::id()).ok();
+    // No process: not connected, not a unix socket, or in a PID namespace that we do not see.
+    numbers.filter_map(peer).filter(|pid| *pid > 0 && Some(*pid) != own).collect()
+}
+
+/// The process that opened the other end of a connection, as the kernel noted it then. Whoever
+/// passed a connection on, or listens, is named instead of those that use it.
+fn peer(fd: RawFd) -> Option<i32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = libc::socklen_t::try_from(size_of_val(&peer)).ok()?;
+    // SAFETY: `peer` and `length` are valid places for the result. Whatever the number is of by
+    // now, it is only asked, and changes by no answer.
+    let result = unsafe {
+        let place = (&raw mut peer).cast();
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, place, &raw mut length)
+    };
+    (result == 0).then_some(peer.pid)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,6 +188,18 @@ mod tests {
         drop(reader);
         lock_for_life(file.as_file()).unwrap();
         assert!(lock_is_held(&other).unwrap());
+    }
+
+    #[test]
+    fn peers_are_told_for_connections_alone() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(peer(one.as_raw_fd()), Some(own));
+        assert!(!peers().contains(&own), "it is no other process");
+        assert_eq!(peer(File::open("/dev/null").unwrap().as_raw_fd()), None);
+        assert_eq!(peer(-1), None);
+        let internet = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(peer(internet.as_raw_fd()).is_none_or(|pid| pid == 0));
     }
 
     #[test]

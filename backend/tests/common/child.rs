@@ -29,6 +29,7 @@ struct Helper {
     /// By offset in the file.
     mappings: BTreeMap<usize, Mapping>,
     memory: Option<Memory>,
+    connection: Option<UnixStream>,
 }
 
 /// Serves as a helper until the tester closes the channel; returns at once in a tester.
@@ -37,7 +38,7 @@ pub fn serve() {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     let stdin = io::stdin().as_fd().try_clone_to_owned().unwrap();
     let mut channel = BufReader::new(UnixStream::from(stdin));
-    let mut helper = Helper { file, mappings: BTreeMap::new(), memory: None };
+    let mut helper = Helper { file, mappings: BTreeMap::new(), memory: None, connection: None };
     let mut line = String::new();
     while channel.read_line(&mut line).is_ok_and(|length| length > 0) {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -80,6 +81,10 @@ impl Helper {
                     _ => libc::MAP_PRIVATE,
                 };
                 self.map(number(offset)?, number(len)?, number(shift)?, mode).map(done)
+            }
+            ["connect", path] => {
+                self.connection = Some(UnixStream::connect(path)?);
+                Ok("ok".into())
             }
             ["fill", offset, len] => self.each_page(offset, len, |page, addr| {
                 // SAFETY: the page is mapped writable, and nothing refers to it.
