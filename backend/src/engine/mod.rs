@@ -52,6 +52,10 @@ pub const RELEASE_MAX: u32 = 32;
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 /// Time between two looks how fragmented the host is, for a policy that goes by it.
 const FRAGMENTATION_PERIOD: Duration = Duration::from_secs(5);
+/// Pause of the deciding thread after a memory table. Queues are started right after one, while the
+/// guest stands still if it arrives by migration: the first look at all of its memory would take
+/// the processors from the threads that the VMM waits for.
+const SETTLE: Duration = Duration::from_millis(20);
 /// Pause of whoever serves the guest while the CPU budget is overdrawn.
 const THROTTLE: Duration = Duration::from_millis(10);
 
@@ -121,6 +125,8 @@ struct Inner {
     /// A worker is out looking, or acting.
     looking: bool,
     acting: bool,
+    /// Until then nothing is decided.
+    settling_until: Instant,
     woken: bool,
     stopping: bool,
     next_prepare: u64,
@@ -183,6 +189,7 @@ impl Engine {
                 port: None,
                 looking: false,
                 acting: false,
+                settling_until: now,
                 woken: false,
                 stopping: false,
                 next_prepare: 1,
@@ -251,7 +258,10 @@ impl Engine {
     /// Takes a new memory table. The caller has made sure that no request is in flight.
     pub fn set_memory(&self, memory: Arc<Memory>) {
         let now = Instant::now();
-        self.lock().state.set_memory(Some(memory), now);
+        let mut inner = self.lock();
+        inner.state.set_memory(Some(memory), now);
+        inner.settling_until = now + SETTLE;
+        drop(inner);
         lock(&self.pools).changed(now);
         self.wake();
     }
@@ -720,12 +730,26 @@ impl Engine {
         lock(&self.pressure).status()
     }
 
+    /// Waits while a new memory table settles.
+    fn settle(&self) {
+        let mut inner = self.lock();
+        while !inner.stopping {
+            let left = inner.settling_until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.wake.wait_timeout(inner, left);
+            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// The deciding thread.
     fn run(&self, look: &SyncSender<Job>, act: &SyncSender<Job>) {
         let mut tlb = None;
         let mut sources = Sources::default();
         let mut fragmentation_due = Instant::now();
         loop {
+            self.settle();
             let now = Instant::now();
             lock(&self.cpu).update(process_cpu_time(), now);
             let mut sleep = SLEEP_MAX;
@@ -974,5 +998,21 @@ impl Drop for Threads {
                 log::error!("a thread of the engine had panicked");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_does_not_wait_for_a_memory_table_to_settle() {
+        let threads = Engine::start(crate::settings::Settings::default().engine(21)).unwrap();
+        let began = Instant::now();
+        let long = Duration::from_secs(600);
+        threads.engine().lock().settling_until = began + long;
+        threads.engine().wake();
+        drop(threads);
+        assert!(began.elapsed() < long);
     }
 }
