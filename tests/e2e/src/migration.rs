@@ -1,7 +1,7 @@
 //! Live migration between two QEMUs of this machine.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context};
 use gemini_harness::report::ratio;
@@ -11,13 +11,22 @@ use crate::lab::Lab;
 use crate::process;
 use crate::qmp::Qmp;
 use crate::vm::Vm;
+use crate::MIB;
 
 /// How long a migration may take.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// QEMU stops the guest for its last pass when that would take no longer: close to what the device
-/// itself adds, so that a move with it can be told from one without.
+/// QEMU stops the guest for its last pass when that would take no longer.
 const DOWNTIME_LIMIT_MS: u64 = 100;
+
+/// What that pass then has to send at most, close to what the device itself adds, so that a move with
+/// it can be told from one without. QEMU would find out by itself how much it can send in that
+/// time; but it goes by the last 100 ms, and may have met nothing but zeros in them: by chance guests
+/// would be stopped with 1 MiB left, or with 50.
+const LEFT_AT_STOP: u64 = 8 * MIB;
+
+/// How long a guest may be faster than that; then QEMU decides by itself after all.
+const CONVERGENCE: Duration = Duration::from_secs(20);
 
 /// How a migration stands, as the source tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +82,11 @@ pub fn begin(from: &mut Vm, to: &mut Vm) -> anyhow::Result<()> {
         set_capability(qmp, "return-path")?;
     }
     to.qmp.execute("migrate-incoming", json!({"uri": uri(to)}))?;
-    let parameters = json!({"max-bandwidth": 0, "downtime-limit": DOWNTIME_LIMIT_MS});
+    let parameters = json!({
+        "max-bandwidth": 0,
+        "downtime-limit": DOWNTIME_LIMIT_MS,
+        "avail-switchover-bandwidth": LEFT_AT_STOP * 1000 / DOWNTIME_LIMIT_MS,
+    });
     from.qmp.execute("migrate-set-parameters", parameters)?;
     from.qmp.execute("migrate", json!({"uri": uri(to)})).map(drop)
 }
@@ -107,8 +120,15 @@ pub fn state(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
 /// # Errors
 /// If it is not in time, or QEMU is gone.
 pub fn wait_over(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
+    let began = Instant::now();
+    let mut helped = false;
     process::wait_for("the migration is over", TIMEOUT, || {
         from.process.expect_running()?;
+        if !helped && began.elapsed() > CONVERGENCE {
+            let by_itself = json!({"avail-switchover-bandwidth": 0});
+            from.qmp.execute("migrate-set-parameters", by_itself)?;
+            helped = true;
+        }
         let (state, progress) = state(from)?;
         Ok((state != State::Active).then_some((state, progress)))
     })
