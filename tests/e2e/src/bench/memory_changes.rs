@@ -28,6 +28,9 @@ use crate::MIB;
 const MEMORY: u64 = 896 * MIB;
 /// DIMMs, of two of the guest's memory blocks each.
 const DIMMS: usize = 2;
+/// Slots of a DIMM, taken in turn: the guest may look at a slot that it emptied only
+/// when it is filled again, and then leaves it unused ("Eject incomplete").
+const SLOTS: usize = 8;
 const DIMM: u64 = 256 * MIB;
 /// Memory of virtio-mem, in steps of less than a memory block.
 const PLUGGABLE: u64 = 384 * MIB;
@@ -156,6 +159,8 @@ struct Changing {
     log: u64,
     daemon_down: bool,
     dimms: BTreeSet<usize>,
+    /// How often each was plugged.
+    plugged: [usize; DIMMS],
     unplugging: BTreeSet<usize>,
     balloon: u64,
     pluggable: u64,
@@ -228,7 +233,12 @@ impl Changing {
             let arguments = [
                 "-m".to_owned(),
                 // Room to align each device in.
-                format!("{}M,slots={DIMMS},maxmem={}M", MEMORY / MIB, (most + (4 << 30)) / MIB),
+                format!(
+                    "{}M,slots={},maxmem={}M",
+                    MEMORY / MIB,
+                    DIMMS * SLOTS,
+                    (most + (4 << 30)) / MIB
+                ),
                 "-object".to_owned(),
                 format!("memory-backend-memfd,id=plug,size={}M,share=on", PLUGGABLE / MIB),
                 "-device".to_owned(),
@@ -245,6 +255,7 @@ impl Changing {
             log: 0,
             daemon_down: false,
             dimms: BTreeSet::new(),
+            plugged: [0; DIMMS],
             unplugging: BTreeSet::new(),
             balloon: 0,
             pluggable: 0,
@@ -363,7 +374,9 @@ impl Changing {
             "driver": "pc-dimm",
             "id": format!("dimm{dimm}"),
             "memdev": format!("memory{dimm}"),
+            "slot": dimm * SLOTS + self.plugged[dimm] % SLOTS,
         });
+        self.plugged[dimm] += 1;
         self.lab.vm.qmp.execute("device_add", device)?;
         self.dimms.insert(dimm);
         Ok(())
