@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{ensure, Context};
+use anyhow::ensure;
 use gemini_e2e::lab::{Bench, Lab};
 use gemini_e2e::outside::HostState;
 use gemini_e2e::process;
@@ -36,21 +36,32 @@ fn trimmed_blocks_cost_the_host_what_is_used_of_them() -> anyhow::Result<()> {
 
     let free = lab.vm.guest.memory()?["MemFree"];
     let before = lab.memory.resident_bytes()?;
+    let (mut trimmed, mut busy) = (BTreeSet::new(), 0);
     for block in &blocks {
-        let told = lab.vm.guest.driver_command(&format!("trim {block}"));
-        told.with_context(|| format!("trim {block}"))?;
+        match lab.vm.guest.driver_command(&format!("trim {block}")) {
+            Ok(_) => drop(trimmed.insert(*block)),
+            // What somebody has in his hands just now is left alone, as by the driver's
+            // own work.
+            Err(error) if format!("{error:#}").contains("-EBUSY") => busy += 1,
+            Err(error) => return Err(error.context(format!("trim {block}"))),
+        }
     }
+    ensure!(busy <= blocks.len() / 8, "{busy} of {} blocks are busy", blocks.len());
     let pages = lab.vm.guest.driver_number("trimmed_pages")?;
     let after = lab.memory.resident_bytes()?;
     let gone = before.saturating_sub(after);
-    eprintln!("{} blocks, {pages} pages trimmed, {} KiB came back", blocks.len(), gone >> 10);
+    eprintln!(
+        "{} blocks, {busy} busy ones, {pages} pages trimmed, {} KiB came back",
+        blocks.len(),
+        gone >> 10
+    );
     // Others may have taken pages of these blocks meanwhile.
-    let spare = blocks.len() as u64 * SPARE;
+    let spare = trimmed.len() as u64 * SPARE;
     ensure!(pages * 4096 >= spare * 9 / 10, "{pages} pages of {}", spare / 4096);
     // What the guest does meanwhile costs a little.
     ensure!(gone + 2 * MIB >= pages * 4096, "{gone} bytes came back of {pages} pages");
     let states = lab.memory.states()?;
-    let split = states.iter().filter(|(block, _)| blocks.contains(block));
+    let split = states.iter().filter(|(block, _)| trimmed.contains(block));
     ensure!(split.into_iter().all(|(_, state)| *state == HostState::Base), "{states:?}");
     lab.vm.guest.verify("kept")?;
     // No more than was asked for.
