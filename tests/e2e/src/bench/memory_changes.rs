@@ -583,7 +583,7 @@ impl Changing {
                 self.seen.told_again += 1;
                 let wanted = self.pluggable;
                 // The same size again would be no news.
-                self.set_pluggable(if wanted < PLUGGABLE { wanted + STEP } else { 0 })?;
+                self.set_pluggable(if wanted < PLUGGABLE { wanted + STEP } else { wanted - STEP })?;
                 self.set_pluggable(wanted)?;
             }
             if Instant::now() > deadline {
