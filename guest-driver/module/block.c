@@ -148,10 +148,13 @@ static struct page *page_of(struct gemini_map *map, u64 block)
 
 static enum gemini_stock stock_of(const struct gemini_block *entry)
 {
+	bool zero = entry->flags & GEMINI_BLOCK_ZERO;
+
 	if (!gemini_host_huge(entry->host))
 		return GEMINI_STOCK_IDLE;
-	return entry->flags & GEMINI_BLOCK_ZERO ? GEMINI_STOCK_ZERO :
-						  GEMINI_STOCK_READY;
+	if (entry->flags & GEMINI_BLOCK_MADE)
+		return zero ? GEMINI_STOCK_MADE_ZERO : GEMINI_STOCK_MADE;
+	return zero ? GEMINI_STOCK_KEPT_ZERO : GEMINI_STOCK_KEPT;
 }
 
 /* Is the block on one of the lists? */
@@ -561,22 +564,15 @@ bool gemini_map_unhold_any(struct gemini_map *map, u64 *block)
 
 /* The first of a node's stock that has been there since before then. */
 static struct page *oldest(struct gemini_map *map, int nid,
-			   enum gemini_stock stock, bool made,
-			   unsigned long before)
+			   enum gemini_stock stock, unsigned long before)
 {
-	const struct gemini_block *entry;
 	struct page *page;
 
 	lockdep_assert_held(&map->lock);
 
-	list_for_each_entry(page, &map->pools[nid].list[stock], lru) {
-		if (!time_before(page_private(page), before))
-			break;
-		entry = gemini_map_find(map, block_of(map, page));
-		if (!made || entry->flags & GEMINI_BLOCK_MADE)
-			return page;
-	}
-	return NULL;
+	page = list_first_entry_or_null(&map->pools[nid].list[stock],
+					struct page, lru);
+	return page && time_before(page_private(page), before) ? page : NULL;
 }
 
 /**
@@ -584,21 +580,20 @@ static struct page *oldest(struct gemini_map *map, int nid,
  * @map: the map
  * @nid: its node
  * @stock: its list
- * @made: only one that the host made huge for the stock
  * @before: it has been there since before this time, in jiffies
  * @block: which one
  *
  * Return: false if there is none.
  */
 bool gemini_map_unhold_old(struct gemini_map *map, int nid,
-			   enum gemini_stock stock, bool made,
-			   unsigned long before, u64 *block)
+			   enum gemini_stock stock, unsigned long before,
+			   u64 *block)
 {
 	struct gemini_block *entry;
 	struct page *page;
 
 	spin_lock(&map->lock);
-	page = oldest(map, nid, stock, made, before);
+	page = oldest(map, nid, stock, before);
 	if (page) {
 		*block = block_of(map, page);
 		entry = gemini_map_find(map, *block);
@@ -615,7 +610,6 @@ bool gemini_map_unhold_old(struct gemini_map *map, int nid,
  * @map: the map
  * @nid: their node
  * @stock: their list
- * @made: only those that the host made huge for the stock
  * @before: they have been there since before this time, in jiffies
  * @blocks: where to, the oldest one first
  * @max: room, in blocks
@@ -626,9 +620,8 @@ bool gemini_map_unhold_old(struct gemini_map *map, int nid,
  * Return: number of blocks.
  */
 unsigned int gemini_map_pick(struct gemini_map *map, int nid,
-			     enum gemini_stock stock, bool made,
-			     unsigned long before, u64 *blocks,
-			     unsigned int max)
+			     enum gemini_stock stock, unsigned long before,
+			     u64 *blocks, unsigned int max)
 {
 	const struct gemini_block *entry;
 	unsigned int count = 0;
@@ -639,30 +632,44 @@ unsigned int gemini_map_pick(struct gemini_map *map, int nid,
 		if (count == max || time_after(page_private(page), before))
 			break;
 		entry = gemini_map_find(map, block_of(map, page));
-		if (entry->host != VIRTIO_GEMINI_HOST_ABSENT &&
-		    (!made || entry->flags & GEMINI_BLOCK_MADE))
+		if (entry->host != VIRTIO_GEMINI_HOST_ABSENT)
 			blocks[count++] = block_of(map, page);
 	}
 	spin_unlock(&map->lock);
 	return count;
 }
 
+/*
+ * Which ready block goes first, by whether it is to read as zero: to write
+ * zeroes takes longer than anything else here.
+ */
+static const enum gemini_stock order[][GEMINI_STOCKS - GEMINI_STOCK_READY] = {
+	[false] = { GEMINI_STOCK_KEPT, GEMINI_STOCK_MADE,
+		    GEMINI_STOCK_KEPT_ZERO, GEMINI_STOCK_MADE_ZERO },
+	[true] = { GEMINI_STOCK_KEPT_ZERO, GEMINI_STOCK_MADE_ZERO,
+		   GEMINI_STOCK_KEPT, GEMINI_STOCK_MADE },
+};
+
 /* A ready block, if possible one that reads as zero, or just not such a one. */
 static struct page *ready_page(struct gemini_map *map, int nid, bool zero,
 			       bool *clean)
 {
 	struct gemini_pool *pool = &map->pools[nid];
-	enum gemini_stock stock = zero ? GEMINI_STOCK_ZERO : GEMINI_STOCK_READY;
+	enum gemini_stock stock;
+	unsigned int i;
 
 	lockdep_assert_held(&map->lock);
 
-	if (list_empty(&pool->list[stock]))
-		stock = zero ? GEMINI_STOCK_READY : GEMINI_STOCK_ZERO;
-	if (list_empty(&pool->list[stock]))
-		return NULL;
-	*clean = stock == GEMINI_STOCK_ZERO;
-	/* The last one, so that a stock that is too large grows old. */
-	return list_last_entry(&pool->list[stock], struct page, lru);
+	for (i = 0; i < ARRAY_SIZE(order[zero]); i++) {
+		stock = order[zero][i];
+		if (list_empty(&pool->list[stock]))
+			continue;
+		*clean = stock == GEMINI_STOCK_KEPT_ZERO ||
+			 stock == GEMINI_STOCK_MADE_ZERO;
+		/* The last one, so that a stock that is too large grows old. */
+		return list_last_entry(&pool->list[stock], struct page, lru);
+	}
+	return NULL;
 }
 
 /**
@@ -804,8 +811,8 @@ unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
  * gemini_map_flag() - note something about a block
  * @map: the map
  * @block: any block
- * @set: flags to set, of those that concern no list
- * @clear: flags to clear, likewise
+ * @set: flags to set
+ * @clear: flags to clear
  */
 void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear)
 {
@@ -814,7 +821,8 @@ void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear)
 	spin_lock(&map->lock);
 	entry = gemini_map_find(map, block);
 	if (entry)
-		entry->flags = (entry->flags | set) & ~clear;
+		change(map, block, entry, entry->host,
+		       (entry->flags | set) & ~clear);
 	spin_unlock(&map->lock);
 }
 

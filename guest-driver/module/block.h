@@ -66,13 +66,27 @@ struct gemini_chunk {
 /* Chunks that may have dirty blocks. */
 #define GEMINI_MARK_DIRTY	XA_MARK_0
 
-/* What a held block is good for, worst first; busy ones are in none of these. */
+/*
+ * What a held block is good for, worst first; busy ones are in none of these.
+ * Ready ones are host-huge.  Those that were made so for the stock go back to
+ * the host soon, and so wait behind those that somebody else had before.
+ */
 enum gemini_stock {
 	GEMINI_STOCK_IDLE,	/* the host does not back it with a huge page */
-	GEMINI_STOCK_READY,	/* it does */
-	GEMINI_STOCK_ZERO,	/* it does, and every byte reads as zero */
+	GEMINI_STOCK_MADE,	/* it made one for the stock */
+	GEMINI_STOCK_MADE_ZERO,	/* likewise, and every byte reads as zero */
+	GEMINI_STOCK_KEPT,	/* it had one anyway */
+	GEMINI_STOCK_KEPT_ZERO,	/* likewise, and every byte reads as zero */
 	GEMINI_STOCKS
 };
+
+#define GEMINI_STOCK_READY	GEMINI_STOCK_MADE
+
+/* Did the host make it huge for the stock? */
+static inline bool gemini_stock_made(enum gemini_stock stock)
+{
+	return stock == GEMINI_STOCK_MADE || stock == GEMINI_STOCK_MADE_ZERO;
+}
 
 /**
  * struct gemini_pool - the held blocks of one node
@@ -166,12 +180,11 @@ int gemini_map_hold(struct gemini_map *map, u64 block, bool zero,
 int gemini_map_unhold(struct gemini_map *map, u64 block);
 bool gemini_map_unhold_any(struct gemini_map *map, u64 *block);
 bool gemini_map_unhold_old(struct gemini_map *map, int nid,
-			   enum gemini_stock stock, bool made,
-			   unsigned long before, u64 *block);
+			   enum gemini_stock stock, unsigned long before,
+			   u64 *block);
 unsigned int gemini_map_pick(struct gemini_map *map, int nid,
-			     enum gemini_stock stock, bool made,
-			     unsigned long before, u64 *blocks,
-			     unsigned int max);
+			     enum gemini_stock stock, unsigned long before,
+			     u64 *blocks, unsigned int max);
 bool gemini_map_take(struct gemini_map *map, int nid, bool zero, u64 *block,
 		     bool *clean);
 bool gemini_map_reserve(struct gemini_map *map, int nid, u64 *block,

@@ -694,18 +694,16 @@ static void trim(struct gemini *gemini, int nid)
 	if (gemini_hold_ready(gemini, nid) >= target || !host_gives(gemini))
 		/* Nothing becomes of them. */
 		expired = gemini_hold_expire(gemini, nid, GEMINI_STOCK_IDLE,
-					     false, now - unused, U64_MAX);
+					     now - unused, U64_MAX);
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++) {
 		ready = gemini_hold_ready(gemini, nid);
 		if (ready <= target)
 			break;
-		expired += gemini_hold_expire(gemini, nid, stock, false,
-					      now - timeout, ready - target);
-		ready = gemini_hold_ready(gemini, nid);
-		if (ready > target)
-			expired += gemini_hold_expire(gemini, nid, stock, true,
-						      now - made,
-						      ready - target);
+		expired += gemini_hold_expire(gemini, nid, stock,
+					      now - (gemini_stock_made(stock) ?
+						     min(made, timeout) :
+						     timeout),
+					      ready - target);
 	}
 	if (expired) {
 		gemini->booking.expired += expired;

@@ -649,7 +649,7 @@ u64 gemini_hold_free_all(struct gemini *gemini);
 void gemini_hold_idle(struct gemini *gemini, u64 first, u64 count, bool zero);
 u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count);
 u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
-		       bool made, unsigned long before, u64 most);
+		       unsigned long before, u64 most);
 struct page *gemini_hold_take(struct gemini *gemini, int nid, bool zero);
 u64 gemini_hold_ready(struct gemini *gemini, int nid);
 bool gemini_hold_is_exact_caller(struct gemini *gemini);

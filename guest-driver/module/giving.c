@@ -126,8 +126,7 @@ static void forget_answers(struct gemini *gemini)
 
 /* Held blocks that nobody came for; they stay held. */
 static void pick_held(struct gemini *gemini, enum gemini_stock stock,
-		      bool made, unsigned long age, bool spare,
-		      struct batch *batch)
+		      unsigned long age, bool spare, struct batch *batch)
 {
 	unsigned int most;
 	int nid;
@@ -138,7 +137,7 @@ static void pick_held(struct gemini *gemini, enum gemini_stock stock,
 			most = min_t(u64, most,
 				     gemini_booking_spare(gemini, nid));
 		batch->count += gemini_map_pick(&gemini->map, nid, stock,
-						made, jiffies - age,
+						jiffies - age,
 						batch->block + batch->count,
 						most);
 	}
@@ -331,16 +330,14 @@ static void pick_ready(struct gemini *gemini, unsigned long age,
 	enum gemini_stock stock;
 
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
-		pick_held(gemini, stock, false, age, true, batch);
+		pick_held(gemini, stock, age, true, batch);
 }
 
 /* Likewise, of those alone that the host made huge for the stock, and sooner. */
 static void pick_surplus(struct gemini *gemini, struct batch *batch)
 {
-	enum gemini_stock stock;
-
-	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
-		pick_held(gemini, stock, true, UNUSED, true, batch);
+	pick_held(gemini, GEMINI_STOCK_MADE, UNUSED, true, batch);
+	pick_held(gemini, GEMINI_STOCK_MADE_ZERO, UNUSED, true, batch);
 }
 
 /**
@@ -354,16 +351,13 @@ static void pick_surplus(struct gemini *gemini, struct batch *batch)
 bool gemini_giving_surplus(struct gemini *gemini, int nid)
 {
 	unsigned long before = jiffies - UNUSED;
-	enum gemini_stock stock;
 	u64 block;
 
-	if (!possible(gemini) || !gemini_booking_spare(gemini, nid))
-		return false;
-	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
-		if (gemini_map_pick(&gemini->map, nid, stock, true, before,
-				    &block, 1))
-			return true;
-	return false;
+	return possible(gemini) && gemini_booking_spare(gemini, nid) &&
+	       (gemini_map_pick(&gemini->map, nid, GEMINI_STOCK_MADE, before,
+				&block, 1) ||
+		gemini_map_pick(&gemini->map, nid, GEMINI_STOCK_MADE_ZERO,
+				before, &block, 1));
 }
 
 /* The host got so many base pages of its wish. */
@@ -385,7 +379,7 @@ static void pick_wanted(struct gemini *gemini, struct batch *batch)
 {
 	u64 pages;
 
-	pick_held(gemini, GEMINI_STOCK_IDLE, false, 0, false, batch);
+	pick_held(gemini, GEMINI_STOCK_IDLE, 0, false, batch);
 	hold_free(gemini, true, batch);
 	/* Not while others are left, which a whole look has to tell. */
 	if (batch->count || READ_ONCE(gemini->giving.free_left))
@@ -407,7 +401,7 @@ static void pick_unused(struct gemini *gemini, struct batch *batch)
 	pick_surplus(gemini, batch);
 	if (batch->count || !READ_ONCE(gemini->returning))
 		return;
-	pick_held(gemini, GEMINI_STOCK_IDLE, false, UNUSED, false, batch);
+	pick_held(gemini, GEMINI_STOCK_IDLE, UNUSED, false, batch);
 	pick_ready(gemini, age, batch);
 	if (!batch->count)
 		hold_free(gemini, false, batch);

@@ -332,8 +332,12 @@ struct page *gemini_hold_take(struct gemini *gemini, int nid, bool zero)
  */
 u64 gemini_hold_ready(struct gemini *gemini, int nid)
 {
-	return gemini_map_stock(&gemini->map, nid, GEMINI_STOCK_READY) +
-	       gemini_map_stock(&gemini->map, nid, GEMINI_STOCK_ZERO);
+	enum gemini_stock stock;
+	u64 ready = 0;
+
+	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++)
+		ready += gemini_map_stock(&gemini->map, nid, stock);
+	return ready;
 }
 
 /**
@@ -404,7 +408,6 @@ u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count)
  * @gemini: the device
  * @nid: their node
  * @stock: which of them
- * @made: only those that the host made huge for the stock
  * @before: since before this time, in jiffies
  * @most: no more blocks than these
  *
@@ -413,13 +416,13 @@ u64 gemini_hold_free_range(struct gemini *gemini, u64 first, u64 count)
  * Return: number of blocks given back.
  */
 u64 gemini_hold_expire(struct gemini *gemini, int nid, enum gemini_stock stock,
-		       bool made, unsigned long before, u64 most)
+		       unsigned long before, u64 most)
 {
 	u64 freed = 0;
 	u64 block;
 
 	while (freed < most && gemini_map_unhold_old(&gemini->map, nid, stock,
-						     made, before, &block)) {
+						     before, &block)) {
 		give_back(gemini, block);
 		freed++;
 	}
