@@ -3,7 +3,7 @@
 //! Nothing here asks the daemon, and nothing uses its code: addresses come from
 //! QEMU's own memory map and monitor, states from the kernel.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
@@ -49,6 +49,9 @@ pub enum HostState {
 }
 
 const PAGE_SHIFT: u32 = 12;
+
+/// Pages of a block without an owner that may never have left, see [`come_back`].
+const STAYED_MAX: usize = 8;
 
 /// Where the q35 machine continues guest memory that does not fit below.
 const HIGH_START: u64 = 4 << 30;
@@ -175,7 +178,8 @@ impl GuestMemory {
     }
 
     /// Guest addresses of base pages that the host has and the guest does not: those
-    /// that it has given away, and all of virtio-mem's that it never plugged.
+    /// that it has given away, and all of virtio-mem's that it never plugged. A few of
+    /// them never left, see [`come_back`].
     ///
     /// # Errors
     /// As [`GuestMemory::states`].
@@ -369,9 +373,34 @@ fn touches(ranges: &[Range<u64>], wanted: Range<u64>) -> bool {
     ranges.get(next).is_some_and(|range| range.start < wanted.end)
 }
 
+/// Those of the pages `without` an owner that somebody brought back. Whoever does so
+/// does it to a block. A page by itself never left: Linux drops a part of a huge page
+/// by splitting it, and if anybody refers to the page at that moment (to fault in
+/// another part of it, to look at it) the part is zeroed and stays (mm/truncate.c,
+/// `truncate_inode_partial_folio`). The next such attempt can split it.
+#[must_use]
+pub fn come_back(without: &BTreeSet<u64>) -> BTreeSet<u64> {
+    let mut blocks: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+    for page in without {
+        blocks.entry(page >> BLOCK_SHIFT).or_default().push(*page);
+    }
+    blocks.into_values().filter(|pages| pages.len() > STAYED_MAX).flatten().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_by_itself_has_not_come_back() {
+        let block = |number: u64, pages: u64| {
+            (0..pages).map(move |page| (number << BLOCK_SHIFT) + (page << PAGE_SHIFT))
+        };
+        let back: BTreeSet<u64> = block(3, 9).chain(block(7, 512)).collect();
+        let mut without = back.clone();
+        without.extend(block(4, 1).chain(block(5, 8)));
+        assert_eq!(come_back(&without), back);
+    }
 
     #[test]
     fn ranges_cover_only_what_lies_in_one_of_them() {

@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::lab::{Bench, Lab, SYNC_TIMEOUT};
 use crate::offlining::sort_out_retries;
-use crate::outside::HostState;
+use crate::outside::{come_back, HostState};
 use crate::process;
 use crate::MIB;
 
@@ -130,8 +130,10 @@ struct Seen {
     sequences: u32,
     bytes_lost: u64,
     map_differences: u32,
-    /// Bytes under pages that the guest does not have.
+    /// Bytes under pages that the guest does not have, and that came back.
     without_owner: u64,
+    /// The same of pages that never left.
+    stayed: u64,
     /// Bytes that came back under blocks that nobody used.
     repopulated: u64,
     refused_because_of_us: u32,
@@ -206,6 +208,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool, control: bool) -> anyhow::
     scenario.figure("unplugs_refused_because_of_us", refused, Bar::AtMost(0.0));
     scenario.figure("unplugs_refused_anyway", f64::from(seen.refused_anyway), Bar::None);
     scenario.figure("bytes_without_owner", seen.without_owner as f64, Bar::AtMost(0.0));
+    scenario.figure("bytes_that_stayed", seen.stayed as f64, Bar::None);
     scenario.figure("repopulated_bytes", seen.repopulated as f64, Bar::AtMost(0.0));
     scenario.figure("daemon_deaths", f64::from(seen.deaths), Bar::AtMost(0.0));
     scenario.figure("guest_complaints", seen.complaints as f64, Bar::AtMost(0.0));
@@ -639,7 +642,9 @@ impl Changing {
         if !without_owner.is_empty() {
             eprintln!("pages that the guest does not have: {without_owner:x?}");
             self.tell_map()?;
-            self.seen.without_owner += without_owner.len() as u64 * 4096;
+            let back = come_back(&without_owner).len() as u64 * 4096;
+            self.seen.without_owner += back;
+            self.seen.stayed += without_owner.len() as u64 * 4096 - back;
         }
         for name in self.fills.clone() {
             self.verify(&name);
