@@ -121,6 +121,15 @@ static bool block_movable(unsigned long pfn, unsigned int order)
 	return true;
 }
 
+static struct gemini_seen pinned(struct gemini *gemini, u64 block)
+{
+	return (struct gemini_seen) {
+		.used = gemini_kernel_uses(gemini, block) <<
+			gemini->block_order,
+		.guest = VIRTIO_GEMINI_GUEST_PINNED,
+	};
+}
+
 /*
  * Looks at one block.  @count says whether used base pages are worth counting;
  * otherwise the former count is kept if @keep.
@@ -139,10 +148,9 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 		seen.guest = VIRTIO_GEMINI_GUEST_UNKNOWN;
 		return seen;
 	}
-	seen.guest = VIRTIO_GEMINI_GUEST_PINNED;
 	page = pfn_to_online_page(pfn);
 	if (!page || gemini_page_flags(page) & BIT(PG_reserved))
-		return seen;
+		return pinned(gemini, block);
 
 	if (whole_free(page, pfn, order)) {
 		seen.guest = VIRTIO_GEMINI_GUEST_FREE;
@@ -151,12 +159,13 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 
 	head = compound_head(page);
 	if (compound_order_of(head) >= order) {
-		if (user_huge(head))
-			seen.guest = VIRTIO_GEMINI_GUEST_HUGE;
+		if (!user_huge(head))
+			return pinned(gemini, block);
+		seen.guest = VIRTIO_GEMINI_GUEST_HUGE;
 		return seen;
 	}
 	if (PageOffline(page))
-		return seen;
+		return pinned(gemini, block);
 
 	movable = block_movable(pfn, order);
 	/* A block may be all free and still in no buddy of its size. */
@@ -167,10 +176,8 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 			return seen;
 		}
 	}
-	if (!movable) {
-		seen.used = 0;
-		return seen;
-	}
+	if (!movable)
+		return pinned(gemini, block);
 	seen.guest = VIRTIO_GEMINI_GUEST_BASE;
 	if (!count)
 		seen.used = keep ? GEMINI_USED_KEEP : 0;

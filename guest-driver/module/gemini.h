@@ -94,6 +94,16 @@ struct gemini_census {
 };
 
 /**
+ * struct gemini_kernel - what the kernel works with all the time
+ * @block: those blocks, ascending
+ * @count: number of them
+ */
+struct gemini_kernel {
+	u64 *block;
+	unsigned int count;
+};
+
+/**
  * struct gemini_hints - what comes from the device
  * @work: takes the used buffers of hintq; nothing else touches that queue
  *	while the device runs
@@ -446,6 +456,7 @@ struct gemini_trim {
  * @booking_timeout_ms: how long it would have us hold them; 0: our choice
  * @broken: a queue does not work any more, until the next reset
  * @census: see struct gemini_census
+ * @kernel: see struct gemini_kernel
  * @hints: see struct gemini_hints
  * @report: see struct gemini_report
  * @ctrl: requests that keep contents
@@ -491,6 +502,7 @@ struct gemini {
 	bool broken;
 
 	struct gemini_census census;
+	struct gemini_kernel kernel;
 	struct gemini_hints hints;
 	struct gemini_report report;
 	struct gemini_requests ctrl;
@@ -587,6 +599,10 @@ void gemini_queues_drop(struct gemini *gemini);
 int gemini_queue_post(struct gemini *gemini, unsigned int queue, void *buffer,
 		      size_t size, bool device_writes);
 void gemini_broken(struct gemini *gemini, const char *what);
+
+/* kernel.c */
+int gemini_kernel_init(struct gemini *gemini);
+bool gemini_kernel_uses(struct gemini *gemini, u64 block);
 
 /* census.c */
 int gemini_census_init(struct gemini *gemini);

@@ -235,6 +235,7 @@ static int gemini_probe(struct virtio_device *vdev)
 	ret = gemini->wq ? 0 : -ENOMEM;
 	ret = ret ?: gemini_hints_init(gemini);
 	ret = ret ?: gemini_report_init(gemini);
+	ret = ret ?: gemini_kernel_init(gemini);
 	if (ret)
 		goto err_free;
 	ret = gemini_census_init(gemini);

@@ -49,7 +49,9 @@ pub const FRAGMENTED: u32 = 500;
 /// guest's: a few for what it uses most, which leaves the others to programs.
 const KERNEL_SHARE: usize = 32;
 /// Base pages of a block from which on its kernel is given one there: full ones of 2 MiB, such as
-/// the kernel's own image and its array of pages.
+/// the kernel's own image and its array of pages. Those that it works with all the time, by the
+/// word of its driver, come before and beside the share: they are few, and have most of its
+/// accesses.
 const FULL: u16 = 512;
 
 /// What the host has for blocks in which no program of the guest has a huge page.
@@ -92,8 +94,9 @@ impl Policy {
                     GuestState::Huge => true,
                     GuestState::Pinned => match spare {
                         Spare::Plenty => true,
-                        Spare::Share => block.resident >= FULL,
-                        Spare::None => false,
+                        Spare::Share => block.used > 0 || block.resident >= FULL,
+                        // The driver names a handful that have most of the kernel's accesses.
+                        Spare::None => block.used > 0,
                     },
                     _ => false,
                 },
@@ -143,13 +146,16 @@ mod tests {
     #[test]
     fn the_guests_kernel_has_what_the_host_can_spare_and_a_share_of_what_it_cannot() {
         for guest in GuestState::ALL {
-            for (resident, spare, pinned) in [
-                (1, Spare::Plenty, true),
-                (511, Spare::Share, false),
-                (512, Spare::Share, true),
-                (512, Spare::None, false),
+            for (resident, used, spare, pinned) in [
+                (1, 0, Spare::Plenty, true),
+                (511, 0, Spare::Share, false),
+                (512, 0, Spare::Share, true),
+                (512, 0, Spare::None, false),
+                // What its driver says that it works with all the time.
+                (1, 512, Spare::Share, true),
+                (1, 512, Spare::None, true),
             ] {
-                let block = Block { resident, ..block(guest, HostState::Base) };
+                let block = Block { resident, used, ..block(guest, HostState::Base) };
                 let wanted = Policy::GeminiKernel.wants_collapse(&block, spare);
                 let expected = match guest {
                     GuestState::Huge => true,

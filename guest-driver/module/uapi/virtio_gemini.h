@@ -88,7 +88,9 @@ struct virtio_gemini_record {
 	__le32 count;			/* never 0 */
 	__le32 used;			/* GUEST_BASE: base pages in use,
 					 * HOST_BASE: base pages resident, in
-					 * each of the blocks; 0: not counted
+					 * each of the blocks; 0: not counted;
+					 * GUEST_PINNED: not 0 if the kernel
+					 * works with it all the time
 					 */
 	__u8 state;
 	__u8 flags;			/* 0 */

@@ -59,6 +59,9 @@ pub struct DriverRun {
     pub count: u64,
     /// Guest state by name.
     pub guest: String,
+    /// Base pages in use, if counted; of a pinned block: whether the kernel works with it all
+    /// the time.
+    pub used: u64,
     /// Host state by name.
     pub host: String,
 }
@@ -71,7 +74,8 @@ impl DriverRun {
             first: words.next()?.parse().ok()?,
             count: words.next()?.parse().ok()?,
             guest: words.next()?.to_owned(),
-            host: words.nth(1)?.to_owned(),
+            used: words.next()?.parse().ok()?,
+            host: words.next()?.to_owned(),
         })
     }
 }

@@ -1,10 +1,11 @@
 //! The driver comes and goes.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
-use gemini_e2e::MIB;
+use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::PageSize;
 
 #[test]
@@ -42,5 +43,28 @@ fn daemon_without_a_driver_does_nothing_to_the_guest() -> anyhow::Result<()> {
     ensure!(counts.guest_only >= 60 && counts.aligned == 0, "{counts:?}");
     let status = lab.daemon.status()?;
     ensure!(!status.guest_synced && status.collapse_bytes == 0, "{status:?}");
+    lab.daemon.stop()
+}
+
+/// Where the kernel's data are is told by /proc/iomem. Its processors have theirs in one block
+/// here, which nobody tells from outside.
+#[test]
+fn driver_names_what_its_kernel_works_with_all_the_time() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let lab = Lab::start(&bench, "kernel-data", "none", |_| {})?;
+    let runs = lab.vm.guest.driver_blocks()?;
+    let named: BTreeSet<u64> = runs
+        .iter()
+        .filter(|run| run.guest == "pinned" && run.used > 0)
+        .flat_map(|run| run.first..run.first + run.count)
+        .collect();
+    let memory = lab.vm.guest.shell("cat /proc/iomem")?;
+    for part in ["Kernel data", "Kernel bss"] {
+        let line = memory.lines().find(|line| line.ends_with(part)).context("no such part")?;
+        let start = line.trim().split('-').next().context("a range")?;
+        let block = u64::from_str_radix(start, 16)? / BLOCK;
+        ensure!(named.contains(&block), "{part} begins in block {block}, named are {named:?}");
+    }
+    ensure!((4..=5).contains(&named.len()), "{named:?}");
     lab.daemon.stop()
 }

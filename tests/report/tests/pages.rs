@@ -38,6 +38,28 @@ fn error(dir: &Path) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stderr)?)
 }
 
+/// docs/RESULTS.md is what docs/results gives, and nothing was written into it by hand.
+#[test]
+fn the_published_page_is_made_of_the_published_records() -> Result {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let made = tempfile::tempdir()?;
+    let output = Command::new(env!("CARGO_BIN_EXE_gemini-report"))
+        .arg("--results")
+        .arg(docs.join("results"))
+        .arg("--notes")
+        .arg(docs.join("results-notes.toml"))
+        .arg("--markdown")
+        .arg(made.path().join("page.md"))
+        .output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (made, published) = (made.path().join("page.md"), docs.join("RESULTS.md"));
+    ensure!(
+        std::fs::read_to_string(made)? == std::fs::read_to_string(published)?,
+        "docs/RESULTS.md is another one: scripts/report --results docs/results makes it"
+    );
+    Ok(())
+}
+
 fn parse(page: &str) -> anyhow::Result<Document<'_>> {
     Ok(Document::parse_with_options(
         page,
