@@ -106,10 +106,11 @@ impl Agenda {
         }
     }
 
-    /// Notes whether a block is a huge page of the guest.
-    pub fn note_huge(&mut self, index: usize, huge: bool) {
+    /// Notes whether a block is of those of which the oldest go first: huge pages of the guest, and
+    /// what its kernel works with all the time.
+    pub fn note_aging(&mut self, index: usize, aging: bool) {
         if let Order::Oldest { ages, .. } = &mut self.order {
-            ages.assign(index, huge);
+            ages.assign(index, aging);
         }
     }
 
@@ -231,7 +232,7 @@ mod tests {
         agenda.pass_time(start);
         for (index, second) in [(50, 0), (7, 20), (90, 100)] {
             agenda.pass_time(start + Duration::from_secs(second));
-            agenda.note_huge(index, true);
+            agenda.note_aging(index, true);
             agenda.consider(index, true);
         }
         assert_eq!(drain(&mut agenda), [50, 7, 90]);
@@ -246,7 +247,7 @@ mod tests {
         let start = Instant::now();
         let mut agenda = Agenda::new(Policy::GeminiKernel, 100);
         agenda.pass_time(start);
-        agenda.note_huge(50, true);
+        agenda.note_aging(50, true);
         for index in [3, 4, 50] {
             agenda.consider(index, true);
         }
@@ -317,9 +318,9 @@ mod tests {
             let start = Instant::now();
             let mut agenda = Agenda::new(Policy::Gemini, 64);
             agenda.pass_time(start);
-            (0..64).filter(|index| *index != young).for_each(|index| agenda.note_huge(index, true));
+            (0..64).filter(|index| *index != young).for_each(|index| agenda.note_aging(index, true));
             agenda.pass_time(start + Duration::from_secs(100));
-            agenda.note_huge(young, true);
+            agenda.note_aging(young, true);
             agenda.consider(young, true);
             let mut turns = 0;
             let mut older = older.into_iter();

@@ -30,6 +30,8 @@ pub struct Policy {
 pub const BASE: &str = "none";
 /// The project's own.
 pub const GEMINI: &str = "gemini";
+/// The same, for the guest's kernel, too.
+pub const GEMINI_KERNEL: &str = "gemini-kernel";
 /// The upper bound.
 pub const STATIC: &str = "hugetlb";
 
@@ -63,7 +65,7 @@ pub const POLICIES: [Policy; 15] = [
     },
     Policy { name: GEMINI, kind: Kind::Gemini, what: "this project, all of it" },
     Policy {
-        name: "gemini-kernel",
+        name: GEMINI_KERNEL,
         kind: Kind::Gemini,
         what: "the same, and the host's huge pages under what the guest's kernel has for itself",
     },
