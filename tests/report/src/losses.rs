@@ -114,10 +114,16 @@ pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
         return lone_blocks(runs, *place);
     }
     let indifferent = INDIFFERENT.contains(&place.workload);
-    let of_programs = |policy| Some(runs.summary(place.under(policy), USER_MISSES)?.median);
-    if let (Some(ours), Some(theirs)) = (of_programs(GEMINI), of_programs(other)) {
+    let misses = |policy| {
+        let of_programs = runs.summary(place.under(policy), USER_MISSES)?.median;
+        Some((of_programs, runs.summary(place.under(policy), MISSES)?.median - of_programs))
+    };
+    if let (Some((ours, our_kernels)), Some((theirs, their_kernels))) =
+        (misses(GEMINI), misses(other))
+    {
         let is_of_tlb = [MISSES.name, TLB_CYCLES.name].contains(&metric.name);
-        if is_of_tlb && !indifferent && ours < theirs {
+        // Most of the difference, or more than all of it.
+        if is_of_tlb && !indifferent && our_kernels - their_kernels > ours - theirs {
             return format!(
                 "the guest's kernel, whose addresses the host's pages alone decide: programs miss \
                  {} times an operation there, {} here",
