@@ -229,8 +229,7 @@ impl State {
         let unknown = Block { guest: GuestState::Unknown, used: 0, ..*block };
         let block = if self.driver_away { &unknown } else { block };
         let wanted = self.policy.wants_collapse(block, self.spare);
-        let kernels_own = block.guest == GuestState::Pinned && block.used > 0;
-        let aging = block.guest == GuestState::Huge || kernels_own;
+        let aging = block.guest == GuestState::Huge || block.is_kernels_data();
         self.repair.agenda().note_aging(index, aging);
         self.repair.consider(index, wanted);
     }

@@ -94,9 +94,8 @@ impl Policy {
                     GuestState::Huge => true,
                     GuestState::Pinned => match spare {
                         Spare::Plenty => true,
-                        Spare::Share => block.used > 0 || block.resident >= FULL,
-                        // The driver names a handful that have most of the kernel's accesses.
-                        Spare::None => block.used > 0,
+                        Spare::Share => block.is_kernels_data() || block.resident >= FULL,
+                        Spare::None => block.is_kernels_data(),
                     },
                     _ => false,
                 },
