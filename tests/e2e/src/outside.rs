@@ -50,7 +50,8 @@ pub enum HostState {
 
 const PAGE_SHIFT: u32 = 12;
 
-/// Pages of a block without an owner that may never have left, see [`come_back`].
+/// Pages of a block without an owner that may never have left, see
+/// [`GuestMemory::come_back`].
 const STAYED_MAX: usize = 8;
 
 /// Where the q35 machine continues guest memory that does not fit below.
@@ -179,7 +180,7 @@ impl GuestMemory {
 
     /// Guest addresses of base pages that the host has and the guest does not: those
     /// that it has given away, and all of virtio-mem's that it never plugged. A few of
-    /// them never left, see [`come_back`].
+    /// them never left, see [`GuestMemory::come_back`].
     ///
     /// # Errors
     /// As [`GuestMemory::states`].
@@ -200,6 +201,26 @@ impl GuestMemory {
             }
         }
         Ok(without)
+    }
+
+    /// Those of the pages `without` an owner that somebody brought back. Whoever does so
+    /// does it to a block. A page by itself never left: Linux drops a part of a huge page
+    /// by splitting it, and if anybody refers to the page at that moment (to fault in
+    /// another part of it, to look at it) the part is zeroed and stays (mm/truncate.c,
+    /// `truncate_inode_partial_folio`). The next such attempt can split it. virtio-mem's
+    /// memory goes by whole blocks, which nobody has to split: there each page counts.
+    #[must_use]
+    pub fn come_back(&self, without: &BTreeSet<u64>) -> BTreeSet<u64> {
+        let mut blocks: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+        for page in without {
+            blocks.entry(page >> BLOCK_SHIFT).or_default().push(*page);
+        }
+        let pluggable = |block: &u64| {
+            let gpa = block << BLOCK_SHIFT;
+            self.parts.iter().any(|part| part.pluggable && part.gpa.contains(&gpa))
+        };
+        blocks.retain(|block, pages| pages.len() > STAYED_MAX || pluggable(block));
+        blocks.into_values().flatten().collect()
     }
 
     /// The blocks that are huge in the host.
@@ -373,33 +394,27 @@ fn touches(ranges: &[Range<u64>], wanted: Range<u64>) -> bool {
     ranges.get(next).is_some_and(|range| range.start < wanted.end)
 }
 
-/// Those of the pages `without` an owner that somebody brought back. Whoever does so
-/// does it to a block. A page by itself never left: Linux drops a part of a huge page
-/// by splitting it, and if anybody refers to the page at that moment (to fault in
-/// another part of it, to look at it) the part is zeroed and stays (mm/truncate.c,
-/// `truncate_inode_partial_folio`). The next such attempt can split it.
-#[must_use]
-pub fn come_back(without: &BTreeSet<u64>) -> BTreeSet<u64> {
-    let mut blocks: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
-    for page in without {
-        blocks.entry(page >> BLOCK_SHIFT).or_default().push(*page);
-    }
-    blocks.into_values().filter(|pages| pages.len() > STAYED_MAX).flatten().collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_page_by_itself_has_not_come_back() {
+    fn a_page_by_itself_has_come_back_only_to_virtio_mem() {
+        let start = 0x7f00_0000_0000;
+        let mut parts = base_parts(&(start..start + (1 << 30)));
+        let gpa = 4 << 30..(4 << 30) + 4 * BLOCK;
+        let pluggable =
+            Part { gpa: gpa.clone(), address: 0, mapping: 0..4 * BLOCK, pluggable: true };
+        parts.push(pluggable);
+        let memory = GuestMemory { pid: 0, parts };
         let block = |number: u64, pages: u64| {
             (0..pages).map(move |page| (number << BLOCK_SHIFT) + (page << PAGE_SHIFT))
         };
-        let back: BTreeSet<u64> = block(3, 9).chain(block(7, 512)).collect();
+        let back: BTreeSet<u64> =
+            block(3, 9).chain(block(7, 512)).chain(block(gpa.start >> BLOCK_SHIFT, 1)).collect();
         let mut without = back.clone();
         without.extend(block(4, 1).chain(block(5, 8)));
-        assert_eq!(come_back(&without), back);
+        assert_eq!(memory.come_back(&without), back);
     }
 
     #[test]

@@ -5,7 +5,6 @@ use std::time::Duration;
 use anyhow::ensure;
 use gemini_e2e::daemon::DaemonConfig;
 use gemini_e2e::lab::{Bench, Lab};
-use gemini_e2e::outside::come_back;
 use gemini_e2e::process;
 use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::PageSize;
@@ -67,7 +66,7 @@ fn freed_huge_pages_that_the_balloon_took_are_not_collapsed() -> anyhow::Result<
     let inflated: u64 = pages.given_away.iter().map(|run| run.count * 4096).sum();
     ensure!(inflated >= FREED, "{inflated} bytes are in the balloon");
     let without_owner = lab.memory.without_owner(&pages)?;
-    let back = come_back(&without_owner);
+    let back = lab.memory.come_back(&without_owner);
     ensure!(back.is_empty(), "pages came back: {back:x?}, of {without_owner:x?}");
     lab.daemon.stop()
 }

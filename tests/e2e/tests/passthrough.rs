@@ -11,7 +11,6 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context};
 use gemini_e2e::daemon::DaemonConfig;
 use gemini_e2e::lab::{Bench, Lab, Place};
-use gemini_e2e::outside::come_back;
 use gemini_e2e::process;
 use gemini_e2e::vfio_user;
 use gemini_e2e::vm::{Vm, VmConfig};
@@ -159,7 +158,7 @@ fn with_release_off_the_guest_is_aligned_beside_it_and_nothing_is_dropped() -> a
     ensure!(inflated == 256 * MIB, "{inflated} bytes are in the balloon");
     let left = lab.memory.without_owner(&pages)?;
     eprintln!("{before} bytes before, {} pages left, pinned: {beside}", left.len());
-    ensure!(beside || come_back(&left).is_empty(), "left under the balloon: {left:x?}");
+    ensure!(beside || lab.memory.come_back(&left).is_empty(), "left under the balloon: {left:x?}");
 
     let status = lab.daemon.status()?;
     ensure!(status.released == 0 && status.trimmed_pages == 0, "{status:?}");

@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::lab::{Bench, Lab, SYNC_TIMEOUT};
 use crate::offlining::sort_out_retries;
-use crate::outside::{come_back, HostState};
+use crate::outside::HostState;
 use crate::process;
 use crate::MIB;
 
@@ -642,7 +642,7 @@ impl Changing {
         if !without_owner.is_empty() {
             eprintln!("pages that the guest does not have: {without_owner:x?}");
             self.tell_map()?;
-            let back = come_back(&without_owner).len() as u64 * 4096;
+            let back = self.lab.memory.come_back(&without_owner).len() as u64 * 4096;
             self.seen.without_owner += back;
             self.seen.stayed += without_owner.len() as u64 * 4096 - back;
         }
