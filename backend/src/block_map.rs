@@ -51,15 +51,16 @@ impl Block {
             }
     }
 
-    /// Whether the host's huge page is one that the guest's kernel has for itself.
-    pub fn is_kernels(&self) -> bool {
-        self.host == HostState::Huge && self.guest == GuestState::Pinned
-    }
-
-    /// Whether the guest's kernel works with it all the time, by the word of its driver. A guest
-    /// that names more gains nothing that it would not have by telling of huge pages.
-    pub fn is_kernels_data(&self) -> bool {
-        self.guest == GuestState::Pinned && self.used > 0
+    /// Whether the guest has one translation for all of it, and uses it much: a program's huge
+    /// page, or what the guest's kernel works with all the time, by the word of its driver. The
+    /// kernel maps all memory by pages of 1 GiB or 2 MiB. A guest that names more gains nothing
+    /// that it would not have by telling of huge pages.
+    pub fn guest_is_huge(&self) -> bool {
+        match self.guest {
+            GuestState::Huge => true,
+            GuestState::Pinned => self.used > 0,
+            _ => false,
+        }
     }
 
     /// Classifies the block. A free block is not in use: it counts nowhere.
@@ -88,8 +89,6 @@ pub struct Counters {
     pub guest_only: u64,
     /// Huge in the host alone, and in use.
     pub host_only: u64,
-    /// Huge in the host alone, and the guest kernel's own.
-    pub kernel: u64,
     /// Huge in the host, and of no use to the guest: free, held, or with few base pages in use.
     pub unused: u64,
 }
@@ -118,7 +117,6 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n += 1;
         }
-        self.kernel += u64::from(block.is_kernels());
         self.unused += u64::from(block.is_unused());
     }
 
@@ -128,7 +126,6 @@ impl Counters {
         if let Some(n) = self.alignment_mut(block.alignment()) {
             *n -= 1;
         }
-        self.kernel -= u64::from(block.is_kernels());
         self.unused -= u64::from(block.is_unused());
     }
 }

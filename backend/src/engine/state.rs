@@ -12,7 +12,7 @@ use super::GiveBack;
 use crate::backing::{HostRun, HostState, Memory};
 use crate::bitmap::Bitmap;
 use crate::block_map::{Block, BlockMap};
-use crate::policy::{Agenda, Policy, Spare};
+use crate::policy::{Agenda, Policy};
 use crate::pressure::Wish;
 use crate::protocol::{Batch, GuestState, Record, Stats, BATCH_STATE, SYNC_END, SYNC_START};
 use std::collections::hash_map::RandomState;
@@ -90,8 +90,6 @@ pub struct State {
     pub policy: Policy,
     /// Whether huge pages are hard to find in the host.
     fragmented: bool,
-    /// What it therefore has for the guest's kernel, when last looked.
-    spare: Spare,
     /// Whether the operator wants nothing made huge for now.
     pub paused: bool,
     /// Whether the guest is being migrated: the VMM logs what is written.
@@ -150,7 +148,6 @@ impl State {
         Self {
             policy,
             fragmented: false,
-            spare: Spare::Plenty,
             paused: false,
             logging: false,
             refill: Refill::Nothing,
@@ -228,9 +225,8 @@ impl State {
         let Some(block) = self.map.get(index) else { return };
         let unknown = Block { guest: GuestState::Unknown, used: 0, ..*block };
         let block = if self.driver_away { &unknown } else { block };
-        let wanted = self.policy.wants_collapse(block, self.spare);
-        let aging = block.guest == GuestState::Huge || block.is_kernels_data();
-        self.repair.agenda().note_aging(index, aging);
+        let wanted = self.policy.wants_collapse(block, self.fragmented);
+        self.repair.agenda().note_aging(index, block.guest_is_huge());
         self.repair.consider(index, wanted);
     }
 
@@ -305,7 +301,6 @@ impl State {
             state.acted_on.assign(index, true);
             true
         });
-        self.note_share();
     }
 
     /// A RELEASE, RENEW or TRIM begins to drop.
@@ -384,32 +379,15 @@ impl State {
 
     /// Notes whether huge pages are hard to find in the host, as it is looked now and then.
     pub fn set_fragmented(&mut self, fragmented: bool) {
-        self.fragmented = fragmented;
-        self.set_spare(self.spare_now());
-    }
-
-    /// What the host has for blocks in which no program has a huge page, when last looked.
-    pub fn spare(&self) -> Spare {
-        self.spare
-    }
-
-    /// The guest's kernel got a huge page: was it the last one of its share? What frees some of it
-    /// is found at the next look at the host, so that no guest makes us go through all its blocks
-    /// with every report.
-    fn note_share(&mut self) {
-        if self.spare_now() == Spare::None {
-            self.set_spare(Spare::None);
-        }
-    }
-
-    fn spare_now(&self) -> Spare {
-        Spare::of(self.fragmented, self.map.counters().kernel, self.map.len())
-    }
-
-    fn set_spare(&mut self, spare: Spare) {
-        if std::mem::replace(&mut self.spare, spare) != spare && self.policy.minds_fragmentation() {
+        let changed = std::mem::replace(&mut self.fragmented, fragmented) != fragmented;
+        if changed && self.policy.minds_fragmentation() {
             self.reconsider_all();
         }
+    }
+
+    /// Whether they were when last looked.
+    pub fn fragmented(&self) -> bool {
+        self.fragmented
     }
 
     fn reconsider_all(&mut self) {
@@ -871,28 +849,23 @@ mod tests {
     }
 
     #[test]
-    fn in_a_fragmented_host_the_guests_kernel_has_no_more_than_its_share() {
-        const PINNED: u64 = 40;
-        let mut state = state_of(512);
-        state.set_policy(Policy::GeminiKernel);
-        state.set_fragmented(true);
-        let run = |first, count, host| HostRun { first, count, state: host, resident: 512 };
-        state.apply_look(&[run(0, 512, HostState::Base)]);
-        for block in 0..PINNED {
-            let index = state.map.index_of(block).unwrap();
-            state.set_guest(index, GuestState::Pinned, 0);
+    fn the_guests_kernel_has_what_it_works_with_and_the_rest_of_its_own_in_a_whole_host() {
+        let mut state = state_of(8);
+        let runs = [HostRun { first: 0, count: 8, state: HostState::Base, resident: 512 }];
+        state.apply_look(&runs);
+        for (index, used) in [(1, 0), (2, 512), (3, 0)] {
+            state.set_guest(index, GuestState::Pinned, used);
         }
-        for block in 0..16 {
-            assert_eq!(state.repair.agenda().wanted() as u64, PINNED - block);
-            state.apply_acted(&[run(block, 1, HostState::Huge)]);
+        for (policy, fragmented, wanted) in [
+            (Policy::Gemini, false, 1),
+            (Policy::Gemini, true, 1),
+            (Policy::GeminiKernel, true, 1),
+            (Policy::GeminiKernel, false, 3),
+        ] {
+            state.set_policy(policy);
+            state.set_fragmented(fragmented);
+            assert_eq!(state.repair.agenda().wanted(), wanted, "{policy:?} {fragmented}");
         }
-        assert_eq!((state.spare(), state.repair.agenda().wanted()), (Spare::None, 0));
-        state.apply_acted(&[run(3, 1, HostState::Base)]);
-        assert_eq!(state.repair.agenda().wanted(), 0, "the next look at the host tells");
-        state.set_fragmented(true);
-        assert_eq!(state.repair.agenda().wanted() as u64, PINNED - 15);
-        state.set_fragmented(false);
-        assert_eq!(state.spare(), Spare::Plenty);
     }
 
     #[test]

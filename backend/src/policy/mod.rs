@@ -22,12 +22,13 @@ pub enum Policy {
     None,
     /// Collapse everything that is resident, wherever the guest has huge pages or not.
     Always,
-    /// Put host huge pages under guest huge pages (Gemini paper, section 4), and prepare what
-    /// the guest asks for.
+    /// Put host huge pages under guest huge pages (Gemini paper, section 4) and under the few
+    /// blocks that the guest's kernel works with all the time, and prepare what the guest asks
+    /// for. The kernel maps all memory by pages of 1 GiB or 2 MiB: its blocks are huge in the
+    /// guest, whatever they hold.
     Gemini,
-    /// The same, and put the host's huge pages under what the guest's kernel has for itself, too:
-    /// all of it while the host is not fragmented, else a share ([`Spare`]). The kernel maps all
-    /// memory by pages of 1 GiB or 2 MiB, so that the host's alone decide there.
+    /// The same, and under all that the guest's kernel has for itself while the host is not
+    /// fragmented.
     GeminiKernel,
     /// Half of `Gemini`: prepare what the guest asks for, and collapse nothing unasked.
     PrepareOnly,
@@ -45,60 +46,22 @@ pub enum Policy {
 const INGENS_PAGES: u16 = 460;
 /// Fragmentation index of the host, in thousandths, from which on it looks at them.
 pub const FRAGMENTED: u32 = 500;
-/// In a fragmented host the guest's kernel has huge pages under one block in so many of the
-/// guest's: a few for what it uses most, which leaves the others to programs.
-const KERNEL_SHARE: usize = 32;
-/// Base pages of a block from which on its kernel is given one there: full ones of 2 MiB, such as
-/// the kernel's own image and its array of pages. Those that it works with all the time, by the
-/// word of its driver, come before and beside the share: they are few, and have most of its
-/// accesses.
-const FULL: u16 = 512;
-
-/// What the host has for blocks in which no program of the guest has a huge page.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Spare {
-    /// Huge pages are hard to find, and the share of the guest's kernel is used up.
-    None,
-    /// They are hard to find, and some of the share is left.
-    Share,
-    /// They are easily found.
-    #[default]
-    Plenty,
-}
-
-impl Spare {
-    /// What there is for a guest of `blocks` blocks, whose kernel has `kernel` huge pages;
-    /// `fragmented` tells whether huge pages are hard to find in the host.
-    pub fn of(fragmented: bool, kernel: u64, blocks: usize) -> Self {
-        match fragmented {
-            false => Self::Plenty,
-            true if kernel < (blocks / KERNEL_SHARE) as u64 => Self::Share,
-            true => Self::None,
-        }
-    }
-}
-
 impl Policy {
-    /// Whether the host should collapse the block now.
+    /// Whether the host should collapse the block now; `fragmented` tells whether huge pages are
+    /// hard to find in the host.
     ///
     /// Absent blocks are never wanted: nothing that another device gave back is filled again
     /// unasked.
-    pub fn wants_collapse(self, block: &Block, spare: Spare) -> bool {
+    pub fn wants_collapse(self, block: &Block, fragmented: bool) -> bool {
         block.host == HostState::Base
             && match self {
                 Self::None | Self::PrepareOnly => false,
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
-                Self::IngensLike => spare == Spare::Plenty || block.resident >= INGENS_PAGES,
-                Self::Gemini => block.guest == GuestState::Huge,
-                Self::GeminiKernel => match block.guest {
-                    GuestState::Huge => true,
-                    GuestState::Pinned => match spare {
-                        Spare::Plenty => true,
-                        Spare::Share => block.is_kernels_data() || block.resident >= FULL,
-                        Spare::None => block.is_kernels_data(),
-                    },
-                    _ => false,
-                },
+                Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
+                Self::Gemini => block.guest_is_huge(),
+                Self::GeminiKernel => {
+                    block.guest_is_huge() || (block.guest == GuestState::Pinned && !fragmented)
+                }
             }
     }
 
@@ -134,47 +97,19 @@ mod tests {
     }
 
     #[test]
-    fn gemini_collapses_only_under_guest_huge_pages() {
+    fn gemini_collapses_where_the_guest_is_huge_or_its_kernel_works() {
         for guest in GuestState::ALL {
-            let wanted =
-                Policy::Gemini.wants_collapse(&block(guest, HostState::Base), Spare::Plenty);
-            assert_eq!(wanted, guest == GuestState::Huge, "{guest:?}");
-        }
-    }
-
-    #[test]
-    fn the_guests_kernel_has_what_the_host_can_spare_and_a_share_of_what_it_cannot() {
-        for guest in GuestState::ALL {
-            for (resident, used, spare, pinned) in [
-                (1, 0, Spare::Plenty, true),
-                (511, 0, Spare::Share, false),
-                (512, 0, Spare::Share, true),
-                (512, 0, Spare::None, false),
-                // What its driver says that it works with all the time.
-                (1, 512, Spare::Share, true),
-                (1, 512, Spare::None, true),
-            ] {
-                let block = Block { resident, used, ..block(guest, HostState::Base) };
-                let wanted = Policy::GeminiKernel.wants_collapse(&block, spare);
-                let expected = match guest {
-                    GuestState::Huge => true,
-                    GuestState::Pinned => pinned,
-                    _ => false,
+            for (used, fragmented) in [(0, false), (0, true), (512, false), (512, true)] {
+                let block = Block { used, ..block(guest, HostState::Base) };
+                let (gemini, kernel) = match guest {
+                    GuestState::Huge => (true, true),
+                    GuestState::Pinned => (used > 0, used > 0 || !fragmented),
+                    _ => (false, false),
                 };
-                assert_eq!(wanted, expected, "{block:?} {spare:?}");
+                let wants = |policy: Policy| policy.wants_collapse(&block, fragmented);
+                assert_eq!(wants(Policy::Gemini), gemini, "{block:?} {fragmented}");
+                assert_eq!(wants(Policy::GeminiKernel), kernel, "{block:?} {fragmented}");
             }
-        }
-    }
-
-    #[test]
-    fn the_kernels_share_is_one_block_in_32() {
-        for (fragmented, kernel, spare) in [
-            (false, 1000, Spare::Plenty),
-            (true, 0, Spare::Share),
-            (true, 15, Spare::Share),
-            (true, 16, Spare::None),
-        ] {
-            assert_eq!(Spare::of(fragmented, kernel, 512), spare);
         }
     }
 
@@ -183,7 +118,7 @@ mod tests {
         assert!(Policy::PrepareOnly.prepares());
         for guest in GuestState::ALL {
             let block = block(guest, HostState::Base);
-            assert!(!Policy::PrepareOnly.wants_collapse(&block, Spare::Plenty), "{guest:?}");
+            assert!(!Policy::PrepareOnly.wants_collapse(&block, false), "{guest:?}");
         }
     }
 
@@ -201,7 +136,7 @@ mod tests {
             for guest in GuestState::ALL {
                 for host in [HostState::Absent, HostState::Huge, HostState::Hugetlb] {
                     assert!(
-                        !policy.wants_collapse(&block(guest, host), Spare::Plenty),
+                        !policy.wants_collapse(&block(guest, host), false),
                         "{policy:?} {host:?}"
                     );
                 }
@@ -211,14 +146,11 @@ mod tests {
 
     #[test]
     fn ingens_wants_full_blocks_where_the_host_is_fragmented_and_else_all() {
-        for (resident, spare, wanted) in [
-            (1, Spare::Plenty, true),
-            (459, Spare::Share, false),
-            (460, Spare::Share, true),
-            (512, Spare::None, true),
-        ] {
+        for (resident, fragmented, wanted) in
+            [(1, false, true), (459, true, false), (460, true, true), (512, true, true)]
+        {
             let block = Block { resident, ..block(GuestState::Base, HostState::Base) };
-            assert_eq!(Policy::IngensLike.wants_collapse(&block, spare), wanted);
+            assert_eq!(Policy::IngensLike.wants_collapse(&block, fragmented), wanted);
         }
     }
 }

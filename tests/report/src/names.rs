@@ -30,8 +30,6 @@ pub struct Policy {
 pub const BASE: &str = "none";
 /// The project's own.
 pub const GEMINI: &str = "gemini";
-/// The same, for the guest's kernel, too.
-pub const GEMINI_KERNEL: &str = "gemini-kernel";
 /// The upper bound.
 pub const STATIC: &str = "hugetlb";
 
@@ -65,9 +63,10 @@ pub const POLICIES: [Policy; 15] = [
     },
     Policy { name: GEMINI, kind: Kind::Gemini, what: "this project, all of it" },
     Policy {
-        name: GEMINI_KERNEL,
+        name: "gemini-kernel",
         kind: Kind::Gemini,
-        what: "the same, and the host's huge pages under what the guest's kernel has for itself",
+        what: "the same, and the host's huge pages under all that the guest's kernel has for \
+               itself, where the host is not fragmented",
     },
     without("gemini-no-placement", "guest huge pages are not put on ready blocks"),
     without("gemini-no-booking", "no block is held for a huge page"),

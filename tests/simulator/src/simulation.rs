@@ -8,7 +8,7 @@ use std::{collections::VecDeque, ops::Range};
 use vhost_device_gemini::backing::{HostRun, HostState};
 use vhost_device_gemini::budget::{CopyBudget, CpuBudget};
 use vhost_device_gemini::engine::{Budgets, Deed, Look, Outcome, Standing, State, Work};
-use vhost_device_gemini::policy::{Policy, Spare};
+use vhost_device_gemini::policy::Policy;
 use vhost_device_gemini::protocol::{Batch, GuestState, Record, BATCH_STATE, SYNC_END, SYNC_START};
 
 /// Bytes of a block.
@@ -348,9 +348,7 @@ impl Simulation<'_> {
                 for index in blocks(first, count) {
                     let block = self.state.map.get(index).copied().unwrap_or_default();
                     // By what the plan says of the host, not by what the daemon makes of it.
-                    let map = &self.state.map;
-                    let spare = Spare::of(self.plan.fragmented, map.counters().kernel, map.len());
-                    let wanted = self.plan.policy.wants_collapse(&block, spare);
+                    let wanted = self.plan.policy.wants_collapse(&block, self.plan.fragmented);
                     self.expect(wanted, || {
                         format!("{first} is not wanted, and collapsed: {block:?}")
                     });
