@@ -3,7 +3,7 @@
 use crate::paging::PageSize;
 
 /// log2 of the size of a block.
-const BLOCK_SHIFT: u32 = 21;
+pub(crate) const BLOCK_SHIFT: u32 = 21;
 
 /// Where QEMU's q35 machine continues memory that does not fit below.
 const HIGH_START: u64 = 4 << 30;

@@ -13,6 +13,7 @@
 //! on hardware; prefetch and speculation; the second hyperthread.
 
 pub mod bank;
+pub mod blocks;
 pub mod counters;
 pub mod cpu;
 pub mod decode;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{bail, Context};
 use clap::{Parser, ValueEnum};
+use gemini_tlbsim::blocks::Blocks;
 use gemini_tlbsim::counters::Counters;
 use gemini_tlbsim::estimate::Estimate;
 use gemini_tlbsim::profile::{self, Profile};
@@ -26,6 +27,9 @@ struct Cli {
     /// What the host is taken to be
     #[arg(long, value_enum, default_value = "recorded")]
     host: HostChoice,
+    /// Tell the N blocks of guest memory that cost most, too
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    blocks: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -65,6 +69,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         HostChoice::Huge => Host::Huge,
     };
     let mut estimates = Vec::new();
+    let mut blocks = Blocks::default();
     for path in &cli.traces {
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let replayed = replay(BufReader::new(file), cli.profile, host)
@@ -79,9 +84,16 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 replayed.recorded
             );
         }
+        blocks = blocks.plus(&replayed.blocks);
         estimates.push(Estimate::of(&replayed.profile, counters, None));
     }
     let total = estimates.into_iter().reduce(|sum, next| sum.plus(&next));
-    println!("{:#}", json!(total));
+    let mut answer = json!(total);
+    if cli.blocks > 0 {
+        let mut ranked = blocks.ranked();
+        ranked.truncate(cli.blocks);
+        answer["blocks"] = json!(ranked);
+    }
+    println!("{answer:#}");
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{ensure, Context};
 
+use crate::blocks::Blocks;
 use crate::counters::{Counters, LiveCounters};
 use crate::cpu::Cpu;
 use crate::host::{HostMap, RamLayout};
@@ -36,6 +37,8 @@ pub struct Replayed {
     pub counters: Counters,
     /// What was counted while recording.
     pub recorded: Counters,
+    /// Where it was counted now.
+    pub blocks: Blocks,
 }
 
 /// Replays a trace, with its own profile or another one.
@@ -66,6 +69,7 @@ pub fn replay(
     }
     let counters = Arc::new(LiveCounters::default());
     let mut cpu = Cpu::new(profile, Arc::clone(&counters));
+    let mut blocks = Blocks::default();
     let mut known = HashMap::new();
     let mut first = true;
     loop {
@@ -74,9 +78,14 @@ pub fn replay(
                 known.insert(page, translation);
             }
             Event::Access(page) => {
-                let translation = known.get(&page).copied();
-                ensure!(translation.is_some(), "an access to page {page:#x} of no translation");
-                cpu.access(page << PageSize::Base.shift(), &map, |_| translation);
+                let translation = *known
+                    .get(&page)
+                    .with_context(|| format!("an access to page {page:#x} of no translation"))?;
+                let address = page << PageSize::Base.shift();
+                let before = counters.snapshot();
+                cpu.access(address, &map, |_| Some(translation));
+                let spent = counters.snapshot().since(&before);
+                blocks.add(address, &translation, &map, (&profile, &spent));
             }
             Event::Host(bits) => {
                 known.clear();
@@ -98,7 +107,7 @@ pub fn replay(
                     Event::FlushAll => cpu.flush_all(),
                     Event::End(recorded) => {
                         let counters = counters.snapshot();
-                        return Ok(Replayed { header, profile, counters, recorded });
+                        return Ok(Replayed { header, profile, counters, recorded, blocks });
                     }
                     Event::Access(_) | Event::Translation(..) | Event::Host(_) => {}
                 }
@@ -112,6 +121,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::blocks::Block;
     use crate::paging::Translation;
     use crate::profile::{BROADWELL, ZEN4};
     use crate::record::Recorder;
@@ -267,6 +277,24 @@ mod tests {
         assert!(replay(&now[..], BROADWELL.coalescing(4), Host::Recorded).is_ok());
         // What no such trace can hold is no event.
         assert!(replay(&old(&[(1, 9)])[..], None, Host::Recorded).is_err());
+    }
+
+    #[test]
+    fn every_hit_and_miss_has_its_block() {
+        // Guest huge pages at block 1, then at block 3, the latter twice.
+        let steps: Vec<_> = (512..1024).chain((0..2).flat_map(|_| 1536..2048)).collect();
+        let steps: Vec<_> = steps.into_iter().map(|page| (page, 9)).collect();
+        let replayed =
+            replay(&record(&steps, u64::MAX)[..], None, Host::Recorded).expect("a trace");
+        let blocks = replayed.blocks.clone().plus(&replayed.blocks).ranked();
+        let sum = |of: fn(&Block) -> u64| blocks.iter().map(of).sum::<u64>() / 2;
+        let counted = replayed.counters;
+        assert_eq!(sum(|block| block.misses), counted.tlb_misses);
+        assert_eq!(sum(|block| block.l2_hits), counted.l2_hits);
+        assert_eq!(sum(|block| block.tlb_cycles), BROADWELL.costs.cycles(&counted));
+        assert!(blocks.windows(2).all(|pair| pair[0].tlb_cycles >= pair[1].tlb_cycles));
+        assert!(blocks.iter().all(|block| block.guest_huge && !block.host_huge && !block.kernel));
+        assert!(counted.tlb_misses > 1000 && counted.l2_hits > 500, "{counted:?}");
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod state;
 mod summary;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -90,6 +91,10 @@ pub struct PaperArgs {
     /// whose counters are read
     #[arg(long, value_name = "tcg|kvm", default_value = "tcg")]
     accel: AccelChoice,
+    /// Keeps a trace of each program's measured phase there, one a processor, for
+    /// gemini-tlb-replay; to write them takes time, so these are not runs to compare
+    #[arg(long, value_name = "DIR")]
+    traces: Option<PathBuf>,
     /// Shows in less than ten minutes that it works
     #[arg(long)]
     quick: bool,
@@ -126,6 +131,13 @@ impl PaperArgs {
             repetitions: self.repetitions.unwrap_or(if self.quick { 1 } else { 3 }),
             seed: self.seed,
         }
+    }
+
+    /// Where traces are kept, by its full name: QEMU writes them.
+    fn traces(&self) -> anyhow::Result<Option<PathBuf>> {
+        let Some(directory) = &self.traces else { return Ok(None) };
+        let made = fs::create_dir_all(directory).and_then(|()| directory.canonicalize());
+        made.map(Some).with_context(|| format!("cannot make {}", directory.display()))
     }
 
     fn guest_mib(&self) -> u64 {
@@ -191,6 +203,7 @@ pub fn run(args: &PaperArgs) -> anyhow::Result<bool> {
         image: image.filter(|_| kinds.iter().any(program::is_of_image)),
         counters: has_counters(bench.accel),
         bench: bench.clone(),
+        traces: args.traces()?,
     };
     evaluation.run(&making, &mut host)?;
     print!("{}", summary::table(&evaluation.done));

@@ -1,6 +1,7 @@
 //! One run: a guest, the state of its memory, a program, and what is seen.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
@@ -34,6 +35,9 @@ const STOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// that kernel and agent do things in.
 const IDLE: Duration = Duration::from_secs(6);
 
+/// Most bytes of a trace.
+const TRACE_LIMIT: u64 = 1 << 30;
+
 /// One in so many walks may end elsewhere than QEMU's own, and one beside: page
 /// tables change under them.
 const WALKS_A_DISAGREEMENT: u64 = 10_000;
@@ -50,12 +54,21 @@ pub struct Making {
     pub image: Option<Workloads>,
     /// Whether the hardware's counters are read where nothing is simulated.
     pub counters: bool,
+    /// Where traces of measured phases are kept, if they are.
+    pub traces: Option<PathBuf>,
+}
+
+impl Making {
+    /// Where the trace of a run is kept, but for the number of the processor.
+    fn trace_of(&self, run: &Run) -> Option<PathBuf> {
+        Some(self.traces.as_ref()?.join(run.file_name()).with_extension("trace"))
+    }
 }
 
 /// What TLBs are counted by.
 #[derive(Debug)]
 enum Counting {
-    Simulator(TlbSimulator),
+    Simulator(TlbSimulator, Option<PathBuf>),
     Hardware,
     Nothing,
 }
@@ -103,7 +116,7 @@ fn start(
         simulator = profile.map(|profile| TlbSimulator::attach(config, profile, pcid));
     })?;
     *counting = match simulator.transpose()? {
-        Some(simulator) => Counting::Simulator(simulator),
+        Some(simulator) => Counting::Simulator(simulator, making.trace_of(run)),
         None if making.counters => Counting::Hardware,
         None => Counting::Nothing,
     };
@@ -251,11 +264,17 @@ fn counted<T>(
             let result = act(lab)?;
             Ok((result, Some(counters.total()?), None))
         }
-        Counting::Simulator(simulator) => {
+        Counting::Simulator(simulator, trace) => {
             simulator.begin()?;
+            if let Some(trace) = trace {
+                simulator.record(trace, TRACE_LIMIT)?;
+            }
             let start = simulator.look()?;
             let result = act(lab)?;
             let end = simulator.look()?;
+            if trace.is_some() {
+                simulator.stop()?;
+            }
             let since = Instant::now();
             std::thread::sleep(IDLE);
             let seconds = since.elapsed().as_secs_f64();
