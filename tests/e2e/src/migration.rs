@@ -10,7 +10,7 @@ use serde_json::{json, Value};
 use crate::lab::Lab;
 use crate::process;
 use crate::qmp::Qmp;
-use crate::vm::Vm;
+use crate::vm::{Vm, VmConfig};
 use crate::MIB;
 
 /// How long a migration may take.
@@ -39,15 +39,6 @@ pub enum State {
     Cancelled,
     /// It failed; the guest is the source's.
     Failed,
-}
-
-/// A migration that has begun.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Progress {
-    /// Time that the guest stood still, once it is over.
-    pub downtime: Duration,
-    /// Share of the memory that is still to be looked at, or sent again.
-    pub left: f64,
 }
 
 /// The socket that the guest of `to` comes through.
@@ -91,11 +82,12 @@ pub fn begin(from: &mut Vm, to: &mut Vm) -> anyhow::Result<()> {
     from.qmp.execute("migrate", json!({"uri": uri(to)})).map(drop)
 }
 
-/// How the migration out of `from` stands.
+/// How the migration out of `from` stands, and the share of the memory that is still to be looked
+/// at, or sent again.
 ///
 /// # Errors
 /// If QEMU is gone, or says what nobody knows.
-pub fn state(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
+pub fn state(from: &mut Vm) -> anyhow::Result<(State, f64)> {
     let told = from.qmp.execute("query-migrate", json!({}))?;
     let state = match told["status"].as_str().unwrap_or_default() {
         "completed" => State::Completed,
@@ -108,18 +100,14 @@ pub fn state(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
     };
     let number = |value: &Value| value.as_u64().unwrap_or_default();
     let ram = &told["ram"];
-    let progress = Progress {
-        downtime: Duration::from_millis(number(&told["downtime"])),
-        left: ratio(number(&ram["remaining"]), number(&ram["total"])),
-    };
-    Ok((state, progress))
+    Ok((state, ratio(number(&ram["remaining"]), number(&ram["total"]))))
 }
 
 /// Waits until the migration out of `from` is over, in whatever way.
 ///
 /// # Errors
 /// If it is not in time, or QEMU is gone.
-pub fn wait_over(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
+pub fn wait_over(from: &mut Vm) -> anyhow::Result<State> {
     let began = Instant::now();
     let mut helped = false;
     process::wait_for("the migration is over", TIMEOUT, || {
@@ -129,8 +117,8 @@ pub fn wait_over(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
             from.qmp.execute("migrate-set-parameters", by_itself)?;
             helped = true;
         }
-        let (state, progress) = state(from)?;
-        Ok((state != State::Active).then_some((state, progress)))
+        let (state, _) = state(from)?;
+        Ok((state != State::Active).then_some(state))
     })
 }
 
@@ -138,12 +126,40 @@ pub fn wait_over(from: &mut Vm) -> anyhow::Result<(State, Progress)> {
 ///
 /// # Errors
 /// If it does not.
-pub fn migrate(from: &mut Vm, to: &mut Vm) -> anyhow::Result<Progress> {
+pub fn migrate(from: &mut Vm, to: &mut Vm) -> anyhow::Result<()> {
     begin(from, to)?;
-    let (state, progress) = wait_over(from)?;
+    let state = wait_over(from)?;
     ensure!(state == State::Completed, "{state:?}\n{}", to.process.log_tail());
-    wait_running(to)?;
-    Ok(progress)
+    wait_running(to)
+}
+
+/// Has the QEMU of `config`, and those that its guest moves to, log what [`downtime`] reads.
+pub fn log_downtime(config: &mut VmConfig) {
+    let arguments = ["-trace", "vmstate_downtime_checkpoint", "-msg", "timestamp=on"];
+    config.qemu_arguments.extend(arguments.map(str::to_owned));
+}
+
+/// How long a guest stood still that has just moved: from when the source begins to stop it, its
+/// devices included, until it and they run at the destination. What `query-migrate` tells is in whole
+/// milliseconds.
+///
+/// # Errors
+/// If QEMU did not log it.
+pub fn downtime(from: &Vm, to: &Vm) -> anyhow::Result<Duration> {
+    let stop = checkpoint(from, "src-downtime-start")?;
+    let start = checkpoint(to, "dst-precopy-bh-vm-started")?;
+    start.checked_sub(stop).context("the guest went on before it had stopped")
+}
+
+/// When QEMU last logged so, by the machine's clock: `PID@SECONDS.MICROSECONDS:EVENT NAME`.
+fn checkpoint(vm: &Vm, name: &str) -> anyhow::Result<Duration> {
+    let log = vm.process.log()?;
+    let line = log.lines().rfind(|line| line.ends_with(name));
+    let time = line.and_then(|line| {
+        let (seconds, micros) = line.split_once('@')?.1.split_once(':')?.0.split_once('.')?;
+        Some(Duration::new(seconds.parse().ok()?, micros.parse::<u32>().ok()? * 1000))
+    });
+    time.with_context(|| format!("{name} is not in QEMU's log\n{}", vm.process.log_tail()))
 }
 
 /// Waits until the guest runs in `to`.

@@ -30,7 +30,7 @@ fn guest_is_aligned_again_after_a_migration_and_no_byte_is_lost() -> anyhow::Res
     ensure!(format!("{refused:#}").contains("postcopy"), "{refused:#}");
     migration::begin(&mut source.vm, &mut target.vm)?;
     migration::cancel(&mut source.vm)?;
-    let (state, _) = migration::wait_over(&mut source.vm)?;
+    let state = migration::wait_over(&mut source.vm)?;
     ensure!(state == State::Cancelled, "{state:?}");
     drop(target);
     source.vm.expect_alive()?;

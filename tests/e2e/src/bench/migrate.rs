@@ -10,7 +10,7 @@ use gemini_harness::rng::Rng;
 
 use super::spread::median;
 use crate::lab::{Bench, Lab, SYNC_TIMEOUT};
-use crate::migration::{self, Progress, State};
+use crate::migration::{self, State};
 use crate::process;
 use crate::vm::{Vm, VmConfig};
 use crate::MIB;
@@ -80,9 +80,11 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let mut rng = Rng::new(seed);
     let (mut seen, mut plain) = (Seen::default(), Seen::default());
 
-    let mut lab = Lab::start(bench, "bench-migrate", "gemini", |_| {})?;
+    let mut lab = Lab::start(bench, "bench-migrate", "gemini", migration::log_downtime)?;
     let log = lab.vm.guest.log_position()?;
-    let mut other = Vm::boot(&bench.assets, VmConfig::new("bench-migrate-plain", bench.accel))?;
+    let mut plain_config = VmConfig::new("bench-migrate-plain", bench.accel);
+    migration::log_downtime(&mut plain_config);
+    let mut other = Vm::boot(&bench.assets, plain_config)?;
     for vm in [&lab.vm, &other] {
         vm.guest.fill("kept", KEPT, seed, PageSize::Huge)?;
         vm.guest.start_churn("load", LOAD, seed)?;
@@ -132,7 +134,7 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     scenario.arg("kills_of_each", kills);
     scenario.figure("migrations", seen.downtime_ms.len() as f64, Bar::AtLeast(f64::from(rounds)));
     scenario.figure("losses", f64::from(seen.losses + plain.losses), Bar::AtMost(0.0));
-    let ratio = median(&seen.downtime_ms) / median(&plain.downtime_ms).max(1.0);
+    let ratio = median(&seen.downtime_ms) / median(&plain.downtime_ms);
     scenario.figure("downtime_ratio", ratio, Bar::AtMost(DOWNTIME_BAR));
     for (name, found) in [("downtime_ms", &seen), ("downtime_ms_without_device", &plain)] {
         let extreme =
@@ -191,14 +193,14 @@ fn move_plain(bench: &Bench, mut from: Vm, round: u32, seen: &mut Seen) -> anyho
     let config = VmConfig { name, ..from.config.clone() };
     let mut to = Vm::await_guest(&bench.assets, config)?;
     let began = Instant::now();
-    let progress = migration::migrate(&mut from, &mut to)?;
-    note(seen, &progress, began);
+    migration::migrate(&mut from, &mut to)?;
+    note(seen, began, migration::downtime(&from, &to)?);
     compare(&to.guest, seen);
     Ok(to)
 }
 
-fn note(seen: &mut Seen, progress: &Progress, began: Instant) {
-    seen.downtime_ms.push(progress.downtime.as_secs_f64() * 1000.0);
+fn note(seen: &mut Seen, began: Instant, downtime: Duration) {
+    seen.downtime_ms.push(downtime.as_secs_f64() * 1000.0);
     seen.total_seconds.push(began.elapsed().as_secs_f64());
 }
 
@@ -206,9 +208,9 @@ fn note(seen: &mut Seen, progress: &Progress, began: Instant) {
 fn move_lab(mut from: Lab, round: u32, former: f64, seen: &mut Seen) -> anyhow::Result<Lab> {
     let mut to = from.destination(&format!("bench-migrate-{}", round % 2))?;
     let began = Instant::now();
-    let progress = migration::migrate(&mut from.vm, &mut to.vm)?;
+    migration::migrate(&mut from.vm, &mut to.vm)?;
     let arrived = Instant::now();
-    note(seen, &progress, began);
+    note(seen, began, migration::downtime(&from.vm, &to.vm)?);
     drop(from);
     let mut last = 0.0;
     let reformed = process::wait_for("coverage is back", PATIENCE, || {
@@ -241,13 +243,13 @@ fn cancel(lab: &mut Lab, rng: &mut Rng) -> anyhow::Result<Cancelled> {
     let before = mib(lab)?;
     migration::begin(&mut lab.vm, &mut to.vm)?;
     process::wait_for("the moment", PATIENCE, || {
-        let (state, progress) = migration::state(&mut lab.vm)?;
+        let (state, now) = migration::state(&mut lab.vm)?;
         ensure!(state == State::Active, "{state:?} too early");
         // Nothing is known at first.
-        Ok((progress.left > 0.0 && progress.left <= left).then_some(()))
+        Ok((now > 0.0 && now <= left).then_some(()))
     })?;
     migration::cancel(&mut lab.vm)?;
-    let (state, _) = migration::wait_over(&mut lab.vm)?;
+    let state = migration::wait_over(&mut lab.vm)?;
     ensure!(state == State::Cancelled, "{state:?}");
     drop(to);
     let after = mib(lab)?;
@@ -305,7 +307,7 @@ fn lose(
             }
         }
         Victim::SourceDaemon | Victim::TargetDaemon | Victim::TargetQemu => {
-            let (state, _) = migration::wait_over(&mut from.vm)?;
+            let state = migration::wait_over(&mut from.vm)?;
             let moved = state == State::Completed;
             if moved {
                 migration::wait_running(&mut to.vm)?;
