@@ -128,8 +128,10 @@ fn released_blocks_cost_the_host_nothing_and_read_as_zeros() -> anyhow::Result<(
 #[test]
 fn renewed_blocks_are_host_huge_and_zero() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
-    let lab = Lab::start(&bench, "renew", "gemini", |_| {})?;
+    let mut lab = Lab::start(&bench, "renew", "gemini", |_| {})?;
     lab.vm.guest.hints_only()?;
+    // What the guest's kernel works with is made huge after the boot, by copies.
+    lab.wait_settled(SETTLE)?;
     let blocks = book(&lab, 8)?;
     command_each(&lab, &blocks, "fill", "80")?;
     let copied = lab.daemon.status()?.collapse_bytes;
