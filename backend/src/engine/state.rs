@@ -385,11 +385,6 @@ impl State {
         }
     }
 
-    /// Whether they were when last looked.
-    pub fn fragmented(&self) -> bool {
-        self.fragmented
-    }
-
     fn reconsider_all(&mut self) {
         (0..self.map.len()).for_each(|index| self.reconsider(index));
     }

@@ -1,6 +1,6 @@
 //! Tells the guest's agent what to do.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -248,6 +248,16 @@ impl Guest {
                     .with_context(|| format!("the driver's map has another form: {line}"))
             })
             .collect()
+    }
+
+    /// Blocks that its kernel works with all the time, by the word of the driver.
+    ///
+    /// # Errors
+    /// As [`Guest::driver_blocks`].
+    pub fn kernel_blocks(&self) -> anyhow::Result<BTreeSet<u64>> {
+        let runs = self.driver_blocks()?;
+        let named = runs.iter().filter(|run| run.guest == "pinned" && run.used > 0);
+        Ok(named.flat_map(|run| run.first..run.first + run.count).collect())
     }
 
     /// One of the driver's numbers in sysfs.

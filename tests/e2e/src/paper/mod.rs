@@ -91,9 +91,10 @@ pub struct PaperArgs {
     /// whose counters are read
     #[arg(long, value_name = "tcg|kvm", default_value = "tcg")]
     accel: AccelChoice,
-    /// Keeps a trace of each program's measured phase there, one a processor, for
-    /// gemini-tlb-replay; to write them takes time, so these are not runs to compare
-    #[arg(long, value_name = "DIR")]
+    /// Keeps a trace of each program's measured phase there, one a processor, of 1 GiB at
+    /// most, for gemini-tlb-replay; to write them takes time, so these are not runs to
+    /// compare, and have results of their own
+    #[arg(long, value_name = "DIR", requires = "results")]
     traces: Option<PathBuf>,
     /// Shows in less than ten minutes that it works
     #[arg(long)]
