@@ -6,7 +6,8 @@
  * By cost, everything of one kind before anything of the next:
  *   1. free blocks that the host backs with a huge page (type-1): plain
  *      allocations first, which disturb nobody, then at their addresses;
- *   2. free blocks that the host can be asked to make huge;
+ *   2. free blocks that the host can be asked to make huge: those first that it
+ *      backs already, which costs it no more memory, then those that it does not;
  *   3. blocks with few movable pages in use (type-2, where the host has a huge
  *      page already), emptied, a few in a second, fewest pages first.
  *
@@ -66,7 +67,8 @@ enum cost {
 	COST_FREE,			/* and host-huge */
 	COST_SPENT,			/* likewise, but only for the stock */
 	COST_EVACUATE,			/* plus the pages in use, host-huge */
-	COST_FREE_SMALL = SZ_64K,	/* free, not host-huge */
+	COST_FREE_SMALL = SZ_64K,	/* free, on base pages of the host */
+	COST_FREE_ABSENT,		/* free, and on nothing */
 	COST_EVACUATE_SMALL,		/* plus the pages in use, not host-huge */
 	COST_NONE = INT_MAX,
 };
@@ -110,6 +112,8 @@ static u32 cost_of(struct gemini *gemini, const struct gemini_block *entry,
 	    !(huge || ask))
 		return COST_NONE;
 	if (entry->guest == VIRTIO_GEMINI_GUEST_FREE) {
+		if (entry->host == VIRTIO_GEMINI_HOST_ABSENT)
+			return COST_FREE_ABSENT;
 		if (!huge)
 			return COST_FREE_SMALL;
 		return entry->flags & STOCK_ONLY ? COST_SPENT : COST_FREE;
@@ -554,8 +558,7 @@ static bool ask_for_free(struct gemini *gemini, const struct candidates *found,
 	for (i = 0; i < found->count && count < need &&
 	     count < ARRAY_SIZE(ranges); i++)
 		/* What somebody has begun to use by now would be copied. */
-		if (found->best[i].cost == COST_FREE_SMALL &&
-		    found->best[i].host == VIRTIO_GEMINI_HOST_ABSENT &&
+		if (found->best[i].cost == COST_FREE_ABSENT &&
 		    gemini_census_free(gemini, found->best[i].block))
 			ranges[count++] = (struct gemini_range) {
 				found->best[i].block, 1
@@ -568,6 +571,20 @@ static bool ask_for_free(struct gemini *gemini, const struct candidates *found,
 				GEMINI_BLOCK_MADE, 0);
 	gemini->booking.prepared += count;
 	return true;
+}
+
+/* Free blocks that the host backs, by their addresses; a later look renews them. */
+static u64 book_small(struct gemini *gemini, const struct candidates *found,
+		      u64 need)
+{
+	u64 got = 0;
+	unsigned int i;
+
+	for (i = 0; i < found->count && got < need; i++)
+		if (found->best[i].cost == COST_FREE_SMALL &&
+		    !gemini_booking_paused(gemini))
+			got += book_exact(gemini, &found->best[i]);
+	return got;
 }
 
 /* Type-1: they are held for their own sake. */
@@ -640,25 +657,26 @@ static bool fill(struct gemini *gemini, int nid, struct candidates *found,
 	find(gemini, nid, host_gives(gemini), found);
 	for (i = 0; i < found->count; i++) {
 		small |= found->best[i].cost == COST_FREE_SMALL;
-		absent |= found->best[i].cost == COST_FREE_SMALL &&
-			  found->best[i].host == VIRTIO_GEMINI_HOST_ABSENT;
+		absent |= found->best[i].cost == COST_FREE_ABSENT;
 	}
+
 	/*
 	 * Whatever a plain allocation takes is written to.  Where it may not be
 	 * what is looked for, only that is taken.
 	 */
-	absent = absent && zeroed;
-
-	progress = book_free(gemini, nid, found, !(small && zeroed));
+	progress = book_free(gemini, nid, found, !((small || absent) && zeroed));
 	progress |= book_for_stock(gemini, nid, found, COST_SPENT);
 	need = min(need_on(gemini, nid), spare(gemini, nid));
-	if (ask && need && absent && can_prepare(gemini)) {
+	if (ask && need && absent && zeroed && can_prepare(gemini)) {
+		/* Without a copy, and without more memory of the host's. */
+		if (small && can_renew(gemini) && book_small(gemini, found, need))
+			return true;
 		/* One such request at a time: the map has to follow. */
 		if (!progress && !open)
 			progress = ask_for_free(gemini, found, need);
 		return progress;
 	}
-	if (ask && need && small)
+	if (ask && need && (small || absent))
 		progress |= book_plain(gemini, nid, min_t(u64, need, CANDIDATES),
 				       need);
 	progress |= book_for_stock(gemini, nid, found,
