@@ -95,6 +95,39 @@ fn stock_of_fresh_memory_costs_its_size_and_no_copy_until_it_is_not_needed() -> 
     lab.daemon.stop()
 }
 
+/// Otherwise memory that programs have left stays with the guest beside as much that is made ready.
+#[test]
+fn stock_is_made_of_what_the_host_has_before_what_it_has_not() -> anyhow::Result<()> {
+    const STOCKED: u64 = 48;
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "stock-recycled", "gemini", |_| {})?;
+    let log = lab.vm.guest.log_position()?;
+    set_stock(&lab, 0)?;
+    lab.wait_settled(STOCK)?;
+    lab.vm.guest.fill("a", (STOCKED + 16) * BLOCK, 7, PageSize::Base)?;
+    lab.vm.guest.free("a")?;
+    process::wait_for("the driver knows what the host backs", STOCK, || {
+        let runs = lab.vm.guest.driver_blocks()?;
+        let left = runs.iter().filter(|run| run.guest == "free" && run.host == "base");
+        let untouched = runs.iter().any(|run| run.guest == "free" && run.host == "absent");
+        let known = untouched && left.map(|run| run.count).sum::<u64>() >= STOCKED;
+        Ok(known.then_some(()))
+    })?;
+
+    let copied = lab.daemon.status()?.collapse_bytes;
+    let before = lab.memory.resident_bytes()?;
+    set_stock(&lab, STOCKED)?;
+    wait_ready(&lab, STOCKED)?;
+    ensure!(not_huge(&lab)?.is_empty());
+    let grown = lab.memory.resident_bytes()?.saturating_sub(before);
+    let copied = lab.daemon.status()?.collapse_bytes - copied;
+    eprintln!("stock of {STOCKED} blocks: host memory grew by {grown}, {copied} bytes copied");
+    ensure!(grown <= 8 * BLOCK, "{STOCKED} blocks made the host's memory grow by {grown}");
+    ensure!(copied <= 2 * BLOCK, "{copied} bytes were copied");
+    ensure!(lab.vm.guest.complaints(log)?.is_empty());
+    lab.daemon.stop()
+}
+
 #[test]
 fn stock_is_made_of_half_empty_blocks_and_nothing_in_them_is_lost() -> anyhow::Result<()> {
     const STOCKED: u64 = 48;
