@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 
 /// Prints what all traces count together, and the cycles that it costs: traces know
 /// no instructions, so that is the TLB's part alone. A replay as it was recorded
-/// must count what was counted then.
+/// must count what was counted then. Traces that reached their limit are named.
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let host = match cli.host {
         HostChoice::Recorded => Host::Recorded,
@@ -70,6 +70,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     };
     let mut estimates = Vec::new();
     let mut blocks = Blocks::default();
+    let mut full = Vec::new();
     for path in &cli.traces {
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let replayed = replay(BufReader::new(file), cli.profile, host)
@@ -84,11 +85,19 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 replayed.recorded
             );
         }
+        if replayed.full {
+            eprintln!(
+                "note: {} is as large as it might be: what came later is not in it",
+                path.display()
+            );
+            full.push(path);
+        }
         blocks = blocks.plus(&replayed.blocks);
         estimates.push(Estimate::of(&replayed.profile, counters, None));
     }
     let total = estimates.into_iter().reduce(|sum, next| sum.plus(&next));
     let mut answer = json!(total);
+    answer["full_traces"] = json!(full);
     if cli.blocks > 0 {
         let mut ranked = blocks.ranked();
         ranked.truncate(cli.blocks);

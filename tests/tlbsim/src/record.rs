@@ -94,7 +94,8 @@ impl<W: Write> Recorder<W> {
     /// If it could not be written, now or before: no replay takes it then.
     pub fn finish(mut self, cpu: &Cpu) -> io::Result<()> {
         let counted = cpu.counters().snapshot().since(&self.start);
-        self.write(&Event::End(counted));
+        let full = self.is_full();
+        self.write(&Event::End { counted, full });
         self.error.map_or(Ok(()), Err)
     }
 

@@ -39,6 +39,8 @@ pub struct Replayed {
     pub recorded: Counters,
     /// Where it was counted now.
     pub blocks: Blocks,
+    /// The trace was as large as it might be before its recording ended.
+    pub full: bool,
 }
 
 /// Replays a trace, with its own profile or another one.
@@ -105,9 +107,9 @@ pub fn replay(
                     Event::FlushSpace => cpu.flush_space(),
                     Event::Switch(space) => cpu.switch_space(space),
                     Event::FlushAll => cpu.flush_all(),
-                    Event::End(recorded) => {
+                    Event::End { counted: recorded, full } => {
                         let counters = counters.snapshot();
-                        return Ok(Replayed { header, profile, counters, recorded, blocks });
+                        return Ok(Replayed { header, profile, counters, recorded, blocks, full });
                     }
                     Event::Access(_) | Event::Translation(..) | Event::Host(_) => {}
                 }
@@ -302,7 +304,7 @@ mod tests {
         let steps: Vec<_> = (0..1000).map(|page| (page, 9)).collect();
         let trace = record(&steps, 2000);
         let replayed = replay(&trace[..], None, Host::Recorded).expect("a trace");
-        assert!((1..500).contains(&replayed.counters.accesses));
+        assert!((1..500).contains(&replayed.counters.accesses) && replayed.full);
         assert_eq!(replayed.counters.tlb_misses, replayed.recorded.tlb_misses);
     }
 
@@ -310,5 +312,6 @@ mod tests {
     fn a_torn_trace_is_an_error() {
         let trace = record(&[(1, 9), (2, 9), (3, 9)], u64::MAX);
         assert!(replay(&trace[..trace.len() - 10], None, Host::Recorded).is_err());
+        assert!(!replay(&trace[..], None, Host::Recorded).expect("a trace").full);
     }
 }

@@ -55,8 +55,13 @@ pub enum Event {
     Switch(u8),
     /// A flush of everything.
     FlushAll,
-    /// The end, with what was counted while recording.
-    End(Counters),
+    /// The end.
+    End {
+        /// What was counted while recording.
+        counted: Counters,
+        /// The trace is as large as it may be: what came later is not in it.
+        full: bool,
+    },
 }
 
 const ACCESS: u64 = 0;
@@ -146,9 +151,9 @@ impl<W: Write> Writer<W> {
             Event::FlushSpace => self.tagged(FLUSH_SPACE, 0),
             Event::Switch(space) => self.tagged(SWITCH, u64::from(*space)),
             Event::FlushAll => self.tagged(FLUSH_ALL, 0),
-            Event::End(counters) => {
-                self.tagged(END, 0)?;
-                serde_json::to_writer(&mut self.output, counters)?;
+            Event::End { counted, full } => {
+                self.tagged(END, u64::from(*full))?;
+                serde_json::to_writer(&mut self.output, counted)?;
                 writeln!(self.output)?;
                 self.output.flush()
             }
@@ -232,7 +237,8 @@ impl<R: BufRead> Reader<R> {
             FLUSH_ALL => Event::FlushAll,
             _ => {
                 let text = line(&mut self.input)?;
-                Event::End(serde_json::from_str(&text).context("an end without counters")?)
+                let counted = serde_json::from_str(&text).context("an end without counters")?;
+                Event::End { counted, full: value != 0 }
             }
         })
     }
@@ -330,7 +336,8 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(mut written in prop::collection::vec(events(), 0..50)) {
-            written.push(Event::End(Counters { accesses: 7, ..Counters::default() }));
+            let counted = Counters { accesses: 7, ..Counters::default() };
+            written.push(Event::End { counted, full: true });
             let bytes = write(&written);
             let (mut reader, found) = Reader::new(&bytes[..]).expect("a trace");
             prop_assert_eq!(found, header());
