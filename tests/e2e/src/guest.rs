@@ -169,6 +169,14 @@ impl Guest {
         Ok(output.output)
     }
 
+    /// Loads the driver of virtio-balloon, which the guest leaves to whoever asks.
+    ///
+    /// # Errors
+    /// If the guest cannot.
+    pub fn load_balloon(&self) -> anyhow::Result<()> {
+        self.shell("insmod /lib/gemini/extra/virtio_balloon.ko").map(drop)
+    }
+
     /// Starts a shell command without waiting for its end.
     ///
     /// # Errors

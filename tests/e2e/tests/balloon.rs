@@ -40,7 +40,7 @@ fn freed_huge_pages_that_the_balloon_took_are_not_collapsed() -> anyhow::Result<
         config.memory = MEMORY;
         config.qemu_arguments.extend(["-device".to_owned(), "virtio-balloon-pci".to_owned()]);
     })?;
-    lab.vm.guest.shell("insmod /lib/gemini/extra/virtio_balloon.ko")?;
+    lab.vm.guest.load_balloon()?;
     // Nothing but the policy makes blocks huge.
     lab.vm.guest.hints_only()?;
     // That second, as long as it takes here.

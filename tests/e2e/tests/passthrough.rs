@@ -146,7 +146,7 @@ fn with_release_off_the_guest_is_aligned_beside_it_and_nothing_is_dropped() -> a
     lab.vm.guest.free("a")?;
 
     // The balloon is QEMU's: it discards unless QEMU itself was forbidden to.
-    lab.vm.guest.shell("insmod /lib/gemini/extra/virtio_balloon.ko")?;
+    lab.vm.guest.load_balloon()?;
     let before = lab.memory.resident_bytes()?;
     lab.vm.qmp.execute("balloon", json!({"value": 768 * MIB}))?;
     process::wait_for("the balloon has its size", SETTLE, || {

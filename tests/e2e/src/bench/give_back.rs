@@ -36,7 +36,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at the host.
 const LOOK: Duration = Duration::from_millis(20);
 
-const BALLOON: &str = "/lib/gemini/extra/virtio_balloon.ko";
 /// Without it, what is kept would become whole again in other places.
 const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 const ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
@@ -151,7 +150,7 @@ fn run(lab: &mut Lab, way: Way, bytes: u64, seed: u64) -> anyhow::Result<Returne
         lab.vm.guest.unload_driver()?;
         // Only a module that is not there yet takes it over.
         lab.vm.guest.write_file(ORDER, &order.to_string())?;
-        lab.vm.guest.shell(&format!("insmod {BALLOON}"))?;
+        lab.vm.guest.load_balloon()?;
     }
     // What is free already comes first, and is not what is measured.
     at_rest(lab)?;

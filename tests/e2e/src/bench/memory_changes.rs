@@ -41,9 +41,6 @@ const FILL: u64 = 64 * MIB;
 const FILLS: usize = 3;
 const CHURN: u64 = 64 * MIB;
 
-/// What the test guest keeps for whoever asks.
-const BALLOON_MODULE: &str = "/lib/gemini/extra/virtio_balloon.ko";
-
 /// How long the guest may take to follow; emulated, on a machine with other work.
 const FOLLOW: Duration = Duration::from_secs(60);
 /// How long the kernel is left to itself with a size that it could not reach. A page
@@ -272,7 +269,7 @@ impl Changing {
 
     /// What a guest needs after its boot.
     fn booted(&mut self) -> anyhow::Result<()> {
-        self.lab.vm.guest.shell(&format!("insmod {BALLOON_MODULE}"))?;
+        self.lab.vm.guest.load_balloon()?;
         self.log = self.lab.vm.guest.log_position()?;
         Ok(())
     }

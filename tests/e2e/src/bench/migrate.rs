@@ -26,6 +26,9 @@ const REFORM_BAR_SECONDS: f64 = 10.0;
 /// Downtime against that of the same guest without the device.
 const DOWNTIME_BAR: f64 = 1.1;
 
+/// A device of QEMU's own, as a yardstick: what any device of virtio costs.
+const BALLOON: [&str; 2] = ["-device", "virtio-balloon-pci,free-page-reporting=on"];
+
 /// How long is waited for coverage; the bar is judged apart.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often somebody is killed at most, until it happens in time.
@@ -69,8 +72,8 @@ struct Failures {
     late: u32,
 }
 
-/// Moves a guest 20 times in turn with one without the device, cancels, and
-/// kills.
+/// Moves a guest 20 times in turn with one without the device, and with one that has another
+/// device in its place; cancels, and kills.
 ///
 /// # Errors
 /// If guest, QEMU or daemon fail in a way that is no figure.
@@ -78,31 +81,31 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     let rounds = if quick { 3 } else { 20 };
     let kills = if quick { 1 } else { 5 };
     let mut rng = Rng::new(seed);
-    let (mut seen, mut plain) = (Seen::default(), Seen::default());
+    let mut seen = Seen::default();
 
     let mut lab = Lab::start(bench, "bench-migrate", "gemini", migration::log_downtime)?;
     let log = lab.vm.guest.log_position()?;
-    let mut plain_config = VmConfig::new("bench-migrate-plain", bench.accel);
-    migration::log_downtime(&mut plain_config);
-    let mut other = Vm::boot(&bench.assets, plain_config)?;
-    for vm in [&lab.vm, &other] {
+    let mut others = [Other::boot(bench, "plain", &[])?, Other::boot(bench, "balloon", &BALLOON)?];
+    others[1].vm.guest.load_balloon()?;
+    for vm in others.iter().map(|other| &other.vm).chain([&lab.vm]) {
         vm.guest.fill("kept", KEPT, seed, PageSize::Huge)?;
         vm.guest.start_churn("load", LOAD, seed)?;
     }
     let former = settled_coverage(&mut lab)?;
     // A guest that has moved is resident as a whole.
-    other.pause()?;
+    for other in &mut others {
+        other.vm.pause()?;
+    }
     let cancelled = cancel(&mut lab, &mut rng)?;
     for round in 0..rounds {
-        // Neither is in the other's way.
+        // None is in another's way.
         lab = move_lab(lab, round, former, &mut seen)?;
         lab.vm.pause()?;
-        other.resume()?;
-        other = move_plain(bench, other, round, &mut plain)?;
-        other.pause()?;
+        let [plain, balloon] = others;
+        others = [plain.move_on(bench, round)?, balloon.move_on(bench, round)?];
         lab.vm.resume()?;
     }
-    drop(other);
+    let [plain, balloon] = others.map(|other| other.seen);
 
     let mut failures = Failures::default();
     for kill in 0..kills {
@@ -133,10 +136,16 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
     scenario.arg("rounds", rounds);
     scenario.arg("kills_of_each", kills);
     scenario.figure("migrations", seen.downtime_ms.len() as f64, Bar::AtLeast(f64::from(rounds)));
-    scenario.figure("losses", f64::from(seen.losses + plain.losses), Bar::AtMost(0.0));
-    let ratio = median(&seen.downtime_ms) / median(&plain.downtime_ms);
-    scenario.figure("downtime_ratio", ratio, Bar::AtMost(DOWNTIME_BAR));
-    for (name, found) in [("downtime_ms", &seen), ("downtime_ms_without_device", &plain)] {
+    let losses = seen.losses + plain.losses + balloon.losses;
+    scenario.figure("losses", f64::from(losses), Bar::AtMost(0.0));
+    let ratio = |of: &Seen| median(&of.downtime_ms) / median(&plain.downtime_ms);
+    scenario.figure("downtime_ratio", ratio(&seen), Bar::AtMost(DOWNTIME_BAR));
+    scenario.figure("downtime_ratio_of_balloon", ratio(&balloon), Bar::None);
+    for (name, found) in [
+        ("downtime_ms", &seen),
+        ("downtime_ms_without_device", &plain),
+        ("downtime_ms_with_balloon", &balloon),
+    ] {
         let extreme =
             |of: fn(f64, f64) -> f64, from| found.downtime_ms.iter().copied().fold(from, of);
         scenario.figure(name, median(&found.downtime_ms), Bar::None);
@@ -187,16 +196,35 @@ fn compare(guest: &crate::guest::Guest, seen: &mut Seen) {
     }
 }
 
-/// Moves a guest without the device.
-fn move_plain(bench: &Bench, mut from: Vm, round: u32, seen: &mut Seen) -> anyhow::Result<Vm> {
-    let name = format!("bench-migrate-plain-{}", round % 2);
-    let config = VmConfig { name, ..from.config.clone() };
-    let mut to = Vm::await_guest(&bench.assets, config)?;
-    let began = Instant::now();
-    migration::migrate(&mut from, &mut to)?;
-    note(seen, began, migration::downtime(&from, &to)?);
-    compare(&to.guest, seen);
-    Ok(to)
+/// A guest without the device, and what its moves have shown.
+struct Other {
+    kind: &'static str,
+    vm: Vm,
+    seen: Seen,
+}
+
+impl Other {
+    fn boot(bench: &Bench, kind: &'static str, arguments: &[&str]) -> anyhow::Result<Self> {
+        let mut config = VmConfig::new(&format!("bench-migrate-{kind}"), bench.accel);
+        migration::log_downtime(&mut config);
+        config.qemu_arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
+        Ok(Other { kind, vm: Vm::boot(&bench.assets, config)?, seen: Seen::default() })
+    }
+
+    /// Moves the guest, which is paused before and after.
+    fn move_on(self, bench: &Bench, round: u32) -> anyhow::Result<Self> {
+        let Other { kind, vm: mut from, mut seen } = self;
+        let name = format!("bench-migrate-{kind}-{}", round % 2);
+        let config = VmConfig { name, ..from.config.clone() };
+        let mut to = Vm::await_guest(&bench.assets, config)?;
+        from.resume()?;
+        let began = Instant::now();
+        migration::migrate(&mut from, &mut to)?;
+        note(&mut seen, began, migration::downtime(&from, &to)?);
+        compare(&to.guest, &mut seen);
+        to.pause()?;
+        Ok(Other { kind, vm: to, seen })
+    }
 }
 
 fn note(seen: &mut Seen, began: Instant, downtime: Duration) {
