@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context};
+use anyhow::{bail, Context};
 use gemini_guest::buddy;
 
 use crate::memory::BLOCK_SIZE;
@@ -32,6 +32,10 @@ const MARGIN: u64 = 1 << 30;
 /// The kernel found no block so many times in a row, each time after it had tried to
 /// make one: it has none.
 const EXHAUSTED: u32 = 64;
+/// Attempts to split a huge page. The kernel clears what it cannot split, and it splits none that
+/// somebody has a reference to, as who compacts or samples memory has for a moment.
+const SPLITS: u32 = 100;
+const BETWEEN_SPLITS: Duration = Duration::from_millis(1);
 
 /// Compacts all memory at once.
 pub const COMPACT: &str = "/proc/sys/vm/compact_memory";
@@ -136,10 +140,7 @@ impl Fragments {
         if self.block.advise(0, BLOCK_SIZE, libc::MADV_COLLAPSE).is_err() {
             return Ok(false);
         }
-        // A hole in it splits a huge page.
-        sys::punch_hole(&self.file, 0, PAGE_SIZE)?;
-        let split = sys::seek(&self.file, 0, true)? == Some(PAGE_SIZE);
-        ensure!(split, "a huge page of a memory file is not split by a hole");
+        self.split()?;
         if self.pinned % PIPE_PAGES == 0 {
             self.pipes.push(Pipe::with_room(PIPE_PAGES)?);
         }
@@ -149,6 +150,18 @@ impl Fragments {
         self.pinned += 1;
         sys::punch_hole(&self.file, 0, BLOCK_SIZE)?;
         Ok(true)
+    }
+
+    /// Splits the file's huge page, by a hole in it.
+    fn split(&self) -> anyhow::Result<()> {
+        for _ in 0..SPLITS {
+            sys::punch_hole(&self.file, 0, PAGE_SIZE)?;
+            if sys::seek(&self.file, 0, true)? == Some(PAGE_SIZE) {
+                return Ok(());
+            }
+            std::thread::sleep(BETWEEN_SPLITS);
+        }
+        bail!("a huge page of a memory file is not split by {SPLITS} holes")
     }
 }
 

@@ -104,6 +104,13 @@ fn advantage(metric: Metric, gemini: f64, best: f64) -> f64 {
     }
 }
 
+/// Whether the kernel's misses, so many `more` than under the other policy, are most of the
+/// difference beside those of programs, or more than all of it; and are a difference at all, of
+/// what that policy has in `total`.
+fn is_of_kernel(more: f64, of_programs: f64, total: f64) -> bool {
+    more >= MARGIN * total && more > of_programs
+}
+
 /// What the runs show of why `gemini` is not better there.
 #[must_use]
 pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
@@ -121,9 +128,14 @@ pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
     if let (Some((ours, our_kernels)), Some((theirs, their_kernels))) =
         (misses(GEMINI), misses(other))
     {
-        let is_of_tlb = [MISSES.name, TLB_CYCLES.name].contains(&metric.name);
-        // Most of the difference, or more than all of it.
-        if is_of_tlb && !indifferent && our_kernels - their_kernels > ours - theirs {
+        let (more, of_programs) = (our_kernels - their_kernels, ours - theirs);
+        let of_kernel = match metric.name {
+            name if name == MISSES.name => is_of_kernel(more, of_programs, theirs + their_kernels),
+            // Most of these are hits of the second level, which misses stand in for.
+            name if name == TLB_CYCLES.name => more > of_programs,
+            _ => false,
+        };
+        if of_kernel && !indifferent {
             return format!(
                 "the guest's kernel, whose addresses the host's pages alone decide: programs miss \
                  {} times an operation there, {} here",
@@ -181,5 +193,15 @@ mod tests {
         assert_eq!(advantage(MISSES, 0.0, 0.0), 0.0);
         assert_eq!(advantage(MISSES, 1.0, 0.0), f64::NEG_INFINITY);
         assert_eq!(advantage(ALIGNED_RATE, 0.9, 0.0), f64::INFINITY);
+    }
+
+    #[test]
+    fn the_kernel_is_the_reason_only_where_it_misses_more() {
+        assert!(is_of_kernel(1.5, 0.5, 1.0));
+        assert!(is_of_kernel(1.5, -20.0, 25.0));
+        assert!(!is_of_kernel(0.5, 1.5, 1.0));
+        // Both miss less, programs by more: then it is not the kernel that is to blame.
+        assert!(!is_of_kernel(-4.0, -10.0, 100.0));
+        assert!(!is_of_kernel(6.0, -10.0, 1000.0));
     }
 }
