@@ -239,3 +239,29 @@ fn findings_are_in_the_troubleshooting_and_no_others() {
         .collect();
     assert_eq!(theirs, ours);
 }
+
+/// Where a document's links lead to, as they are written, without those to the web and to itself.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let files = targets.filter_map(|target| target.split('#').next());
+    files.filter(|file| !file.is_empty() && !file.contains(':'))
+}
+
+/// scripts/build-packages names a document of docs/ that it does not ship, and leads elsewhere what
+/// lies in other folders: such a link has to be one that it knows.
+#[test]
+fn no_link_of_a_packaged_document_leads_nowhere() {
+    let script = read("scripts/build-packages");
+    let shipped = script.lines().find_map(|line| line.trim().strip_prefix("for document in op"));
+    let shipped = format!("op{}", shipped.unwrap().trim_end_matches("; do"));
+    for name in shipped.split_whitespace() {
+        let path = format!("docs/{name}.md");
+        for link in links(&read(&path)) {
+            assert!(root().join("docs").join(link).exists(), "{path} leads to {link}");
+            let known = script.contains(&format!("({}|", link.replace('.', "\\.")));
+            let beside = !link.contains('/');
+            let copied = ["libvirt/", "apparmor/"].iter().any(|folder| link.starts_with(folder));
+            assert!(known || beside || copied, "{path} leads to {link}, which no package has");
+        }
+    }
+}

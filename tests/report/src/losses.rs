@@ -129,11 +129,11 @@ pub fn reason(runs: &Runs, comparison: &Comparison) -> String {
         (misses(GEMINI), misses(other))
     {
         let (more, of_programs) = (our_kernels - their_kernels, ours - theirs);
-        let of_kernel = match metric.name {
-            name if name == MISSES.name => is_of_kernel(more, of_programs, theirs + their_kernels),
-            // Most of these are hits of the second level, which misses stand in for.
-            name if name == TLB_CYCLES.name => more > of_programs,
-            _ => false,
+        let of_kernel = if metric.name == MISSES.name {
+            is_of_kernel(more, of_programs, theirs + their_kernels)
+        } else {
+            // Most of these cycles are hits of the second level, which misses stand in for.
+            metric.name == TLB_CYCLES.name && more > of_programs
         };
         if of_kernel && !indifferent {
             return format!(

@@ -85,8 +85,10 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
 
     let mut lab = Lab::start(bench, "bench-migrate", "gemini", migration::log_downtime)?;
     let log = lab.vm.guest.log_position()?;
-    let mut others = [Other::boot(bench, "plain", &[])?, Other::boot(bench, "balloon", &BALLOON)?];
-    others[1].vm.guest.load_balloon()?;
+    let plain = Other::boot(bench, "plain", &[])?;
+    let balloon = Other::boot(bench, "balloon", &BALLOON)?;
+    balloon.vm.guest.load_balloon()?;
+    let mut others = [plain, balloon];
     for vm in others.iter().map(|other| &other.vm).chain([&lab.vm]) {
         vm.guest.fill("kept", KEPT, seed, PageSize::Huge)?;
         vm.guest.start_churn("load", LOAD, seed)?;
