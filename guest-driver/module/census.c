@@ -167,7 +167,12 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 	if (PageOffline(page))
 		return pinned(gemini, block);
 
-	movable = block_movable(pfn, order);
+	/*
+	 * What its own data share a block with may be free, and movable: the
+	 * block never is.
+	 */
+	movable = block_movable(pfn, order) &&
+		  !gemini_kernel_uses(gemini, block);
 	/* A block may be all free and still in no buddy of its size. */
 	if (in_transit(page) || (movable && count)) {
 		seen.used = count_used(page, pages);
