@@ -121,6 +121,9 @@ static void about_to_isolate(unsigned long ip, unsigned long parent_ip,
 	WRITE_ONCE(isolation->awaited, READ_ONCE(gemini->release.made));
 	if (!answered(gemini))
 		queue_delayed_work(gemini->wq, &isolation->await, AWAIT);
+	/* The host may be about to make huge what goes away now. */
+	if (freed)
+		gemini_report_kick(gemini);
 	trace_gemini_isolate(gemini, first, end - first, freed);
 }
 

@@ -506,6 +506,14 @@ impl Engine {
                 }
                 state.renewing = ranges.iter().map(|(_, count)| u64::from(*count)).sum();
             }
+            if !renew && !trim {
+                // Before anything is dropped, or it could be filled again at once.
+                for &(first, count) in ranges {
+                    for index in indices(state, first, count) {
+                        state.repair.forget_fill(index);
+                    }
+                }
+            }
             state.begin_drop();
             memory
         };

@@ -217,6 +217,7 @@ impl State {
     /// was collapsed then would be filled again unasked.
     pub fn driver_left(&mut self) {
         self.driver_away = true;
+        self.forget_fills();
         self.reconsider_all();
     }
 
@@ -236,6 +237,12 @@ impl State {
             return;
         }
         self.reconsider(index);
+        // A promise to the driver ends with its hold: whoever has the block then, another device of
+        // the VMM may drop what he has there (virtio-mem, a balloon), and it would come back.
+        if state != GuestState::Booked && self.repair.fills_at(index) {
+            self.repair.forget_fill(index);
+            self.hints.changed(index);
+        }
         // The guest did something there, or its kernel has its own there, such as our rings: what
         // the host has may have changed with it.
         if matches!(state, GuestState::Base | GuestState::Huge | GuestState::Pinned) {
@@ -450,9 +457,14 @@ impl State {
     fn drop_requests_unless_served(&mut self) {
         if !self.serves_requests() {
             self.repair.skip_prepare();
-            for index in self.repair.forget_fills() {
-                self.hints.changed(index);
-            }
+            self.forget_fills();
+        }
+    }
+
+    /// Makes no renewed block huge any more; the driver is told what they are.
+    fn forget_fills(&mut self) {
+        for index in self.repair.forget_fills() {
+            self.hints.changed(index);
         }
     }
 
@@ -473,9 +485,7 @@ impl State {
         let blocks = self.huge_max.min(self.share);
         self.supply.set_limit(blocks);
         if self.huge() + self.repair.fills() > blocks {
-            for index in self.repair.forget_fills() {
-                self.hints.changed(index);
-            }
+            self.forget_fills();
         }
     }
 
@@ -745,6 +755,23 @@ mod tests {
         (0..9).for_each(|_| state.supply.failed(now));
         assert!(!state.may_renew(&[(6, 1)]), "the kernel has none");
         assert!(state.may_renew(&[(0, 2)]));
+    }
+
+    #[test]
+    fn a_promise_ends_with_the_drivers_hold() {
+        let mut state = state_of(8);
+        let start = batch(&state, SYNC_START | SYNC_END);
+        state.apply_report(&start, &[record(0, 8, GuestState::Free)]);
+        let report = batch(&state, 0);
+        (1..5).for_each(|index| state.repair.fill(index));
+        state.apply_report(&report, &[record(0, 6, GuestState::Booked)]);
+        assert_eq!(state.repair.fills(), 4, "held, and waits");
+        state.apply_report(&report, &[record(1, 1, GuestState::Free)]);
+        state.apply_report(&report, &[record(2, 1, GuestState::Pinned)]);
+        assert!(!state.repair.fills_at(1) && !state.repair.fills_at(2));
+        assert_eq!(state.repair.fills(), 2);
+        state.driver_left();
+        assert_eq!(state.repair.fills(), 0, "its guest may be another one soon");
     }
 
     #[test]
