@@ -647,6 +647,7 @@ impl Changing {
             self.verify(&name);
         }
         let absent = view.free(HostState::Absent);
+        let (before, looked) = (self.lab.daemon.status()?, Instant::now());
         self.seen.free_absent = self.seen.free_absent.max(absent.len() as u64 * crate::BLOCK);
         for state in [HostState::Base, HostState::Huge] {
             if state == HostState::Huge {
@@ -661,6 +662,8 @@ impl Changing {
             }
             if !back.is_empty() {
                 eprintln!("blocks that are {state:?} again, and free: {back:?}");
+                let (after, passed) = (self.lab.daemon.status()?, looked.elapsed());
+                eprintln!("the daemon {passed:?} before: {before:?}, and now: {after:?}");
                 self.seen.repopulated += back.len() as u64 * crate::BLOCK;
             }
         }
