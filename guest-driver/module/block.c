@@ -284,6 +284,37 @@ unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 	return changed;
 }
 
+/**
+ * gemini_map_heat() - enter how hot huge pages are
+ * @map: the map
+ * @seen: of each block, how often it was accessed
+ * @count: number of blocks, from the first one on
+ * @weight: what each time counts
+ */
+void gemini_map_heat(struct gemini_map *map, const u8 *seen, u64 count,
+		     unsigned int weight)
+{
+	struct gemini_chunk *chunk;
+	unsigned long index;
+
+	xa_for_each(&map->chunks, index, chunk) {
+		u64 block = (u64)index * GEMINI_CHUNK_BLOCKS;
+		unsigned int i;
+
+		spin_lock(&map->lock);
+		for (i = 0; i < GEMINI_CHUNK_BLOCKS; i++, block++) {
+			struct gemini_block *entry = &chunk->block[i];
+
+			if (entry->guest == VIRTIO_GEMINI_GUEST_HUGE)
+				set_guest(map, block, entry, entry->guest,
+					  block < count ?
+					  seen[block] * weight : 0);
+		}
+		spin_unlock(&map->lock);
+		cond_resched();
+	}
+}
+
 /* Does @what to each block of the range that has a place in the map. */
 static void each_block(struct gemini_map *map, u64 first, u64 count,
 		       void (*what)(struct gemini_map *map, u64 block,

@@ -42,7 +42,8 @@
 
 /**
  * struct gemini_block - one block, in four bytes: 1 TiB takes 2 MiB
- * @used: guest base pages in use, as last counted; 0: not counted
+ * @used: guest base pages in use, as last counted; 0: not counted.  Of a huge
+ *	page, how hot it is, see heat.c
  * @recalled: busy, and to be given back as soon as it is idle
  * @guest: VIRTIO_GEMINI_GUEST_*
  * @host: VIRTIO_GEMINI_HOST_*
@@ -163,6 +164,8 @@ void gemini_map_destroy(struct gemini_map *map);
 int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
 struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
 
+void gemini_map_heat(struct gemini_map *map, const u8 *seen, u64 count,
+		     unsigned int weight);
 unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 			    const struct gemini_seen *seen, unsigned int count);
 void gemini_map_set_host(struct gemini_map *map, u64 first, u64 count,

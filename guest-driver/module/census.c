@@ -162,6 +162,7 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 		if (!user_huge(head))
 			return pinned(gemini, block);
 		seen.guest = VIRTIO_GEMINI_GUEST_HUGE;
+		seen.used = GEMINI_USED_KEEP;
 		return seen;
 	}
 	if (PageOffline(page))

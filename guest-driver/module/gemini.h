@@ -400,6 +400,22 @@ struct gemini_move {
 	atomic64_t failures;
 };
 
+/**
+ * struct gemini_heat - which huge pages of programs are hot
+ * @work: looks, while huge pages are scarce; all else is its own
+ * @seen: how often each block was accessed in this pass
+ * @blocks: number of blocks in @seen
+ * @first: of the processes that the next pass goes through, the first one
+ * @passes: passes so far
+ */
+struct gemini_heat {
+	struct delayed_work work;
+	u8 *seen;
+	u64 blocks;
+	unsigned int first;
+	u64 passes;
+};
+
 /* Blocks that are trimmed at a time, a run of each in one request. */
 #define GEMINI_TRIM_BLOCKS	16
 
@@ -503,6 +519,7 @@ struct gemini {
 
 	struct gemini_census census;
 	struct gemini_kernel kernel;
+	struct gemini_heat heat;
 	struct gemini_hints hints;
 	struct gemini_report report;
 	struct gemini_requests ctrl;
@@ -603,6 +620,12 @@ void gemini_broken(struct gemini *gemini, const char *what);
 /* kernel.c */
 int gemini_kernel_init(struct gemini *gemini);
 bool gemini_kernel_uses(struct gemini *gemini, u64 block);
+
+/* heat.c */
+void gemini_heat_init(struct gemini *gemini);
+void gemini_heat_start(struct gemini *gemini);
+void gemini_heat_stop(struct gemini *gemini);
+void gemini_heat_kick(struct gemini *gemini);
 
 /* census.c */
 int gemini_census_init(struct gemini *gemini);

@@ -102,6 +102,7 @@ static void take_advice(struct gemini *gemini,
 	WRITE_ONCE(gemini->bucket_max, le32_to_cpu(advice->bucket_max));
 	WRITE_ONCE(gemini->booking_timeout_ms,
 		   le32_to_cpu(advice->booking_timeout_ms));
+	gemini_heat_kick(gemini);
 	gemini_giving_want(gemini, le64_to_cpu(advice->wanted),
 			   le32_to_cpu(advice->flags) &
 			   VIRTIO_GEMINI_ADVICE_RETURN);

@@ -75,6 +75,7 @@ static void stop(struct gemini *gemini)
 	gemini_giving_stop(gemini);
 	gemini_trim_stop(gemini);
 	gemini_booking_stop(gemini);
+	gemini_heat_stop(gemini);
 	gemini_census_stop(gemini);
 	gemini_hints_stop(gemini);
 	gemini_report_stop(gemini);
@@ -117,6 +118,7 @@ static int start(struct gemini *gemini)
 	}
 	gemini_hold_open(gemini);
 	gemini_booking_start(gemini);
+	gemini_heat_start(gemini);
 	gemini_trim_start(gemini);
 	gemini_giving_start(gemini);
 	virtio_device_ready(vdev);
@@ -221,6 +223,7 @@ static int gemini_probe(struct virtio_device *vdev)
 	INIT_DELAYED_WORK(&gemini->reset_work, reset_work);
 	gemini_requests_init(gemini);
 	gemini_booking_init(gemini);
+	gemini_heat_init(gemini);
 	gemini_giving_init(gemini);
 	gemini_trim_init(gemini);
 

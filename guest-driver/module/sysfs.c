@@ -74,6 +74,7 @@ NUMBER_ATTR(trimmed_pages, atomic64_read(&gemini->trim.pages));
 
 NUMBER_ATTR(ready, gemini_hold_ready(gemini, NUMA_NO_NODE));
 NUMBER_ATTR(scarce, READ_ONCE(gemini->scarce));
+NUMBER_ATTR(heat_passes, READ_ONCE(gemini->heat.passes));
 NUMBER_ATTR(stock_target, READ_ONCE(gemini->booking.target));
 NUMBER_ATTR(booked_plain, READ_ONCE(gemini->booking.plain));
 NUMBER_ATTR(booked_exact, READ_ONCE(gemini->booking.exact));
@@ -301,6 +302,7 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_busy.attr,
 	&dev_attr_ready.attr,
 	&dev_attr_scarce.attr,
+	&dev_attr_heat_passes.attr,
 	&setting_booking.attr.attr,
 	&setting_stock_floor.attr.attr,
 	&setting_stock_cap.attr.attr,

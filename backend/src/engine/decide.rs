@@ -9,7 +9,8 @@ use super::worker::Deed;
 use super::{SLEEP_MAX, THROTTLE};
 use crate::backing::{HostRun, HostState};
 use crate::budget::{CopyBudget, CpuBudget};
-use crate::protocol::{Record, S_FAILED, S_OK};
+use crate::policy::HOT;
+use crate::protocol::{GuestState, Record, S_FAILED, S_OK};
 use std::time::{Duration, Instant};
 
 /// What a decision draws on.
@@ -129,7 +130,7 @@ impl State {
         }
         if self.repair.wants() && allowance.pages == 0 {
             // The end of moves wakes us by itself.
-            if !self.moving.is_wanted() {
+            if !self.moving.is_wanted() || self.repair.agenda().wants_hot() {
                 let until = self.demotion.next_sweep().saturating_duration_since(now);
                 shorten(sleep, until.max(THROTTLE));
             }
@@ -168,13 +169,20 @@ impl State {
         if !at_limit || !allowance.background || allowance.copies == 0 {
             return None;
         }
-        // What the guest moves to is not to be taken away meanwhile, and no copy is needed then.
-        if self.moving.is_wanted() {
-            return None;
-        }
+        let hot = self.repair.agenda().wants_hot();
         let (rests, kept) = (|index| self.repair.rests(index), self.timeout.at_limit());
-        let block = self.demotion.next(&self.map, rests, kept, now)?;
-        Some(Work::Demote { block })
+        // What the guest moves to is not to be taken away meanwhile, and no copy is needed then.
+        let block = if self.moving.is_wanted() {
+            self.demotion.look(&self.map, rests, kept, now);
+            None
+        } else {
+            self.demotion.next(&self.map, rests, kept, now)
+        };
+        let block = match block {
+            None if hot => self.demotion.next_cold(&self.map, now),
+            block => block,
+        };
+        block.map(|block| Work::Demote { block })
     }
 
     /// How many blocks an action may copy.
@@ -217,7 +225,12 @@ impl State {
         if standing.current {
             for &(block, outcome) in &deed.outcomes {
                 let Some(index) = self.map.index_of(block) else { continue };
-                let failures = self.map.get(index).map_or(0, |b| b.failures);
+                let known = self.map.get(index).copied().unwrap_or_default();
+                if outcome == Outcome::Done && known.guest == GuestState::Huge && known.used >= HOT
+                {
+                    self.demotion.spare(index, now);
+                }
+                let failures = known.failures;
                 let failures = self.repair.ended(index, outcome, failures, now);
                 self.map.set_failures(index, failures);
                 if outcome == Outcome::Deferred && deed.seen {

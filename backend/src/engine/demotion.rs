@@ -1,18 +1,25 @@
 //! Which huge pages of the host a guest at its limit has no use for: those under blocks that are
 //! free there, or hold base pages. Taken from these, they can go where the guest has huge pages.
+//! After them those under huge pages of the guest that are cold, where there are hot ones without.
 //!
 //! A block that was just freed is likely to be used again as a huge page (the driver books it), so
 //! only one that was of no use in two sweeps is taken; the time between them is the caller's.
 
 use crate::backing::HostState;
+use crate::bitmap::Bitmap;
 use crate::block_map::{Block, BlockMap};
-use crate::policy::{Ages, AGES};
+use crate::policy::{Ages, AGES, COLD};
 use crate::protocol::GuestState;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// Most blocks that are taken in consequence of one.
 const MOST: usize = 256;
+/// Of the ages of what is cold so many are too young: it was cold for three sweeps at least.
+const YOUNG: usize = 3;
+/// How long a block keeps the huge page that it got because it was hot. Once it has one the TLB may
+/// hold it, and then it does not look hot any more.
+const SPARED: Duration = Duration::from_secs(600);
 
 /// The search for such blocks.
 #[derive(Debug)]
@@ -21,6 +28,13 @@ pub struct Demotion {
     unused: Ages,
     /// Indices that are to be demoted, free ones first, and of these what was of no use for longest.
     victims: VecDeque<usize>,
+    /// Aligned and cold at the last sweep, by the number of sweeps.
+    cold: Ages,
+    /// Indices of those that are to be demoted for hot ones.
+    cold_victims: VecDeque<usize>,
+    /// Blocks that are spared, and until when.
+    spared: Bitmap,
+    spared_until: VecDeque<(Instant, usize)>,
     /// The same where huge pages have to be given back, with how much they are missed.
     surplus: VecDeque<(u8, usize)>,
     next_sweep: Instant,
@@ -28,6 +42,12 @@ pub struct Demotion {
 
 fn is_unused(block: &Block) -> bool {
     block.host == HostState::Huge && matches!(block.guest, GuestState::Free | GuestState::Base)
+}
+
+/// Whether both layers have a huge page that is cold, by the word of the driver. Of a driver that
+/// does not tell all are: then there is no hot block either.
+fn is_cold(block: &Block) -> bool {
+    block.host == HostState::Huge && block.guest == GuestState::Huge && block.used < COLD
 }
 
 /// How much a huge page would be missed: 0 not at all.
@@ -44,13 +64,36 @@ fn missed(block: &Block) -> u8 {
 impl Demotion {
     /// Nothing is known of `len` blocks.
     pub fn new(len: usize, now: Instant) -> Self {
-        let (victims, surplus) = (VecDeque::new(), VecDeque::new());
-        Self { unused: Ages::new(len), victims, surplus, next_sweep: now }
+        Self {
+            unused: Ages::new(len),
+            victims: VecDeque::new(),
+            cold: Ages::new(len),
+            cold_victims: VecDeque::new(),
+            spared: Bitmap::new(len),
+            spared_until: VecDeque::new(),
+            surplus: VecDeque::new(),
+            next_sweep: now,
+        }
     }
 
     /// When the next sweep is due.
     pub fn next_sweep(&self) -> Instant {
         self.next_sweep
+    }
+
+    /// Looks for such blocks if it is time for that.
+    pub fn look(
+        &mut self,
+        map: &BlockMap,
+        rests: impl Fn(usize) -> bool,
+        kept: Duration,
+        now: Instant,
+    ) {
+        let empty = self.victims.is_empty() || self.cold_victims.is_empty();
+        if empty && now >= self.next_sweep {
+            self.next_sweep = now + kept;
+            self.sweep(map, rests);
+        }
     }
 
     /// The next block to demote, by its number: one that was of no use for the time `kept` at
@@ -62,16 +105,36 @@ impl Demotion {
         kept: Duration,
         now: Instant,
     ) -> Option<u64> {
-        if self.victims.is_empty() && now >= self.next_sweep {
-            self.next_sweep = now + kept;
-            self.sweep(map, rests);
-        }
+        self.look(map, rests, kept, now);
         while let Some(index) = self.victims.pop_front() {
             if map.get(index).is_some_and(is_unused) {
                 return map.block_at(index).map(|(block, _)| block);
             }
         }
         None
+    }
+
+    /// The next block to demote for one that is hot, if none is of no use: one that has been cold
+    /// for long when [`Demotion::look`] looked last.
+    pub fn next_cold(&mut self, map: &BlockMap, now: Instant) -> Option<u64> {
+        while let Some((_, index)) = self.spared_until.front().filter(|(until, _)| *until <= now) {
+            self.spared.assign(*index, false);
+            self.spared_until.pop_front();
+        }
+        while let Some(index) = self.cold_victims.pop_front() {
+            if !self.spared.get(index) && map.get(index).is_some_and(is_cold) {
+                return map.block_at(index).map(|(block, _)| block);
+            }
+        }
+        None
+    }
+
+    /// A block got its huge page because it was hot: it keeps it for a while.
+    pub fn spare(&mut self, index: usize, now: Instant) {
+        if !self.spared.get(index) {
+            self.spared.assign(index, true);
+            self.spared_until.push_back((now + SPARED, index));
+        }
     }
 
     /// The next block to demote where huge pages have to be given back whatever they are good for:
@@ -100,9 +163,15 @@ impl Demotion {
 
     fn sweep(&mut self, map: &BlockMap, rests: impl Fn(usize) -> bool) {
         self.unused.pass(1);
+        self.cold.pass(1);
         for index in 0..map.len() {
             self.unused.assign(index, map.get(index).is_some_and(is_unused));
+            self.cold.assign(index, map.get(index).is_some_and(is_cold));
         }
+        let old = self.cold.oldest_first().take(AGES - YOUNG);
+        let victims = old.flat_map(|age| age.iter()).filter(|index| !rests(*index));
+        self.cold_victims = victims.take(MOST).collect();
+        self.victims.clear();
         let mut base = Vec::new();
         // But for the youngest: those were of use at the last sweep.
         for age in self.unused.oldest_first().take(AGES - 1) {
@@ -182,6 +251,33 @@ mod tests {
             order.push(block);
         }
         assert_eq!(order, [5, 8, 2]);
+    }
+
+    #[test]
+    fn what_is_cold_for_long_makes_way_and_what_was_hot_is_spared() {
+        let mut now = Instant::now();
+        let mut map = BlockMap::new(&[0..10]);
+        for (index, heat) in [(1, 0), (2, 0), (3, 512), (4, 0)] {
+            map.set_guest(index, GuestState::Huge, heat);
+            map.set_host(index, HostState::Huge);
+        }
+        let mut demotion = Demotion::new(map.len(), now);
+        demotion.spare(4, now);
+        let mut sweep = |demotion: &mut Demotion, map: &BlockMap, sweeps: u32| {
+            for _ in 0..sweeps {
+                assert_eq!(demotion.next(map, |index| index == 2, SWEEP, now), None);
+                now += SWEEP;
+            }
+            now
+        };
+        let soon = sweep(&mut demotion, &map, 3);
+        assert_eq!(demotion.next_cold(&map, soon), None, "cold for too short a time");
+        let later = sweep(&mut demotion, &map, 20);
+        assert_eq!(demotion.next_cold(&map, later), Some(1), "the others rest, are hot, or spared");
+        assert_eq!(demotion.next_cold(&map, later), None);
+        map.set_host(1, HostState::Base);
+        let end = sweep(&mut demotion, &map, 300);
+        assert_eq!(demotion.next_cold(&map, end), Some(4));
     }
 
     #[test]

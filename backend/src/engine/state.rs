@@ -227,16 +227,22 @@ impl State {
         let unknown = Block { guest: GuestState::Unknown, used: 0, ..*block };
         let block = if self.driver_away { &unknown } else { block };
         let wanted = self.policy.wants_collapse(block, self.fragmented);
+        let heat = if block.guest == GuestState::Huge { block.used } else { 0 };
         self.repair.agenda().note_aging(index, block.guest_is_huge());
+        self.repair.agenda().note_heat(index, heat);
         self.repair.consider(index, wanted);
     }
 
     /// Sets a block's guest state and lets everything that follows from it follow.
     fn set_guest(&mut self, index: usize, state: GuestState, used: u16) {
+        let before = self.map.get(index).map(|block| block.guest);
         if self.map.set_guest(index, state, used).is_none() {
             return;
         }
         self.reconsider(index);
+        if state == GuestState::Huge && before == Some(state) {
+            return; // it became hotter, or colder
+        }
         // A promise to the driver ends with its hold: whoever has the block then, another device of
         // the VMM may drop what he has there (virtio-mem, a balloon), and it would come back.
         if state != GuestState::Booked && self.repair.fills_at(index) {

@@ -2,6 +2,7 @@
 
 use super::ages::Ages;
 use super::coverage::Coverage;
+use super::heat::Heat;
 use super::Policy;
 use crate::bitmap::Bitmap;
 use std::collections::VecDeque;
@@ -20,12 +21,13 @@ const BOOT: Duration = Duration::from_secs(60);
 enum Order {
     /// Ascending, round and round.
     Round,
-    /// Those that the guest has had as huge pages for longest, then what is none in turn.
-    Oldest { ages: Ages, ticked: Option<Instant> },
+    /// The hottest, as far as the driver tells; then those that the guest has had as huge pages for
+    /// longest, then what is none in turn.
+    Oldest { heat: Heat, ages: Box<Ages>, ticked: Option<Instant> },
     /// As they came to be wanted. Each waits in the queue once, even if it is not wanted any more.
     Arrival { queue: VecDeque<usize>, queued: Bitmap },
     /// Those with most pages.
-    Fullest(Coverage),
+    Fullest(Box<Coverage>),
     /// Ascending, and each once: what is resident when the pass is opened.
     Pass(Pass),
 }
@@ -61,13 +63,13 @@ impl Agenda {
         let order = match policy {
             Policy::None | Policy::Always | Policy::PrepareOnly => Order::Round,
             Policy::Gemini | Policy::GeminiKernel => {
-                Order::Oldest { ages: Ages::new(len), ticked: None }
+                Order::Oldest { heat: Heat::new(len), ages: Box::new(Ages::new(len)), ticked: None }
             }
             Policy::KubevirtLike => Order::Pass(Pass::Ahead(None)),
             Policy::IngensLike => {
                 Order::Arrival { queue: VecDeque::new(), queued: Bitmap::new(len) }
             }
-            Policy::HawkeyeLike => Order::Fullest(Coverage::new(len)),
+            Policy::HawkeyeLike => Order::Fullest(Box::new(Coverage::new(len))),
         };
         Self { len, wanted: Bitmap::new(len), cursor: 0, by_age: 0, order }
     }
@@ -114,6 +116,21 @@ impl Agenda {
         }
     }
 
+    /// Notes how hot a huge page of the guest is, by the word of its driver.
+    pub fn note_heat(&mut self, index: usize, heat: u16) {
+        if let Order::Oldest { heat: known, .. } = &mut self.order {
+            known.assign(index, heat);
+        }
+    }
+
+    /// Whether a block is wanted that is hot.
+    pub fn wants_hot(&self) -> bool {
+        match &self.order {
+            Order::Oldest { heat, .. } => heat.any_hot(&self.wanted),
+            _ => false,
+        }
+    }
+
     /// Notes how many base pages of a block a look found resident.
     pub fn note_resident(&mut self, index: usize, pages: u16) {
         if let Order::Fullest(coverage) = &mut self.order {
@@ -124,7 +141,7 @@ impl Agenda {
     /// Lets time pass.
     pub fn pass_time(&mut self, now: Instant) {
         match &mut self.order {
-            Order::Oldest { ages, ticked } => {
+            Order::Oldest { ages, ticked, .. } => {
                 let since = ticked.get_or_insert(now);
                 let ticks = now.saturating_duration_since(*since).as_secs() / TICK.as_secs();
                 ages.pass(ticks);
@@ -176,9 +193,9 @@ impl Agenda {
     pub fn peek(&mut self) -> Option<usize> {
         let Self { wanted, order, .. } = self;
         match order {
-            Order::Oldest { ages, .. } if self.by_age + 1 < FAIR => ages
-                .oldest_first()
-                .find_map(|age| age.next_common(wanted))
+            Order::Oldest { heat, ages, .. } if self.by_age + 1 < FAIR => heat
+                .hottest(wanted)
+                .or_else(|| ages.oldest_first().find_map(|age| age.next_common(wanted)))
                 .or_else(|| wanted.next_wrapping(self.cursor)),
             Order::Fullest(coverage) => coverage.next(wanted),
             Order::Arrival { queue, queued } => {
@@ -240,6 +257,26 @@ mod tests {
         agenda.consider(90, true);
         agenda.consider(50, true);
         assert_eq!(drain(&mut agenda), [50, 90]);
+    }
+
+    #[test]
+    fn what_is_hot_comes_before_what_is_old() {
+        let start = Instant::now();
+        let mut agenda = Agenda::new(Policy::Gemini, 100);
+        agenda.pass_time(start);
+        for index in [5, 6] {
+            agenda.note_aging(index, true);
+        }
+        agenda.pass_time(start + Duration::from_secs(100));
+        for (index, heat) in [(5, 0), (6, 200), (7, 300), (8, 512)] {
+            agenda.note_aging(index, true);
+            agenda.note_heat(index, heat);
+            agenda.consider(index, true);
+        }
+        assert!(agenda.wants_hot());
+        assert_eq!(take(&mut agenda), Some(8));
+        assert!(!agenda.wants_hot());
+        assert_eq!(drain(&mut agenda), [7, 6, 5]);
     }
 
     #[test]

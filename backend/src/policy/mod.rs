@@ -6,9 +6,11 @@
 mod agenda;
 mod ages;
 mod coverage;
+mod heat;
 
 pub use agenda::Agenda;
 pub use ages::{Ages, AGES};
+pub use heat::{COLD, HOT};
 
 use crate::backing::{Holes, HostState};
 use crate::block_map::Block;
