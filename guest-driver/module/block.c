@@ -287,13 +287,16 @@ unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 /**
  * gemini_map_heat() - enter how hot huge pages are
  * @map: the map
- * @seen: of each block, how often it was accessed
+ * @walked: of each block, in how many of 8 looks the processor had walked to it
+ * @accessed: a bit for each of 8 looks, set if it had been accessed
  * @count: number of blocks, from the first one on
- * @weight: what each time counts
+ *
+ * What counts is what a huge page of the host would save, or does.
  */
-void gemini_map_heat(struct gemini_map *map, const u8 *seen, u64 count,
-		     unsigned int weight)
+void gemini_map_heat(struct gemini_map *map, const u8 *walked,
+		     const u8 *accessed, u64 count)
 {
+	const unsigned int weight = (1U << map->order) / 8;
 	struct gemini_chunk *chunk;
 	unsigned long index;
 
@@ -304,11 +307,16 @@ void gemini_map_heat(struct gemini_map *map, const u8 *seen, u64 count,
 		spin_lock(&map->lock);
 		for (i = 0; i < GEMINI_CHUNK_BLOCKS; i++, block++) {
 			struct gemini_block *entry = &chunk->block[i];
+			unsigned int times = 0;
 
-			if (entry->guest == VIRTIO_GEMINI_GUEST_HUGE)
-				set_guest(map, block, entry, entry->guest,
-					  block < count ?
-					  seen[block] * weight : 0);
+			if (entry->guest != VIRTIO_GEMINI_GUEST_HUGE)
+				continue;
+			if (block < count)
+				times = gemini_host_huge(entry->host) ?
+					hweight8(accessed[block]) :
+					walked[block];
+			set_guest(map, block, entry, entry->guest,
+				  times * weight);
 		}
 		spin_unlock(&map->lock);
 		cond_resched();

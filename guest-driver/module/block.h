@@ -164,8 +164,8 @@ void gemini_map_destroy(struct gemini_map *map);
 int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
 struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
 
-void gemini_map_heat(struct gemini_map *map, const u8 *seen, u64 count,
-		     unsigned int weight);
+void gemini_map_heat(struct gemini_map *map, const u8 *walked,
+		     const u8 *accessed, u64 count);
 unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 			    const struct gemini_seen *seen, unsigned int count);
 void gemini_map_set_host(struct gemini_map *map, u64 first, u64 count,

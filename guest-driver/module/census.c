@@ -124,8 +124,7 @@ static bool block_movable(unsigned long pfn, unsigned int order)
 static struct gemini_seen pinned(struct gemini *gemini, u64 block)
 {
 	return (struct gemini_seen) {
-		.used = gemini_kernel_uses(gemini, block) <<
-			gemini->block_order,
+		.used = gemini_kernel_heat(gemini, block),
 		.guest = VIRTIO_GEMINI_GUEST_PINNED,
 	};
 }
@@ -173,7 +172,7 @@ static struct gemini_seen look(struct gemini *gemini, u64 block, bool count,
 	 * block never is.
 	 */
 	movable = block_movable(pfn, order) &&
-		  !gemini_kernel_uses(gemini, block);
+		  !gemini_kernel_owns(gemini, block);
 	/* A block may be all free and still in no buddy of its size. */
 	if (in_transit(page) || (movable && count)) {
 		seen.used = count_used(page, pages);

@@ -93,14 +93,62 @@ struct gemini_census {
 	u64 total_ns;
 };
 
+/* Blocks of which it is counted how often the kernel is found at work there. */
+#define GEMINI_KERNEL_FOUND	64
+/* Most of these that are said to be busy. */
+#define GEMINI_KERNEL_BUSY	16
+
+/**
+ * struct gemini_kernel_known - a block with data of the kernel's own
+ * @block: which one
+ * @share: that so many as a share of it are said to be used: the less, the
+ *	more the kernel works with it
+ */
+struct gemini_kernel_known {
+	u64 block;
+	unsigned int share;
+};
+
+/**
+ * struct gemini_kernel_found - a block where the kernel was at work
+ * @block: which one
+ * @times: how often it was found there, the older ones counting less
+ */
+struct gemini_kernel_found {
+	u64 block;
+	unsigned int times;
+};
+
 /**
  * struct gemini_kernel - what the kernel works with all the time
- * @block: those blocks, ascending
- * @count: number of them
+ * @shift: log2 of the size of a block
+ * @known: what it is known to work with, ascending
+ * @nr_known: number of them
+ * @nr_always: of these so many are used all the time
+ * @busy: others, the busiest first; under the census's lock, as the next two
+ * @nr_busy: number of them
+ * @nr_hot: of these so many, the first ones, are hot
+ * @work: has samples taken, and picks the busiest blocks
+ * @round: how often that was
+ * @cpu: what takes the samples
+ * @lock: protects what follows; taken in softirq context
+ * @found: where samples found the kernel
+ * @samples: number of them, the older ones counting less
  */
 struct gemini_kernel {
-	u64 *block;
-	unsigned int count;
+	unsigned int shift;
+	struct gemini_kernel_known *known;
+	unsigned int nr_known;
+	unsigned int nr_always;
+	u64 busy[GEMINI_KERNEL_BUSY];
+	unsigned int nr_busy;
+	unsigned int nr_hot;
+	struct delayed_work work;
+	unsigned int round;
+	struct gemini_kernel_cpu __percpu *cpu;
+	spinlock_t lock;	/* see above */
+	struct gemini_kernel_found found[GEMINI_KERNEL_FOUND];
+	unsigned int samples;
 };
 
 /**
@@ -403,15 +451,22 @@ struct gemini_move {
 /**
  * struct gemini_heat - which huge pages of programs are hot
  * @work: looks, while huge pages are scarce; all else is its own
- * @seen: how often each block was accessed in this pass
- * @blocks: number of blocks in @seen
+ * @walked: in how many looks of this pass the processor had walked to a block
+ * @accessed: whether a block was accessed in the last pass, the one before, ...;
+ *	a bit for each
+ * @blocks: number of blocks in these
+ * @look: number of this look, from 0 on
+ * @took: time that the looks of this pass took
  * @first: of the processes that the next pass goes through, the first one
  * @passes: passes so far
  */
 struct gemini_heat {
 	struct delayed_work work;
-	u8 *seen;
+	u8 *walked;
+	u8 *accessed;
 	u64 blocks;
+	unsigned int look;
+	u64 took;
 	unsigned int first;
 	u64 passes;
 };
@@ -619,13 +674,17 @@ void gemini_broken(struct gemini *gemini, const char *what);
 
 /* kernel.c */
 int gemini_kernel_init(struct gemini *gemini);
-bool gemini_kernel_uses(struct gemini *gemini, u64 block);
+void gemini_kernel_start(struct gemini *gemini);
+void gemini_kernel_stop(struct gemini *gemini);
+bool gemini_kernel_owns(struct gemini *gemini, u64 block);
+u16 gemini_kernel_heat(struct gemini *gemini, u64 block);
 
 /* heat.c */
 void gemini_heat_init(struct gemini *gemini);
 void gemini_heat_start(struct gemini *gemini);
 void gemini_heat_stop(struct gemini *gemini);
 void gemini_heat_kick(struct gemini *gemini);
+void gemini_heat_free(struct gemini_heat *heat);
 
 /* census.c */
 int gemini_census_init(struct gemini *gemini);

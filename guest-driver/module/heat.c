@@ -7,8 +7,13 @@
  * accessed when it walks to it, and not when the TLB has it: so an entry whose
  * mark comes back soon after it was taken away, without a flush of the TLB, is
  * one that the TLB does not hold.  A pass takes the marks away some times in a
- * row; how often they were back is reported as the block's used pages, of which
- * a huge page needs no count.
+ * row; how often they were back tells what a huge page of the host would save.
+ *
+ * One that the host has already may be used all the time, and stay in the TLB
+ * for that very reason.  So a pass ends with a flush of the TLBs, and one more
+ * look: in how many of the last passes such a page was accessed right after
+ * that tells what it is worth.  Either is reported as the block's used pages, of
+ * which a huge page needs no count.
  *
  * Marks that were taken away are kept for reclaim, in the folio, as the kernel's
  * own tracking of idle pages does (mm/page_idle.c).
@@ -42,20 +47,34 @@
 /* What is no memory of the guest's that could be aligned. */
 #define SPECIAL		(VM_HUGETLB | VM_PFNMAP | VM_MIXEDMAP | VM_IO)
 
+/* Notes of a huge page of a process whether its mark was there. */
+static void note(struct gemini_heat *heat, u64 block, bool marked)
+{
+	if (block >= heat->blocks)
+		return;
+	if (!heat->look)
+		/* A mark of any age. */
+		heat->walked[block] = 0;
+	else if (heat->look <= LOOKS)
+		heat->walked[block] += marked && heat->walked[block] < LOOKS;
+	else
+		heat->accessed[block] = heat->accessed[block] << 1 | marked;
+}
+
 /* Takes the mark of a huge page away, and notes whether it was there. */
 static void look_at(struct gemini_heat *heat, struct mm_struct *mm, pmd_t *pmd)
 {
 	spinlock_t *ptl = pmd_lock(mm, pmd);
 	pmd_t now = *pmd;
-	u64 block;
+	bool marked;
 
-	if (pmd_present(now) && pmd_trans_huge(now) &&
-	    test_and_clear_bit(_PAGE_BIT_ACCESSED, (unsigned long *)pmd)) {
-		folio_set_young(page_folio(pfn_to_page(pmd_pfn(now))));
-		block = pmd_pfn(now) >> (PMD_SHIFT - PAGE_SHIFT);
-		/* One that several processes have may be counted twice. */
-		if (block < heat->blocks && heat->seen[block] < LOOKS)
-			heat->seen[block]++;
+	if (pmd_present(now) && pmd_trans_huge(now)) {
+		marked = test_and_clear_bit(_PAGE_BIT_ACCESSED,
+					    (unsigned long *)pmd);
+		if (marked)
+			folio_set_young(page_folio(pfn_to_page(pmd_pfn(now))));
+		/* That of several processes may be noted more than once. */
+		note(heat, pmd_pfn(now) >> (PMD_SHIFT - PAGE_SHIFT), marked);
 	}
 	spin_unlock(ptl);
 }
@@ -140,29 +159,57 @@ static unsigned int find_memory(struct gemini_heat *heat,
 	return count;
 }
 
-/* Returns the time that looking took. */
-static u64 look_at_all(struct gemini_heat *heat)
+static void flush_here(void *unused)
+{
+	__flush_tlb_all();
+}
+
+static void look_at_all(struct gemini_heat *heat)
 {
 	struct mm_struct *found[PROCESSES];
-	unsigned int count, i, looks;
-	u64 took = 0;
+	unsigned int count, i;
 
 	count = find_memory(heat, found);
-	for (looks = 0; looks <= LOOKS; looks++) {
-		u64 start = ktime_get_ns();
+	heat->took = 0;
+	for (heat->look = 0; heat->look <= LOOKS + 1; heat->look++) {
+		u64 start;
 
+		if (heat->look > LOOKS)
+			/* All marks are away: what is back was accessed. */
+			on_each_cpu(flush_here, NULL, 1);
+		if (heat->look)
+			usleep_range(LOOK_MIN_US, LOOK_MAX_US);
+		start = ktime_get_ns();
 		for (i = 0; i < count; i++)
 			look_at_memory(heat, found[i]);
-		took += ktime_get_ns() - start;
-		/* The first one finds marks of any age. */
-		if (!looks)
-			memset(heat->seen, 0, heat->blocks);
-		if (looks < LOOKS)
-			usleep_range(LOOK_MIN_US, LOOK_MAX_US);
+		heat->took += ktime_get_ns() - start;
 	}
 	while (count)
 		mmput(found[--count]);
-	return took;
+}
+
+/* Room for all blocks: of what is new all is taken to be in use. */
+static bool make_room(struct gemini_heat *heat, u64 blocks)
+{
+	u8 *walked, *accessed;
+
+	if (blocks <= heat->blocks)
+		return true;
+	walked = kvzalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
+	accessed = kvmalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
+	if (!walked || !accessed) {
+		kvfree(walked);
+		kvfree(accessed);
+		return false;
+	}
+	memset(accessed, U8_MAX, blocks);
+	if (heat->blocks)
+		memcpy(accessed, heat->accessed, heat->blocks);
+	gemini_heat_free(heat);
+	heat->walked = walked;
+	heat->accessed = accessed;
+	heat->blocks = blocks;
+	return true;
 }
 
 static void heat_work(struct work_struct *work)
@@ -171,26 +218,22 @@ static void heat_work(struct work_struct *work)
 		container_of(to_delayed_work(work), struct gemini, heat.work);
 	struct gemini_heat *heat = &gemini->heat;
 	unsigned long end = 0;
-	u64 took = 0;
 	int nid;
 
 	if (!READ_ONCE(gemini->scarce))
 		return;
 	for_each_online_node(nid)
 		end = max(end, node_end_pfn(nid));
-	heat->blocks = end >> gemini->block_order;
-	heat->seen = kvzalloc(heat->blocks, GFP_KERNEL | __GFP_NOWARN);
-	if (heat->seen) {
-		took = look_at_all(heat);
-		gemini_map_heat(&gemini->map, heat->seen, heat->blocks,
-				(1U << gemini->block_order) / LOOKS);
-		kvfree(heat->seen);
+	if (make_room(heat, end >> gemini->block_order)) {
+		look_at_all(heat);
+		gemini_map_heat(&gemini->map, heat->walked, heat->accessed,
+				heat->blocks);
 		WRITE_ONCE(heat->passes, heat->passes + 1);
 		gemini_report_kick(gemini);
 	}
 	queue_delayed_work(gemini->wq, &heat->work,
 			   max_t(unsigned long, PERIOD,
-				 nsecs_to_jiffies(took * REST_FACTOR)));
+				 nsecs_to_jiffies(heat->took * REST_FACTOR)));
 }
 
 /**
@@ -221,6 +264,19 @@ void gemini_heat_stop(struct gemini *gemini)
 	disable_delayed_work_sync(&gemini->heat.work);
 }
 
+/**
+ * gemini_heat_free() - forget all
+ * @heat: its work does not run
+ */
+void gemini_heat_free(struct gemini_heat *heat)
+{
+	kvfree(heat->walked);
+	kvfree(heat->accessed);
+	heat->walked = NULL;
+	heat->accessed = NULL;
+	heat->blocks = 0;
+}
+
 void gemini_heat_init(struct gemini *gemini)
 {
 	INIT_DELAYED_WORK(&gemini->heat.work, heat_work);
@@ -238,6 +294,10 @@ void gemini_heat_start(struct gemini *gemini)
 }
 
 void gemini_heat_stop(struct gemini *gemini)
+{
+}
+
+void gemini_heat_free(struct gemini_heat *heat)
 {
 }
 

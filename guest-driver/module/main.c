@@ -76,6 +76,7 @@ static void stop(struct gemini *gemini)
 	gemini_trim_stop(gemini);
 	gemini_booking_stop(gemini);
 	gemini_heat_stop(gemini);
+	gemini_kernel_stop(gemini);
 	gemini_census_stop(gemini);
 	gemini_hints_stop(gemini);
 	gemini_report_stop(gemini);
@@ -119,6 +120,7 @@ static int start(struct gemini *gemini)
 	gemini_hold_open(gemini);
 	gemini_booking_start(gemini);
 	gemini_heat_start(gemini);
+	gemini_kernel_start(gemini);
 	gemini_trim_start(gemini);
 	gemini_giving_start(gemini);
 	virtio_device_ready(vdev);
@@ -187,6 +189,7 @@ static void free_device(struct gemini *gemini)
 {
 	gemini_hints_exit(gemini);
 	gemini_report_exit(gemini);
+	gemini_heat_free(&gemini->heat);
 	gemini_map_destroy(&gemini->map);
 	if (gemini->wq)
 		destroy_workqueue(gemini->wq);

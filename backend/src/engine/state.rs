@@ -881,14 +881,14 @@ mod tests {
         let mut state = state_of(8);
         let runs = [HostRun { first: 0, count: 8, state: HostState::Base, resident: 512 }];
         state.apply_look(&runs);
-        for (index, used) in [(1, 0), (2, 512), (3, 0)] {
+        for (index, used) in [(1, 0), (2, 512), (3, 0), (4, 256)] {
             state.set_guest(index, GuestState::Pinned, used);
         }
         for (policy, fragmented, wanted) in [
             (Policy::Gemini, false, 1),
             (Policy::Gemini, true, 1),
-            (Policy::GeminiKernel, true, 1),
-            (Policy::GeminiKernel, false, 3),
+            (Policy::GeminiKernel, true, 2),
+            (Policy::GeminiKernel, false, 4),
         ] {
             state.set_policy(policy);
             state.set_fragmented(fragmented);

@@ -25,12 +25,12 @@ pub enum Policy {
     /// Collapse everything that is resident, wherever the guest has huge pages or not.
     Always,
     /// Put host huge pages under guest huge pages (Gemini paper, section 4) and under the few
-    /// blocks that the guest's kernel works with all the time, and prepare what the guest asks
-    /// for. The kernel maps all memory by pages of 1 GiB or 2 MiB: its blocks are huge in the
-    /// guest, whatever they hold.
+    /// blocks that the guest's kernel works with most, and prepare what the guest asks for. The
+    /// kernel maps all memory by pages of 1 GiB or 2 MiB: its blocks are huge in the guest,
+    /// whatever they hold.
     Gemini,
-    /// The same, and under all that the guest's kernel has for itself while the host is not
-    /// fragmented.
+    /// The same, and under all that the guest's kernel works with much; and under all that it has
+    /// for itself while the host is not fragmented.
     GeminiKernel,
     /// Half of `Gemini`: prepare what the guest asks for, and collapse nothing unasked.
     PrepareOnly,
@@ -60,7 +60,10 @@ impl Policy {
                 Self::None | Self::PrepareOnly => false,
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
                 Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
-                Self::Gemini => block.guest_is_huge(),
+                Self::Gemini => match block.guest {
+                    GuestState::Pinned => block.used >= HOT,
+                    _ => block.guest_is_huge(),
+                },
                 Self::GeminiKernel => {
                     block.guest_is_huge() || (block.guest == GuestState::Pinned && !fragmented)
                 }
@@ -101,11 +104,12 @@ mod tests {
     #[test]
     fn gemini_collapses_where_the_guest_is_huge_or_its_kernel_works() {
         for guest in GuestState::ALL {
-            for (used, fragmented) in [(0, false), (0, true), (512, false), (512, true)] {
+            let all = [0, 256, 512].map(|used| [(used, false), (used, true)]);
+            for (used, fragmented) in all.concat() {
                 let block = Block { used, ..block(guest, HostState::Base) };
                 let (gemini, kernel) = match guest {
                     GuestState::Huge => (true, true),
-                    GuestState::Pinned => (used > 0, used > 0 || !fragmented),
+                    GuestState::Pinned => (used == 512, used > 0 || !fragmented),
                     _ => (false, false),
                 };
                 let wants = |policy: Policy| policy.wants_collapse(&block, fragmented);

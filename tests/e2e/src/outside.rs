@@ -271,6 +271,25 @@ impl GuestMemory {
         Ok(found)
     }
 
+    /// Guest addresses within `blocks` that hold memory, whoever has it mapped.
+    ///
+    /// # Errors
+    /// If QEMU is gone.
+    pub fn memory_in(&self, blocks: &BTreeSet<u64>) -> anyhow::Result<Vec<Range<u64>>> {
+        let mut found = Vec::new();
+        for part in &self.parts {
+            let resident = self.resident(part)?;
+            for gpa in blocks.iter().map(|block| block << BLOCK_SHIFT) {
+                let within = |range: &Range<u64>| {
+                    let part = range.start.max(gpa)..range.end.min(gpa + BLOCK);
+                    (!part.is_empty()).then_some(part)
+                };
+                found.extend(resident.iter().filter_map(within));
+            }
+        }
+        Ok(found)
+    }
+
     /// Guest addresses of a part that hold memory, whoever has it mapped.
     fn resident(&self, part: &Part) -> anyhow::Result<Vec<Range<u64>>> {
         let file = self.file(part)?;

@@ -661,10 +661,11 @@ impl Changing {
                 self.wait_held(&mut back)?;
             }
             if !back.is_empty() {
-                eprintln!("blocks that are {state:?} again, and free: {back:?}");
+                let memory = self.lab.memory.memory_in(&back)?;
+                eprintln!("blocks that are {state:?} again, and free: {back:?}: {memory:x?}");
                 let (after, passed) = (self.lab.daemon.status()?, looked.elapsed());
                 eprintln!("the daemon {passed:?} before: {before:?}, and now: {after:?}");
-                self.seen.repopulated += back.len() as u64 * crate::BLOCK;
+                self.seen.repopulated += memory.iter().map(|r| r.end - r.start).sum::<u64>();
             }
         }
         self.count_files()
