@@ -291,7 +291,9 @@ unsigned int gemini_map_see(struct gemini_map *map, u64 first,
  * @accessed: a bit for each of 8 looks, set if it had been accessed
  * @count: number of blocks, from the first one on
  *
- * What counts is what a huge page of the host would save, or does.
+ * Where the host has no huge page it has to be both: one that is used, but hits
+ * the TLB, would save nothing; and one that misses it, but is used no more than
+ * others are, is not worth to take a huge page from those.
  */
 void gemini_map_heat(struct gemini_map *map, const u8 *walked,
 		     const u8 *accessed, u64 count)
@@ -312,9 +314,9 @@ void gemini_map_heat(struct gemini_map *map, const u8 *walked,
 			if (entry->guest != VIRTIO_GEMINI_GUEST_HUGE)
 				continue;
 			if (block < count)
-				times = gemini_host_huge(entry->host) ?
-					hweight8(accessed[block]) :
-					walked[block];
+				times = hweight8(accessed[block]);
+			if (times && !gemini_host_huge(entry->host))
+				times = min(times, walked[block]);
 			set_guest(map, block, entry, entry->guest,
 				  times * weight);
 		}

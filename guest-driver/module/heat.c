@@ -7,13 +7,13 @@
  * accessed when it walks to it, and not when the TLB has it: so an entry whose
  * mark comes back soon after it was taken away, without a flush of the TLB, is
  * one that the TLB does not hold.  A pass takes the marks away some times in a
- * row; how often they were back tells what a huge page of the host would save.
+ * row, and counts how often they were back.
  *
- * One that the host has already may be used all the time, and stay in the TLB
- * for that very reason.  So a pass ends with a flush of the TLBs, and one more
- * look: in how many of the last passes such a page was accessed right after
- * that tells what it is worth.  Either is reported as the block's used pages, of
- * which a huge page needs no count.
+ * One that the host has huge already may be used all the time, and stay in the
+ * TLB for that very reason.  So a pass ends with a flush of the TLBs, and one
+ * more look; in how many of the last passes a page was accessed right after that
+ * tells how much it is used.  The result is reported as the block's used pages,
+ * of which a huge page needs no count.
  *
  * Marks that were taken away are kept for reclaim, in the folio, as the kernel's
  * own tracking of idle pages does (mm/page_idle.c).

@@ -30,7 +30,7 @@ pub struct Demotion {
     victims: VecDeque<usize>,
     /// Aligned and cold at the last sweep, by the number of sweeps.
     cold: Ages,
-    /// Indices of those that are to be demoted for hot ones.
+    /// Indices of those that are to be demoted for hot ones, the coldest first.
     cold_victims: VecDeque<usize>,
     /// Blocks that are spared, and until when.
     spared: Bitmap,
@@ -169,8 +169,14 @@ impl Demotion {
             self.cold.assign(index, map.get(index).is_some_and(is_cold));
         }
         let old = self.cold.oldest_first().take(AGES - YOUNG);
-        let victims = old.flat_map(|age| age.iter()).filter(|index| !rests(*index));
-        self.cold_victims = victims.take(MOST).collect();
+        let heat = |index: usize| map.get(index).map_or(0, |block| block.used);
+        let mut cold: Vec<(u16, usize)> = old
+            .flat_map(|age| age.iter())
+            .filter(|index| !rests(*index))
+            .map(|index| (heat(index), index))
+            .collect();
+        cold.sort_unstable();
+        self.cold_victims = cold.into_iter().map(|(_, index)| index).take(MOST).collect();
         self.victims.clear();
         let mut base = Vec::new();
         // But for the youngest: those were of use at the last sweep.
@@ -257,7 +263,7 @@ mod tests {
     fn what_is_cold_for_long_makes_way_and_what_was_hot_is_spared() {
         let mut now = Instant::now();
         let mut map = BlockMap::new(&[0..10]);
-        for (index, heat) in [(1, 0), (2, 0), (3, 512), (4, 0)] {
+        for (index, heat) in [(1, 64), (2, 0), (3, 512), (4, 0), (5, 0), (6, 192)] {
             map.set_guest(index, GuestState::Huge, heat);
             map.set_host(index, HostState::Huge);
         }
@@ -273,9 +279,10 @@ mod tests {
         let soon = sweep(&mut demotion, &map, 3);
         assert_eq!(demotion.next_cold(&map, soon), None, "cold for too short a time");
         let later = sweep(&mut demotion, &map, 20);
-        assert_eq!(demotion.next_cold(&map, later), Some(1), "the others rest, are hot, or spared");
-        assert_eq!(demotion.next_cold(&map, later), None);
-        map.set_host(1, HostState::Base);
+        let order = [5, 1, 6].map(Some);
+        assert_eq!([(); 3].map(|()| demotion.next_cold(&map, later)), order, "the coldest first");
+        assert_eq!(demotion.next_cold(&map, later), None, "the others rest, are hot, or spared");
+        [1, 5, 6].map(|index| map.set_host(index, HostState::Base));
         let end = sweep(&mut demotion, &map, 300);
         assert_eq!(demotion.next_cold(&map, end), Some(4));
     }

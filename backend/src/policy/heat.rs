@@ -3,14 +3,17 @@
 
 use crate::bitmap::Bitmap;
 
-/// Below this, of the 512 that a driver tells at most, a block is cold. Each class is as wide.
-pub const COLD: u16 = 128;
+/// Width of a class, of the 512 that a driver tells at most.
+const WIDTH: u16 = 128;
+/// Below this a block is cold enough to make way for a hot one. What is gone through in turn is not
+/// quite cold.
+pub const COLD: u16 = 2 * WIDTH;
 /// From here on it is hot: of the highest class.
-pub const HOT: u16 = 384;
-/// Classes above the cold one.
+pub const HOT: u16 = 3 * WIDTH;
+/// Classes above the lowest one.
 const CLASSES: usize = 3;
 
-/// Blocks that are not cold.
+/// Blocks that are not of the lowest class.
 #[derive(Debug)]
 pub struct Heat {
     /// Disjoint, the coolest first.
@@ -25,13 +28,13 @@ impl Heat {
 
     /// Notes what the driver told of a block.
     pub fn assign(&mut self, index: usize, heat: u16) {
-        let class = usize::from(heat / COLD).min(CLASSES);
+        let class = usize::from(heat / WIDTH).min(CLASSES);
         for (number, members) in self.classes.iter_mut().enumerate() {
             members.assign(index, number + 1 == class);
         }
     }
 
-    /// A block of `wanted` of the highest class that has any, but the cold one.
+    /// A block of `wanted` of the highest class that has any, but the lowest one.
     pub fn hottest(&self, wanted: &Bitmap) -> Option<usize> {
         self.classes.iter().rev().find_map(|members| members.next_common(wanted))
     }
