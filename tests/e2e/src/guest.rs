@@ -263,8 +263,17 @@ impl Guest {
     /// # Errors
     /// As [`Guest::driver_blocks`].
     pub fn kernel_blocks(&self) -> anyhow::Result<BTreeSet<u64>> {
+        self.blocks_kernel_uses(crate::BLOCK >> 12)
+    }
+
+    /// Blocks that its kernel works with at least so much, by the word of the driver: from 1
+    /// to 512, which is all the time.
+    ///
+    /// # Errors
+    /// As [`Guest::driver_blocks`].
+    pub fn blocks_kernel_uses(&self, least: u64) -> anyhow::Result<BTreeSet<u64>> {
         let runs = self.driver_blocks()?;
-        let named = runs.iter().filter(|run| run.guest == "pinned" && run.used > 0);
+        let named = runs.iter().filter(|run| run.guest == "pinned" && run.used >= least);
         Ok(named.flat_map(|run| run.first..run.first + run.count).collect())
     }
 

@@ -1,6 +1,6 @@
 //! The driver comes and goes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
@@ -56,13 +56,16 @@ fn driver_names_what_its_kernel_works_with_and_gemini_makes_it_huge() -> anyhow:
     let mut lab = Lab::start(&bench, "kernel-data", "none", |_| {})?;
     let named = lab.vm.guest.kernel_blocks()?;
     let memory = lab.vm.guest.shell("cat /proc/iomem")?;
-    for part in ["Kernel data", "Kernel bss"] {
-        let line = memory.lines().find(|line| line.ends_with(part)).context("no such part")?;
+    let used = lab.vm.guest.blocks_kernel_uses(1)?;
+    for (part, named) in [("rodata", &named), ("data", &named), ("bss", &used)] {
+        let part = format!("Kernel {part}");
+        let line = memory.lines().find(|line| line.ends_with(&part)).context("no such part")?;
         let start = line.trim().split('-').next().context("a range")?;
         let block = u64::from_str_radix(start, 16)? / BLOCK;
         ensure!(named.contains(&block), "{part} begins in block {block}, named are {named:?}");
     }
     ensure!((4..=5).contains(&named.len()), "{named:?}");
+    ensure!((1..=2).contains(&(used.len() - named.len())), "{used:?}");
 
     let huge = |lab: &Lab| anyhow::Ok(&lab.memory.huge_blocks()? & &named);
     let before = huge(&lab)?;
@@ -73,5 +76,40 @@ fn driver_names_what_its_kernel_works_with_and_gemini_makes_it_huge() -> anyhow:
     // A block that is not wholly resident is not filled for it.
     ensure!(after.len() + 1 >= named.len(), "of {named:?} the host has {after:?} huge");
     lab.vm.expect_alive()?;
+    lab.daemon.stop()
+}
+
+/// A kernel that works much is found at it, where it has its objects: what a block holds is told
+/// by /proc/kpageflags.
+#[test]
+fn driver_finds_where_its_kernel_works() -> anyhow::Result<()> {
+    /// Bits of a page that the kernel's allocator has, and of one that it set aside at boot,
+    /// as it did for its array of pages.
+    const KERNELS: u64 = 1 << 7 | 1 << 32;
+    let bench = Bench::from_env()?;
+    let lab = Lab::start(&bench, "kernel-work", "none", |_| {})?;
+    let guest = &lab.vm.guest;
+    let known = guest.blocks_kernel_uses(1)?;
+    guest.shell("for i in 1 2; do (while :; do /bin/true; done) >/dev/null 2>&1 & done")?;
+    let deadline = Instant::now() + Duration::from_secs(150);
+    let found = loop {
+        let found = &guest.blocks_kernel_uses(1)? - &known;
+        if found.len() > 2 {
+            break found;
+        }
+        ensure!(Instant::now() < deadline, "the kernel was not found at work: {found:?}");
+        std::thread::sleep(Duration::from_secs(2));
+    };
+    ensure!(found.len() <= 16, "{found:?}");
+    for block in &found {
+        // Eight bytes a page, so that a block has 4096.
+        let pages = guest.shell(&format!(
+            "dd if=/proc/kpageflags bs=4096 skip={block} count=1 2>/dev/null | od -An -v -tx8"
+        ))?;
+        let mut flags = pages.split_whitespace().map(|word| u64::from_str_radix(word, 16));
+        let kernels = flags.any(|flags| flags.is_ok_and(|flags| flags & KERNELS != 0));
+        ensure!(kernels, "block {block} has nothing of the kernel's: {pages}");
+    }
+    ensure!(guest.kernel_blocks()?.is_subset(&known), "a guest of few huge pages");
     lab.daemon.stop()
 }
