@@ -9,7 +9,7 @@ use super::worker::Deed;
 use super::{SLEEP_MAX, THROTTLE};
 use crate::backing::{HostRun, HostState};
 use crate::budget::{CopyBudget, CpuBudget};
-use crate::policy::HOT;
+use crate::policy::WARM;
 use crate::protocol::{GuestState, Record, S_FAILED, S_OK};
 use std::time::{Duration, Instant};
 
@@ -130,7 +130,7 @@ impl State {
         }
         if self.repair.wants() && allowance.pages == 0 {
             // The end of moves wakes us by itself.
-            if !self.moving.is_wanted() || self.repair.agenda().wants_hot() {
+            if !self.moving.is_wanted() || self.repair.agenda().makes_way() > 0 {
                 let until = self.demotion.next_sweep().saturating_duration_since(now);
                 shorten(sleep, until.max(THROTTLE));
             }
@@ -169,7 +169,7 @@ impl State {
         if !at_limit || !allowance.background || allowance.copies == 0 {
             return None;
         }
-        let hot = self.repair.agenda().wants_hot();
+        let makes_way = self.repair.agenda().makes_way();
         let (rests, kept) = (|index| self.repair.rests(index), self.timeout.at_limit());
         // What the guest moves to is not to be taken away meanwhile, and no copy is needed then.
         let block = if self.moving.is_wanted() {
@@ -179,7 +179,7 @@ impl State {
             self.demotion.next(&self.map, rests, kept, now)
         };
         let block = match block {
-            None if hot => self.demotion.next_cold(&self.map, now),
+            None => self.demotion.next_cold(&self.map, makes_way, now),
             block => block,
         };
         block.map(|block| Work::Demote { block })
@@ -226,7 +226,7 @@ impl State {
             for &(block, outcome) in &deed.outcomes {
                 let Some(index) = self.map.index_of(block) else { continue };
                 let known = self.map.get(index).copied().unwrap_or_default();
-                if outcome == Outcome::Done && known.guest == GuestState::Huge && known.used >= HOT
+                if outcome == Outcome::Done && known.guest == GuestState::Huge && known.used >= WARM
                 {
                     self.demotion.spare(index, now);
                 }

@@ -114,15 +114,20 @@ impl Demotion {
         None
     }
 
-    /// The next block to demote for one that is hot, if none is of no use: one that has been cold
-    /// for long when [`Demotion::look`] looked last.
-    pub fn next_cold(&mut self, map: &BlockMap, now: Instant) -> Option<u64> {
+    /// The next block to demote for one that is hot, if none is of no use: one that is used less
+    /// than `makes_way`, and had been cold for long when [`Demotion::look`] looked last.
+    pub fn next_cold(&mut self, map: &BlockMap, makes_way: u16, now: Instant) -> Option<u64> {
         while let Some((_, index)) = self.spared_until.front().filter(|(until, _)| *until <= now) {
             self.spared.assign(*index, false);
             self.spared_until.pop_front();
         }
-        while let Some(index) = self.cold_victims.pop_front() {
-            if !self.spared.get(index) && map.get(index).is_some_and(is_cold) {
+        while let Some(index) = self.cold_victims.front().copied() {
+            let cold = map.get(index).filter(|block| is_cold(block) && !self.spared.get(index));
+            if cold.is_some_and(|block| block.used >= makes_way) {
+                return None; // so are those behind it, and hotter ones may be wanted next
+            }
+            self.cold_victims.pop_front();
+            if cold.is_some() {
                 return map.block_at(index).map(|(block, _)| block);
             }
         }
@@ -263,7 +268,7 @@ mod tests {
     fn what_is_cold_for_long_makes_way_and_what_was_hot_is_spared() {
         let mut now = Instant::now();
         let mut map = BlockMap::new(&[0..10]);
-        for (index, heat) in [(1, 64), (2, 0), (3, 512), (4, 0), (5, 0), (6, 192)] {
+        for (index, heat) in [(1, 64), (2, 0), (3, 512), (4, 0), (5, 0), (6, COLD)] {
             map.set_guest(index, GuestState::Huge, heat);
             map.set_host(index, HostState::Huge);
         }
@@ -277,14 +282,17 @@ mod tests {
             now
         };
         let soon = sweep(&mut demotion, &map, 3);
-        assert_eq!(demotion.next_cold(&map, soon), None, "cold for too short a time");
+        assert_eq!(demotion.next_cold(&map, COLD, soon), None, "cold for too short a time");
         let later = sweep(&mut demotion, &map, 20);
-        let order = [5, 1, 6].map(Some);
-        assert_eq!([(); 3].map(|()| demotion.next_cold(&map, later)), order, "the coldest first");
-        assert_eq!(demotion.next_cold(&map, later), None, "the others rest, are hot, or spared");
-        [1, 5, 6].map(|index| map.set_host(index, HostState::Base));
+        let mut next = |makes_way| demotion.next_cold(&map, makes_way, later);
+        let order = [(0, None), (64, Some(5)), (64, None), (128, Some(1)), (COLD, None)];
+        for (makes_way, victim) in order {
+            assert_eq!(next(makes_way), victim, "{makes_way}; the others rest, are hot, or spared");
+        }
+        map.set_host(1, HostState::Base);
+        map.set_host(5, HostState::Base);
         let end = sweep(&mut demotion, &map, 300);
-        assert_eq!(demotion.next_cold(&map, end), Some(4));
+        assert_eq!(demotion.next_cold(&map, COLD, end), Some(4));
     }
 
     #[test]

@@ -123,11 +123,12 @@ impl Agenda {
         }
     }
 
-    /// Whether a block is wanted that is hot.
-    pub fn wants_hot(&self) -> bool {
+    /// Huge pages of the guest that are used less than this make way for the hottest of those that
+    /// are wanted, as far as the driver tells; 0 if none is hot.
+    pub fn makes_way(&self) -> u16 {
         match &self.order {
-            Order::Oldest { heat, .. } => heat.any_hot(&self.wanted),
-            _ => false,
+            Order::Oldest { heat, .. } => heat.makes_way(&self.wanted),
+            _ => 0,
         }
     }
 
@@ -273,9 +274,9 @@ mod tests {
             agenda.note_heat(index, heat);
             agenda.consider(index, true);
         }
-        assert!(agenda.wants_hot());
+        assert_eq!(agenda.makes_way(), 192);
         assert_eq!(take(&mut agenda), Some(8));
-        assert!(!agenda.wants_hot());
+        assert_eq!(agenda.makes_way(), 128);
         assert_eq!(drain(&mut agenda), [7, 6, 5]);
     }
 

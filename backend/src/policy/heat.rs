@@ -1,17 +1,19 @@
-//! How hot the guest's huge pages are, by the word of its driver: in how many of its looks the
-//! processor had walked to them. Coarsely, each class on a bitmap of its own.
+//! How hot the guest's huge pages are, by the word of its driver: in how many of its looks they had
+//! been used. Coarsely, each class on a bitmap of its own.
 
 use crate::bitmap::Bitmap;
 
 /// Width of a class, of the 512 that a driver tells at most.
 const WIDTH: u16 = 128;
-/// Below this a block is cold enough to make way for a hot one. What is gone through in turn is not
-/// quite cold.
-pub const COLD: u16 = 2 * WIDTH;
-/// From here on it is hot: of the highest class.
-pub const HOT: u16 = 3 * WIDTH;
 /// Classes above the lowest one.
 const CLASSES: usize = 3;
+/// From here on a block is of one of these.
+const FLOORS: [u16; CLASSES] = [WIDTH, 2 * WIDTH, 3 * WIDTH];
+/// From here on a block may take a huge page from one that is used less than half as much. What is
+/// gone through in turn, over and over, is not quite cold.
+pub const WARM: u16 = FLOORS[0];
+/// From here on a block makes way for none.
+pub const COLD: u16 = FLOORS[CLASSES - 1] / 2;
 
 /// Blocks that are not of the lowest class.
 #[derive(Debug)]
@@ -39,9 +41,12 @@ impl Heat {
         self.classes.iter().rev().find_map(|members| members.next_common(wanted))
     }
 
-    /// Whether one of `wanted` is of the highest class.
-    pub fn any_hot(&self, wanted: &Bitmap) -> bool {
-        self.classes[CLASSES - 1].next_common(wanted).is_some()
+    /// Blocks that are used less than this make way for the hottest of `wanted`; 0 if it is of the
+    /// lowest class, or none is wanted.
+    pub fn makes_way(&self, wanted: &Bitmap) -> u16 {
+        let mut classes = FLOORS.iter().zip(&self.classes).rev();
+        let hottest = classes.find(|(_, members)| members.next_common(wanted).is_some());
+        hottest.map_or(0, |(floor, _)| floor / 2)
     }
 }
 
@@ -58,17 +63,17 @@ mod tests {
             heat.assign(index, told);
         }
         assert_eq!(heat.hottest(&wanted), Some(3));
-        assert!(!heat.any_hot(&wanted));
-        heat.assign(4, HOT);
-        assert!(heat.any_hot(&wanted));
+        assert_eq!(heat.makes_way(&wanted), 128);
+        heat.assign(4, 3 * WIDTH);
+        assert_eq!(heat.makes_way(&wanted), COLD);
         assert_eq!(heat.hottest(&wanted), Some(4));
         heat.assign(4, u16::MAX);
         assert_eq!(heat.hottest(&wanted), Some(4));
         for index in [3, 4] {
             heat.assign(index, 0);
         }
-        assert_eq!(heat.hottest(&wanted), Some(2));
-        heat.assign(2, 127);
-        assert_eq!(heat.hottest(&wanted), None);
+        assert_eq!((heat.hottest(&wanted), heat.makes_way(&wanted)), (Some(2), 64));
+        heat.assign(2, WARM - 1);
+        assert_eq!((heat.hottest(&wanted), heat.makes_way(&wanted)), (None, 0));
     }
 }

@@ -10,7 +10,7 @@ mod heat;
 
 pub use agenda::Agenda;
 pub use ages::{Ages, AGES};
-pub use heat::{COLD, HOT};
+pub use heat::{COLD, WARM};
 
 use crate::backing::{Holes, HostState};
 use crate::block_map::Block;
@@ -44,6 +44,8 @@ pub enum Policy {
     HawkeyeLike,
 }
 
+/// Used pages, by the word of the driver, of a block that the guest's kernel works with all the time.
+const ALWAYS: u16 = 512;
 /// Base pages of a block from which on Ingens makes it huge: 90 % of 512.
 const INGENS_PAGES: u16 = 460;
 /// Fragmentation index of the host, in thousandths, from which on it looks at them.
@@ -61,7 +63,7 @@ impl Policy {
                 Self::Always | Self::KubevirtLike | Self::HawkeyeLike => true,
                 Self::IngensLike => !fragmented || block.resident >= INGENS_PAGES,
                 Self::Gemini => match block.guest {
-                    GuestState::Pinned => block.used >= HOT,
+                    GuestState::Pinned => block.used >= ALWAYS,
                     _ => block.guest_is_huge(),
                 },
                 Self::GeminiKernel => {
