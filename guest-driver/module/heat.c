@@ -31,6 +31,8 @@
 
 #ifdef CONFIG_X86_64
 
+#include <asm/invpcid.h>
+
 /*
  * Looks of one pass, and the time between two: short, or whoever goes through
  * all of his memory in turn would seem to be everywhere.
@@ -159,9 +161,17 @@ static unsigned int find_memory(struct gemini_heat *heat,
 	return count;
 }
 
+/*
+ * Memory of processes is never global.  Modules have no function for this in all
+ * kernels.  Without INVPCID other address spaces keep theirs, where processors
+ * have PCIDs (before Haswell): what they use may seem to be less used.
+ */
 static void flush_here(void *unused)
 {
-	__flush_tlb_all();
+	if (boot_cpu_has(X86_FEATURE_INVPCID))
+		invpcid_flush_all_nonglobals();
+	else
+		native_write_cr3(__native_read_cr3());
 }
 
 static void look_at_all(struct gemini_heat *heat)

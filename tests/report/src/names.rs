@@ -30,6 +30,8 @@ pub struct Policy {
 pub const BASE: &str = "none";
 /// The project's own.
 pub const GEMINI: &str = "gemini";
+/// The same, with more huge pages of the host under the guest's kernel.
+pub const GEMINI_KERNEL: &str = "gemini-kernel";
 /// The upper bound.
 pub const STATIC: &str = "hugetlb";
 
@@ -63,10 +65,10 @@ pub const POLICIES: [Policy; 15] = [
     },
     Policy { name: GEMINI, kind: Kind::Gemini, what: "this project, all of it" },
     Policy {
-        name: "gemini-kernel",
+        name: GEMINI_KERNEL,
         kind: Kind::Gemini,
         what: "the same, and the host's huge pages under all that the guest's kernel has for \
-               itself, where the host is not fragmented",
+               itself; where the host is fragmented, under what it works with much",
     },
     without("gemini-no-placement", "guest huge pages are not put on ready blocks"),
     without("gemini-no-booking", "no block is held for a huge page"),
