@@ -287,18 +287,15 @@ unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 /**
  * gemini_map_heat() - enter how hot huge pages are
  * @map: the map
- * @walked: of each block, in how many of 8 looks the processor had walked to it
- * @accessed: a bit for each of 8 looks, set if it had been accessed
- * @count: number of blocks, from the first one on
- *
- * Where the host has no huge page it has to be both: one that is used, but hits
- * the TLB, would save nothing; and one that misses it, but is used no more than
- * others are, is not worth to take a huge page from those.
+ * @heat_of: tells how hot a block is, from 0 to its number of pages, where the
+ *	host has a huge page, or has not; does not sleep
+ * @heat: passed to it
  */
-void gemini_map_heat(struct gemini_map *map, const u8 *walked,
-		     const u8 *accessed, u64 count)
+void gemini_map_heat(struct gemini_map *map,
+		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block,
+				    bool host_huge),
+		     const struct gemini_heat *heat)
 {
-	const unsigned int weight = (1U << map->order) / 8;
 	struct gemini_chunk *chunk;
 	unsigned long index;
 
@@ -309,16 +306,11 @@ void gemini_map_heat(struct gemini_map *map, const u8 *walked,
 		spin_lock(&map->lock);
 		for (i = 0; i < GEMINI_CHUNK_BLOCKS; i++, block++) {
 			struct gemini_block *entry = &chunk->block[i];
-			unsigned int times = 0;
+			bool host_huge = gemini_host_huge(entry->host);
 
-			if (entry->guest != VIRTIO_GEMINI_GUEST_HUGE)
-				continue;
-			if (block < count)
-				times = hweight8(accessed[block]);
-			if (times && !gemini_host_huge(entry->host))
-				times = min(times, walked[block]);
-			set_guest(map, block, entry, entry->guest,
-				  times * weight);
+			if (entry->guest == VIRTIO_GEMINI_GUEST_HUGE)
+				set_guest(map, block, entry, entry->guest,
+					  heat_of(heat, block, host_huge));
 		}
 		spin_unlock(&map->lock);
 		cond_resched();

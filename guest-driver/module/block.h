@@ -134,6 +134,9 @@ struct gemini_map {
 	unsigned int nr_ram;
 };
 
+/* What is known of how hot blocks are; not the map's business. */
+struct gemini_heat;
+
 /* What the census saw of one block. */
 struct gemini_seen {
 	u16 used;
@@ -164,8 +167,10 @@ void gemini_map_destroy(struct gemini_map *map);
 int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
 struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
 
-void gemini_map_heat(struct gemini_map *map, const u8 *walked,
-		     const u8 *accessed, u64 count);
+void gemini_map_heat(struct gemini_map *map,
+		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block,
+				    bool host_huge),
+		     const struct gemini_heat *heat);
 unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 			    const struct gemini_seen *seen, unsigned int count);
 void gemini_map_set_host(struct gemini_map *map, u64 first, u64 count,

@@ -452,8 +452,10 @@ struct gemini_move {
  * struct gemini_heat - which huge pages of programs are hot
  * @work: looks, while huge pages are scarce; all else is its own
  * @walked: in how many looks of this pass the processor had walked to a block
- * @accessed: whether a block was accessed in the last pass, the one before, ...;
- *	a bit for each
+ * @used: whether a block was accessed before the last pass, between it and the
+ *	one before, ...; a bit for each
+ * @accessed: whether it was right after the flush of the last pass, the one
+ *	before, ...
  * @blocks: number of blocks in these
  * @look: number of this look, from 0 on
  * @took: time that the looks of this pass took
@@ -463,6 +465,7 @@ struct gemini_move {
 struct gemini_heat {
 	struct delayed_work work;
 	u8 *walked;
+	u8 *used;
 	u8 *accessed;
 	u64 blocks;
 	unsigned int look;

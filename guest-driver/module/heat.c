@@ -12,8 +12,9 @@
  * One that the host has huge already may be used all the time, and stay in the
  * TLB for that very reason.  So a pass ends with a flush of the TLBs, and one
  * more look; in how many of the last passes a page was accessed right after that
- * tells how much it is used.  The result is reported as the block's used pages,
- * of which a huge page needs no count.
+ * tells how much it is used, and in how many it had been accessed since the last
+ * pass whether it is at all.  The result is reported as the block's used pages, of
+ * which a huge page needs no count.
  *
  * Marks that were taken away are kept for reclaim, in the folio, as the kernel's
  * own tracking of idle pages does (mm/page_idle.c).
@@ -54,13 +55,15 @@ static void note(struct gemini_heat *heat, u64 block, bool marked)
 {
 	if (block >= heat->blocks)
 		return;
-	if (!heat->look)
+	if (!heat->look) {
 		/* A mark of any age. */
+		heat->used[block] = heat->used[block] << 1 | marked;
 		heat->walked[block] = 0;
-	else if (heat->look <= LOOKS)
+	} else if (heat->look <= LOOKS) {
 		heat->walked[block] += marked && heat->walked[block] < LOOKS;
-	else
+	} else {
 		heat->accessed[block] = heat->accessed[block] << 1 | marked;
+	}
 }
 
 /* Takes the mark of a huge page away, and notes whether it was there. */
@@ -201,25 +204,51 @@ static void look_at_all(struct gemini_heat *heat)
 /* Room for all blocks: of what is new all is taken to be in use. */
 static bool make_room(struct gemini_heat *heat, u64 blocks)
 {
-	u8 *walked, *accessed;
+	u8 *walked, *used, *accessed;
 
 	if (blocks <= heat->blocks)
 		return true;
 	walked = kvzalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
+	used = kvmalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
 	accessed = kvmalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
-	if (!walked || !accessed) {
+	if (!walked || !used || !accessed) {
 		kvfree(walked);
+		kvfree(used);
 		kvfree(accessed);
 		return false;
 	}
+	memset(used, U8_MAX, blocks);
 	memset(accessed, U8_MAX, blocks);
-	if (heat->blocks)
+	if (heat->blocks) {
+		memcpy(used, heat->used, heat->blocks);
 		memcpy(accessed, heat->accessed, heat->blocks);
+	}
 	gemini_heat_free(heat);
 	heat->walked = walked;
+	heat->used = used;
 	heat->accessed = accessed;
 	heat->blocks = blocks;
 	return true;
+}
+
+/*
+ * What is used at all counts an eighth of what is used all the time.  Where the
+ * host has no huge page it has to be walked to as well: one that is used, but
+ * hits the TLB, would save nothing; and one that misses it, but is used no more
+ * than others are, is not worth to take a huge page from those.
+ */
+static u16 heat_of(const struct gemini_heat *heat, u64 block, bool host_huge)
+{
+	unsigned int times;
+
+	if (block >= heat->blocks)
+		return 0;
+	times = 7 * hweight8(heat->accessed[block]) +
+		hweight8(heat->used[block]);
+	if (!host_huge)
+		times = min(times, 8U * heat->walked[block]);
+	/* 64 of 64 are all of a block. */
+	return times * (HPAGE_PMD_NR / 64);
 }
 
 static void heat_work(struct work_struct *work)
@@ -236,8 +265,7 @@ static void heat_work(struct work_struct *work)
 		end = max(end, node_end_pfn(nid));
 	if (make_room(heat, end >> gemini->block_order)) {
 		look_at_all(heat);
-		gemini_map_heat(&gemini->map, heat->walked, heat->accessed,
-				heat->blocks);
+		gemini_map_heat(&gemini->map, heat_of, heat);
 		WRITE_ONCE(heat->passes, heat->passes + 1);
 		gemini_report_kick(gemini);
 	}
@@ -281,8 +309,10 @@ void gemini_heat_stop(struct gemini *gemini)
 void gemini_heat_free(struct gemini_heat *heat)
 {
 	kvfree(heat->walked);
+	kvfree(heat->used);
 	kvfree(heat->accessed);
 	heat->walked = NULL;
+	heat->used = NULL;
 	heat->accessed = NULL;
 	heat->blocks = 0;
 }

@@ -2,8 +2,9 @@
 //! has none.
 //!
 //! Three things end a supply: the limit that the operator set, a pool of hugetlb pages that is short,
-//! and a kernel that finds no huge page. Of the first two all is known. Of the third only what attempts tell: after a few failures in a row
-//! nothing is tried for the guest for a while, and each time that it was in vain the while doubles.
+//! and a kernel that finds no huge page. Of the first two all is known. Of the third only what
+//! attempts tell: after a few failures in a row nothing is tried for the guest for a while, and each
+//! time that it was in vain the while doubles.
 
 use std::time::{Duration, Instant};
 

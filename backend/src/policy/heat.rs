@@ -3,12 +3,11 @@
 
 use crate::bitmap::Bitmap;
 
-/// Width of a class, of the 512 that a driver tells at most.
-const WIDTH: u16 = 128;
 /// Classes above the lowest one.
-const CLASSES: usize = 3;
-/// From here on a block is of one of these.
-const FLOORS: [u16; CLASSES] = [WIDTH, 2 * WIDTH, 3 * WIDTH];
+const CLASSES: usize = 4;
+/// From here on a block is of one of these, of the 512 that a driver tells at most. What is used a
+/// little is above what is not used at all.
+const FLOORS: [u16; CLASSES] = [48, 128, 256, 384];
 /// From here on a block may take a huge page from one that is used less than half as much. What is
 /// gone through in turn, over and over, is not quite cold.
 pub const WARM: u16 = FLOORS[0];
@@ -30,9 +29,9 @@ impl Heat {
 
     /// Notes what the driver told of a block.
     pub fn assign(&mut self, index: usize, heat: u16) {
-        let class = usize::from(heat / WIDTH).min(CLASSES);
+        let class = FLOORS.iter().rposition(|floor| *floor <= heat);
         for (number, members) in self.classes.iter_mut().enumerate() {
-            members.assign(index, number + 1 == class);
+            members.assign(index, Some(number) == class);
         }
     }
 
@@ -59,12 +58,12 @@ mod tests {
         let mut heat = Heat::new(10);
         let mut wanted = Bitmap::new(10);
         (0..9).for_each(|index| wanted.assign(index, true));
-        for (index, told) in [(1, 64), (2, 128), (3, 320), (9, 512)] {
+        for (index, told) in [(1, 47), (2, 128), (3, 320), (9, 512)] {
             heat.assign(index, told);
         }
         assert_eq!(heat.hottest(&wanted), Some(3));
         assert_eq!(heat.makes_way(&wanted), 128);
-        heat.assign(4, 3 * WIDTH);
+        heat.assign(4, 384);
         assert_eq!(heat.makes_way(&wanted), COLD);
         assert_eq!(heat.hottest(&wanted), Some(4));
         heat.assign(4, u16::MAX);
