@@ -287,13 +287,12 @@ unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 /**
  * gemini_map_heat() - enter how hot huge pages are
  * @map: the map
- * @heat_of: tells how hot a block is, from 0 to its number of pages, where the
- *	host has a huge page, or has not; does not sleep
+ * @heat_of: tells how hot a block is, from 0 to its number of pages; does not
+ *	sleep
  * @heat: passed to it
  */
 void gemini_map_heat(struct gemini_map *map,
-		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block,
-				    bool host_huge),
+		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block),
 		     const struct gemini_heat *heat)
 {
 	struct gemini_chunk *chunk;
@@ -306,11 +305,10 @@ void gemini_map_heat(struct gemini_map *map,
 		spin_lock(&map->lock);
 		for (i = 0; i < GEMINI_CHUNK_BLOCKS; i++, block++) {
 			struct gemini_block *entry = &chunk->block[i];
-			bool host_huge = gemini_host_huge(entry->host);
 
 			if (entry->guest == VIRTIO_GEMINI_GUEST_HUGE)
 				set_guest(map, block, entry, entry->guest,
-					  heat_of(heat, block, host_huge));
+					  heat_of(heat, block));
 		}
 		spin_unlock(&map->lock);
 		cond_resched();

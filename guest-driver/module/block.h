@@ -168,8 +168,7 @@ int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
 struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
 
 void gemini_map_heat(struct gemini_map *map,
-		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block,
-				    bool host_huge),
+		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block),
 		     const struct gemini_heat *heat);
 unsigned int gemini_map_see(struct gemini_map *map, u64 first,
 			    const struct gemini_seen *seen, unsigned int count);

@@ -451,24 +451,22 @@ struct gemini_move {
 /**
  * struct gemini_heat - which huge pages of programs are hot
  * @work: looks, while huge pages are scarce; all else is its own
- * @walked: in how many looks of this pass the processor had walked to a block
  * @used: whether a block was accessed before the last pass, between it and the
  *	one before, ...; a bit for each
  * @accessed: whether it was right after the flush of the last pass, the one
  *	before, ...
  * @blocks: number of blocks in these
- * @look: number of this look, from 0 on
+ * @flushed: this look comes after the flush
  * @took: time that the looks of this pass took
  * @first: of the processes that the next pass goes through, the first one
  * @passes: passes so far
  */
 struct gemini_heat {
 	struct delayed_work work;
-	u8 *walked;
 	u8 *used;
 	u8 *accessed;
 	u64 blocks;
-	unsigned int look;
+	unsigned int flushed;
 	u64 took;
 	unsigned int first;
 	u64 passes;

@@ -1,20 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Heat: how often the processor has to look huge pages of programs up.
+ * Heat: how much the huge pages of programs are used.
  *
  * A host that has fewer huge pages than the guest could use should spend them
  * where they save most.  A processor marks an entry of the page tables as
- * accessed when it walks to it, and not when the TLB has it: so an entry whose
- * mark comes back soon after it was taken away, without a flush of the TLB, is
- * one that the TLB does not hold.  A pass takes the marks away some times in a
- * row, and counts how often they were back.
- *
- * One that the host has huge already may be used all the time, and stay in the
- * TLB for that very reason.  So a pass ends with a flush of the TLBs, and one
- * more look; in how many of the last passes a page was accessed right after that
- * tells how much it is used, and in how many it had been accessed since the last
- * pass whether it is at all.  The result is reported as the block's used pages, of
- * which a huge page needs no count.
+ * accessed when it walks to it, and not when the TLB has it; what is used all
+ * the time may stay there.  So a pass takes all marks away, flushes the TLBs,
+ * and looks again 2 to 3 ms later.  In how many of the last passes a page had
+ * been accessed by then tells how much it is used; in how many it had been
+ * since the pass before, whether it is at all.  The result is reported as the
+ * block's used pages, of which a huge page needs no count.
  *
  * Marks that were taken away are kept for reclaim, in the folio, as the kernel's
  * own tracking of idle pages does (mm/page_idle.c).
@@ -35,10 +30,9 @@
 #include <asm/invpcid.h>
 
 /*
- * Looks of one pass, and the time between two: short, or whoever goes through
- * all of his memory in turn would seem to be everywhere.
+ * Between the flush and the look: short, or whoever goes through all of his
+ * memory in turn would seem to be everywhere.
  */
-#define LOOKS		8U
 #define LOOK_MIN_US	2000
 #define LOOK_MAX_US	3000
 /* Between two passes; and at least as many times as long as looking took. */
@@ -55,15 +49,10 @@ static void note(struct gemini_heat *heat, u64 block, bool marked)
 {
 	if (block >= heat->blocks)
 		return;
-	if (!heat->look) {
-		/* A mark of any age. */
-		heat->used[block] = heat->used[block] << 1 | marked;
-		heat->walked[block] = 0;
-	} else if (heat->look <= LOOKS) {
-		heat->walked[block] += marked && heat->walked[block] < LOOKS;
-	} else {
+	if (heat->flushed)
 		heat->accessed[block] = heat->accessed[block] << 1 | marked;
-	}
+	else
+		heat->used[block] = heat->used[block] << 1 | marked;
 }
 
 /* Takes the mark of a huge page away, and notes whether it was there. */
@@ -184,14 +173,13 @@ static void look_at_all(struct gemini_heat *heat)
 
 	count = find_memory(heat, found);
 	heat->took = 0;
-	for (heat->look = 0; heat->look <= LOOKS + 1; heat->look++) {
+	for (heat->flushed = 0; heat->flushed < 2; heat->flushed++) {
 		u64 start;
 
-		if (heat->look > LOOKS)
-			/* All marks are away: what is back was accessed. */
+		if (heat->flushed) {
 			on_each_cpu(flush_here, NULL, 1);
-		if (heat->look)
 			usleep_range(LOOK_MIN_US, LOOK_MAX_US);
+		}
 		start = ktime_get_ns();
 		for (i = 0; i < count; i++)
 			look_at_memory(heat, found[i]);
@@ -204,15 +192,13 @@ static void look_at_all(struct gemini_heat *heat)
 /* Room for all blocks: of what is new all is taken to be in use. */
 static bool make_room(struct gemini_heat *heat, u64 blocks)
 {
-	u8 *walked, *used, *accessed;
+	u8 *used, *accessed;
 
 	if (blocks <= heat->blocks)
 		return true;
-	walked = kvzalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
 	used = kvmalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
 	accessed = kvmalloc(blocks, GFP_KERNEL | __GFP_NOWARN);
-	if (!walked || !used || !accessed) {
-		kvfree(walked);
+	if (!used || !accessed) {
 		kvfree(used);
 		kvfree(accessed);
 		return false;
@@ -224,20 +210,14 @@ static bool make_room(struct gemini_heat *heat, u64 blocks)
 		memcpy(accessed, heat->accessed, heat->blocks);
 	}
 	gemini_heat_free(heat);
-	heat->walked = walked;
 	heat->used = used;
 	heat->accessed = accessed;
 	heat->blocks = blocks;
 	return true;
 }
 
-/*
- * What is used at all counts an eighth of what is used all the time.  Where the
- * host has no huge page it has to be walked to as well: one that is used, but
- * hits the TLB, would save nothing; and one that misses it, but is used no more
- * than others are, is not worth to take a huge page from those.
- */
-static u16 heat_of(const struct gemini_heat *heat, u64 block, bool host_huge)
+/* What is used at all counts an eighth of what is used all the time. */
+static u16 heat_of(const struct gemini_heat *heat, u64 block)
 {
 	unsigned int times;
 
@@ -245,8 +225,6 @@ static u16 heat_of(const struct gemini_heat *heat, u64 block, bool host_huge)
 		return 0;
 	times = 7 * hweight8(heat->accessed[block]) +
 		hweight8(heat->used[block]);
-	if (!host_huge)
-		times = min(times, 8U * heat->walked[block]);
 	/* 64 of 64 are all of a block. */
 	return times * (HPAGE_PMD_NR / 64);
 }
@@ -308,10 +286,8 @@ void gemini_heat_stop(struct gemini *gemini)
  */
 void gemini_heat_free(struct gemini_heat *heat)
 {
-	kvfree(heat->walked);
 	kvfree(heat->used);
 	kvfree(heat->accessed);
-	heat->walked = NULL;
 	heat->used = NULL;
 	heat->accessed = NULL;
 	heat->blocks = 0;
