@@ -142,6 +142,9 @@ impl CpuBudget {
     const BACKGROUND: f64 = 0.9;
     /// What the guest asked to be made huge is begun only above this one.
     const REQUESTED: f64 = 0.2;
+    /// Part of it that has to be there again before guests are served that overdrew it: the share of
+    /// 50 ms.
+    const RESUMED: f64 = 0.05 / Self::SAVED;
 
     /// `share` of one CPU (1.0 is all of it); `cpu_time` is the process's so far.
     pub fn new(share: f64, cpu_time: Duration, now: Instant) -> Self {
@@ -178,9 +181,15 @@ impl CpuBudget {
         self.bucket.wait_for(level, now).unwrap_or(Duration::from_secs(1))
     }
 
-    /// Whether requests of the guest may be served.
-    pub fn foreground_ok(&mut self, now: Instant) -> bool {
-        self.bucket.available(now) > 0.0
+    /// How long until requests of the guest may be served; zero if they may now. Once the budget is
+    /// overdrawn, more has to be saved than it costs to ask again; and who waits should not ask much
+    /// more often, or with a small share that takes all of it.
+    pub fn foreground_wait(&mut self, now: Instant) -> Duration {
+        if self.bucket.available(now) >= 0.0 {
+            return Duration::ZERO;
+        }
+        let level = Self::RESUMED * self.burst;
+        self.bucket.wait_for(level, now).unwrap_or(Duration::from_secs(1))
     }
 
     /// How long until background work may start.
@@ -279,6 +288,28 @@ mod tests {
         // First it saves for bursts of the new size.
         assert!(cpu - before >= Duration::from_millis(1_500), "{:?}", cpu - before);
         assert!(cpu - before <= Duration::from_millis(2_050), "{:?}", cpu - before);
+    }
+
+    #[test]
+    fn what_was_overdrawn_is_waited_for_with_few_questions() {
+        let start = Instant::now();
+        let mut budget = CpuBudget::new(0.01, Duration::ZERO, start);
+        assert_eq!(budget.foreground_wait(start), Duration::ZERO);
+        // Of three seconds 40 ms had been saved; each question costs 50 us.
+        let (mut cpu, mut now, mut questions) = (Duration::from_secs(3), start, 0);
+        loop {
+            budget.update(cpu, now);
+            let wait = budget.foreground_wait(now);
+            if wait.is_zero() {
+                break;
+            }
+            now += wait;
+            cpu += Duration::from_micros(50);
+            questions += 1;
+            assert!(questions < 10, "{:?}", now - start);
+        }
+        let waited = (now - start).as_secs_f64();
+        assert!((296.0..296.1).contains(&waited), "{waited} s, {questions} questions");
     }
 
     #[test]

@@ -61,12 +61,12 @@ impl State {
             shorten(sleep, self.scan.round_robin_at().saturating_duration_since(now));
             return None;
         };
-        let allowed = match reason {
-            Reason::First => cpu.foreground_ok(now),
-            Reason::Touched | Reason::RoundRobin => cpu.background_ok(now),
+        let wait = match reason {
+            Reason::First => cpu.foreground_wait(now),
+            Reason::Touched | Reason::RoundRobin => cpu.background_wait(now),
         };
-        if !allowed {
-            shorten(sleep, cpu.background_wait(now).max(THROTTLE));
+        if !wait.is_zero() {
+            shorten(sleep, wait.max(THROTTLE));
             return None;
         }
         self.scan.next(&self.map, now)

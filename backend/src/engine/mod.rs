@@ -56,8 +56,11 @@ const FRAGMENTATION_PERIOD: Duration = Duration::from_secs(5);
 /// guest stands still if it arrives by migration: the first look at all of its memory would take
 /// the processors from the threads that the VMM waits for.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Pause of whoever serves the guest while the CPU budget is overdrawn.
+/// Shortest pause for a budget.
 const THROTTLE: Duration = Duration::from_millis(10);
+/// Longest pause of whoever serves the guest while the CPU budget is overdrawn: he has to see that
+/// the budget was changed, or that all ends. To ask more often could cost more than a small share.
+const THROTTLE_MAX: Duration = Duration::from_millis(200);
 
 /// The engine's way to the driver; the device implements it.
 pub trait Port: Send + Sync {
@@ -408,19 +411,19 @@ impl Engine {
         self.lock().state.totals.bad_records += 1;
     }
 
-    /// Waits while the CPU budget is overdrawn, a few milliseconds at a time; whoever serves the
-    /// guest calls it, so that no flood of requests exceeds the share. True if it waited.
+    /// Waits while the CPU budget is overdrawn, a fraction of a second at a time; whoever serves
+    /// the guest calls it, so that no flood of requests exceeds the share. True if it waited.
     pub fn throttle(&self) -> bool {
-        let over = {
-            let now = Instant::now();
-            let mut cpu = lock(&self.cpu);
-            cpu.update(process_cpu_time(), now);
-            !cpu.foreground_ok(now)
-        };
-        if over {
-            std::thread::sleep(THROTTLE);
-        }
-        over
+        let pause = self.overdrawn(Instant::now());
+        pause.map(std::thread::sleep).is_some()
+    }
+
+    /// How long to pause if the CPU budget is overdrawn.
+    fn overdrawn(&self, now: Instant) -> Option<Duration> {
+        let mut cpu = lock(&self.cpu);
+        cpu.update(process_cpu_time(), now);
+        let wait = cpu.foreground_wait(now);
+        (!wait.is_zero()).then(|| wait.clamp(THROTTLE, THROTTLE_MAX))
     }
 
     /// Takes a report of the driver.
@@ -846,14 +849,8 @@ impl Engine {
                 inner.port.clone()
             };
             let Some(port) = port else { return };
-            let now = Instant::now();
-            let in_budget = {
-                let mut cpu = lock(&self.cpu);
-                cpu.update(process_cpu_time(), now);
-                cpu.foreground_ok(now)
-            };
-            if !in_budget {
-                *sleep = (*sleep).min(THROTTLE);
+            if let Some(pause) = self.overdrawn(Instant::now()) {
+                *sleep = (*sleep).min(pause);
                 return;
             }
             let sent = port.send_hint(&mut |room| {
