@@ -101,12 +101,11 @@ struct gemini_census {
 /**
  * struct gemini_kernel_known - a block with data of the kernel's own
  * @block: which one
- * @share: that so many as a share of it are said to be used: the less, the
- *	more the kernel works with it
+ * @always: the kernel works with it all the time, not just much
  */
 struct gemini_kernel_known {
 	u64 block;
-	unsigned int share;
+	bool always;
 };
 
 /**
@@ -466,7 +465,7 @@ struct gemini_heat {
 	u8 *used;
 	u8 *accessed;
 	u64 blocks;
-	unsigned int flushed;
+	bool flushed;
 	u64 took;
 	unsigned int first;
 	u64 passes;

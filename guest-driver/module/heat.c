@@ -166,25 +166,30 @@ static void flush_here(void *unused)
 		native_write_cr3(__native_read_cr3());
 }
 
-static void look_at_all(struct gemini_heat *heat)
+static void look(struct gemini_heat *heat, struct mm_struct **found,
+		 unsigned int count)
+{
+	u64 start = ktime_get_ns();
+	unsigned int i;
+
+	for (i = 0; i < count; i++)
+		look_at_memory(heat, found[i]);
+	heat->took += ktime_get_ns() - start;
+}
+
+static void look_twice(struct gemini_heat *heat)
 {
 	struct mm_struct *found[PROCESSES];
-	unsigned int count, i;
+	unsigned int count;
 
 	count = find_memory(heat, found);
 	heat->took = 0;
-	for (heat->flushed = 0; heat->flushed < 2; heat->flushed++) {
-		u64 start;
-
-		if (heat->flushed) {
-			on_each_cpu(flush_here, NULL, 1);
-			usleep_range(LOOK_MIN_US, LOOK_MAX_US);
-		}
-		start = ktime_get_ns();
-		for (i = 0; i < count; i++)
-			look_at_memory(heat, found[i]);
-		heat->took += ktime_get_ns() - start;
-	}
+	heat->flushed = false;
+	look(heat, found, count);
+	on_each_cpu(flush_here, NULL, 1);
+	usleep_range(LOOK_MIN_US, LOOK_MAX_US);
+	heat->flushed = true;
+	look(heat, found, count);
 	while (count)
 		mmput(found[--count]);
 }
@@ -242,7 +247,7 @@ static void heat_work(struct work_struct *work)
 	for_each_online_node(nid)
 		end = max(end, node_end_pfn(nid));
 	if (make_room(heat, end >> gemini->block_order)) {
-		look_at_all(heat);
+		look_twice(heat);
 		gemini_map_heat(&gemini->map, heat_of, heat);
 		WRITE_ONCE(heat->passes, heat->passes + 1);
 		gemini_report_kick(gemini);

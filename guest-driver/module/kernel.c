@@ -30,9 +30,6 @@
 /* Blocks beside those of the processors that are known without looking. */
 #define STATIC_BLOCKS	(2 + 2 * DATA_BLOCKS)
 
-/* What is known: how much the kernel works with it, as a share of a block. */
-enum { ALWAYS = 1, MUCH = 2 };
-
 /* Time between two samples of a processor that is busy. */
 #define PERIOD		(2 * HZ)
 /* The busiest blocks are picked anew after so many of these ... */
@@ -67,7 +64,7 @@ static int by_number(const void *a, const void *b)
 }
 
 static void add(struct gemini_kernel *kernel, phys_addr_t address,
-		unsigned int blocks, unsigned int share)
+		unsigned int blocks, bool always)
 {
 	for (; blocks--; address += 1UL << kernel->shift) {
 		u64 block = address >> kernel->shift;
@@ -78,9 +75,9 @@ static void add(struct gemini_kernel *kernel, phys_addr_t address,
 		if (i < kernel->nr_known)
 			continue;
 		kernel->known[kernel->nr_known++] = (struct gemini_kernel_known) {
-			.block = block, .share = share,
+			.block = block, .always = always,
 		};
-		kernel->nr_always += share == ALWAYS;
+		kernel->nr_always += always;
 	}
 }
 
@@ -118,13 +115,16 @@ u16 gemini_kernel_heat(struct gemini *gemini, u64 block)
 {
 	const struct gemini_kernel *kernel = &gemini->kernel;
 	const struct gemini_kernel_known *known = find_known(kernel, block);
-	unsigned int i, share = known ? known->share : 0;
+	const u16 always = 1U << gemini->block_order, much = always / 2;
+	unsigned int i;
 
 	lockdep_assert_held(&gemini->census.lock);
-	for (i = 0; !share && i < kernel->nr_busy; i++)
+	if (known)
+		return known->always ? always : much;
+	for (i = 0; i < kernel->nr_busy; i++)
 		if (kernel->busy[i] == block)
-			share = i < kernel->nr_hot ? ALWAYS : MUCH;
-	return share ? (1U << gemini->block_order) / share : 0;
+			return i < kernel->nr_hot ? always : much;
+	return 0;
 }
 
 #ifdef CONFIG_X86_64
@@ -270,7 +270,7 @@ static void pick(struct gemini *gemini)
 }
 
 /* How many of them are worth a huge page that counts as misaligned. */
-static void allow(struct gemini *gemini)
+static void count_hot(struct gemini *gemini)
 {
 	struct gemini_kernel *kernel = &gemini->kernel;
 	struct gemini_sums sums;
@@ -292,7 +292,7 @@ static void kernel_work(struct work_struct *work)
 
 	if (++kernel->round % ROUNDS == 0) {
 		pick(gemini);
-		allow(gemini);
+		count_hot(gemini);
 	}
 	cpus_read_lock();
 	for_each_online_cpu(cpu) {
@@ -383,19 +383,19 @@ int gemini_kernel_init(struct gemini *gemini)
 	if (!kernel->known)
 		return -ENOMEM;
 	/* The first of the constants, and what is constant after the boot. */
-	add(kernel, __pa_symbol(_ctype), 1, ALWAYS);
+	add(kernel, __pa_symbol(_ctype), 1, true);
 #ifdef CONFIG_DYNAMIC_MEMORY_LAYOUT
-	add(kernel, __pa_symbol(&page_offset_base), 1, ALWAYS);
+	add(kernel, __pa_symbol(&page_offset_base), 1, true);
 #endif
 	/* The first of .data, and of .bss. */
-	add(kernel, __pa_symbol(&init_task), DATA_BLOCKS, ALWAYS);
-	add(kernel, page_to_phys(ZERO_PAGE(0)), DATA_BLOCKS, MUCH);
+	add(kernel, __pa_symbol(&init_task), DATA_BLOCKS, true);
+	add(kernel, page_to_phys(ZERO_PAGE(0)), DATA_BLOCKS, false);
 	for_each_possible_cpu(cpu) {
 		void *beside = per_cpu_ptr(&gemini_beside, cpu);
 
 		/* Not where that chunk is mapped by itself. */
 		if (virt_addr_valid(beside))
-			add(kernel, virt_to_phys(beside), 1, ALWAYS);
+			add(kernel, virt_to_phys(beside), 1, true);
 	}
 	sort(kernel->known, kernel->nr_known, sizeof(*kernel->known), by_number,
 	     NULL);

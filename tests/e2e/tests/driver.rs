@@ -1,9 +1,10 @@
 //! The driver comes and goes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
+use gemini_e2e::process::wait_for;
 use gemini_e2e::{BLOCK, MIB};
 use gemini_guest::protocol::PageSize;
 
@@ -91,15 +92,10 @@ fn driver_finds_where_its_kernel_works() -> anyhow::Result<()> {
     let guest = &lab.vm.guest;
     let known = guest.blocks_kernel_uses(1)?;
     guest.shell("for i in 1 2; do (while :; do /bin/true; done) >/dev/null 2>&1 & done")?;
-    let deadline = Instant::now() + Duration::from_secs(150);
-    let found = loop {
+    let found = wait_for("the kernel is found at work", Duration::from_secs(150), || {
         let found = &guest.blocks_kernel_uses(1)? - &known;
-        if found.len() > 2 {
-            break found;
-        }
-        ensure!(Instant::now() < deadline, "the kernel was not found at work: {found:?}");
-        std::thread::sleep(Duration::from_secs(2));
-    };
+        Ok((found.len() > 2).then_some(found))
+    })?;
     ensure!(found.len() <= 16, "{found:?}");
     for block in &found {
         // Eight bytes a page, so that a block has 4096.
