@@ -40,6 +40,9 @@
 #define DEMAND_PERIOD		(HZ / 20)
 /* What is left of a demand after a second without any, in 256ths. */
 #define DEMAND_DECAY		128
+/* A guest that asked for no huge page for so long has this part of the floor. */
+#define LULL			(60 * HZ)
+#define LULL_SHARE		4
 /* After memory was short, or somebody wanted to have it offline. */
 #define PAUSE			(10 * HZ)
 /* After the host refused: from, and up to. */
@@ -750,9 +753,13 @@ static void set_target(struct gemini *gemini)
 		booking->demand_rate -= booking->demand_rate *
 					(256 - DEMAND_DECAY) * i / (256 * HZ);
 		booking->demand_rate = max(booking->demand_rate, rate);
+		if (booking->demand != demand)
+			booking->demanded = jiffies;
 		booking->demand = demand;
 		booking->demand_time = jiffies;
 	}
+	if (time_after(jiffies, booking->demanded + LULL))
+		floor = DIV_ROUND_UP(floor, LULL_SHARE);
 	if (!READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted)) {
 		target = booking->demand_rate * LEAD_SECONDS / 256;
 		target = min(max(target, floor), cap);
@@ -904,6 +911,7 @@ void gemini_booking_init(struct gemini *gemini)
 	INIT_LIST_HEAD(&booking->asked);
 	booking->enabled = true;
 	booking->stock_floor = GEMINI_STOCK_FLOOR;
+	booking->demanded = jiffies;
 	booking->stock_cap = max_t(u64, GEMINI_STOCK_FLOOR, totalram_pages() >>
 				   (PMD_SHIFT - PAGE_SHIFT) >> 4);
 	booking->evacuation_rate = GEMINI_EVACUATION_RATE;

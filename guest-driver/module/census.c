@@ -30,6 +30,8 @@
 #define REST_FACTOR	20
 /* Blocks of which the used pages are counted in one pass. */
 #define COUNT_BLOCKS	1024
+/* Periods until the next pass while next to nothing changes. */
+#define PATIENCE	8
 
 /* Order of a free buddy at @page, -1 if there is none. */
 static int buddy_order_of(const struct page *page)
@@ -322,6 +324,17 @@ static void find_memory(struct gemini *gemini)
 	}
 }
 
+/* What is handed out, taken back, or made huge shows in one of these. */
+static void count_pages(unsigned long *pages)
+{
+	pages[0] = global_zone_page_state(NR_FREE_PAGES);
+	pages[1] = global_node_page_state(NR_ANON_MAPPED);
+	pages[2] = global_node_page_state(NR_FILE_PAGES);
+	pages[3] = global_node_page_state(NR_ANON_THPS);
+	pages[4] = global_node_page_state(NR_SHMEM_THPS);
+	pages[5] = global_node_page_state(NR_FILE_THPS);
+}
+
 static void begin_pass(struct gemini *gemini)
 {
 	struct gemini_census *census = &gemini->census;
@@ -331,6 +344,8 @@ static void begin_pass(struct gemini *gemini)
 	census->pass_blocks = 0;
 	census->pass_changed = 0;
 	census->count_left = COUNT_BLOCKS;
+	count_pages(census->pages);
+	census->waited = 0;
 	WRITE_ONCE(census->begun, census->begun + 1);
 }
 
@@ -350,6 +365,35 @@ static void end_pass(struct gemini *gemini)
 	wake_up_all(&gemini->waitq);
 }
 
+/* From the end of a pass to the next one, in jiffies. */
+static unsigned long period(const struct gemini_census *census)
+{
+	unsigned long least = msecs_to_jiffies(READ_ONCE(census->period_ms));
+
+	return max(least, nsecs_to_jiffies(census->last_ns * REST_FACTOR));
+}
+
+/*
+ * Would a pass find next to nothing?  It would if there are as many pages of
+ * each kind as at the last one, but for one a block.  What changes places, and
+ * what the host did meanwhile, can wait a little.
+ */
+static bool may_wait(struct gemini_census *census)
+{
+	unsigned long pages[GEMINI_PAGE_KINDS];
+	unsigned long changed = 0;
+	unsigned int i;
+
+	if (xchg(&census->kicked, false) || READ_ONCE(census->count_all) ||
+	    /* There was none, or some blocks were left to be counted. */
+	    !census->passes || census->count_from)
+		return false;
+	count_pages(pages);
+	for (i = 0; i < GEMINI_PAGE_KINDS; i++)
+		changed += abs_diff(pages[i], census->pages[i]);
+	return changed < census->last_blocks && ++census->waited < PATIENCE;
+}
+
 static void census_work(struct work_struct *work)
 {
 	struct gemini *gemini =
@@ -359,6 +403,11 @@ static void census_work(struct work_struct *work)
 	u64 slice = 0;
 
 	if (census->begun == census->passes) {
+		if (may_wait(census)) {
+			queue_delayed_work(gemini->wq, &census->work,
+					   period(census));
+			return;
+		}
 		census->next = 0;
 		begin_pass(gemini);
 	}
@@ -371,9 +420,7 @@ static void census_work(struct work_struct *work)
 				XA_PRESENT);
 		if (!chunk) {
 			end_pass(gemini);
-			delay = msecs_to_jiffies(READ_ONCE(census->period_ms));
-			delay = max(delay, nsecs_to_jiffies(census->last_ns *
-							    REST_FACTOR));
+			delay = period(census);
 			break;
 		}
 		mutex_lock(&census->lock);
@@ -410,11 +457,12 @@ static int memory_changed(struct notifier_block *nb, unsigned long action,
 }
 
 /**
- * gemini_census_kick() - do not wait for the period to end
+ * gemini_census_kick() - do not wait for the period to end, nor for a change
  * @gemini: the device
  */
 void gemini_census_kick(struct gemini *gemini)
 {
+	WRITE_ONCE(gemini->census.kicked, true);
 	mod_delayed_work(gemini->wq, &gemini->census.work, 0);
 }
 

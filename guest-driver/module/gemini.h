@@ -53,13 +53,20 @@
 #define GEMINI_PERIOD_DEFAULT	1000
 #define GEMINI_PERIOD_MAX	(60 * 60 * 1000)
 
+/* Counters of the kernel's by which the census tells whether memory changes. */
+#define GEMINI_PAGE_KINDS	6
+
 /**
  * struct gemini_census - the walk over all page frames
  * @work: one slice of it
  * @lock: held while a chunk is looked at, so that memory that goes offline can
  *	wait until nobody looks at it any more
  * @memory: tells of memory that comes and goes
- * @period_ms: pause between two passes, if a pass is short
+ * @period_ms: pause between two passes, if a pass is short and memory changes
+ * @kicked: the next pass is wanted, whether memory changed or not
+ * @pages: how many there were of each kind when the last pass began; only
+ *	@work uses it
+ * @waited: periods that went by without a pass since, only @work uses it
  * @next: index of the chunk to go on with; only @work uses it
  * @count_from: block from which on used pages are counted, only @work uses it
  * @count_left: blocks that may be counted in this pass, only @work uses it
@@ -79,6 +86,9 @@ struct gemini_census {
 	struct mutex lock;	/* see above */
 	struct notifier_block memory;
 	unsigned int period_ms;
+	bool kicked;
+	unsigned long pages[GEMINI_PAGE_KINDS];
+	unsigned int waited;
 	unsigned long next;
 	u64 count_from;
 	unsigned int count_left;
@@ -327,7 +337,7 @@ struct gemini_timeout {
  * @calm: @work rests for long, and is to be woken when the stock is low
  * @asked: requests that the device has, by gemini_request.asked
  * @enabled: not 0: blocks are booked at all
- * @stock_floor: blocks to have ready at least
+ * @stock_floor: blocks to have ready at least, but for a guest at rest
  * @stock_cap: blocks to make ready at most
  * @evacuation_rate: blocks to empty in a second; 0: none
  * @target: blocks to have ready now
@@ -337,6 +347,7 @@ struct gemini_timeout {
  * @forgiven: when blocks were last taken into consideration again, in jiffies
  * @demand: huge pages asked for until the last look
  * @demand_time: when that was, in jiffies
+ * @demanded: when it had grown, in jiffies
  * @demand_rate: huge pages asked for in a second, times 256, decaying
  * @credit: blocks that may be emptied now, times HZ
  * @credit_time: when that was reckoned, in jiffies
@@ -367,6 +378,7 @@ struct gemini_booking {
 	unsigned long forgiven;
 	u64 demand;
 	unsigned long demand_time;
+	unsigned long demanded;
 	u64 demand_rate;
 	u64 credit;
 	unsigned long credit_time;

@@ -109,3 +109,21 @@ fn driver_finds_where_its_kernel_works() -> anyhow::Result<()> {
     ensure!(guest.kernel_blocks()?.is_subset(&known), "a guest of few huge pages");
     lab.daemon.stop()
 }
+
+#[test]
+fn census_rests_while_nothing_changes() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "census", "none", |_| {})?;
+    lab.wait_settled(SETTLE)?;
+    let passes = || {
+        let before = lab.vm.guest.driver_number("census_passes")?;
+        std::thread::sleep(Duration::from_secs(16));
+        anyhow::Ok(lab.vm.guest.driver_number("census_passes")? - before)
+    };
+    let idle = passes()?;
+    lab.vm.guest.start_churn("load", 64 * MIB, 1)?;
+    let busy = passes()?;
+    lab.vm.guest.stop_churn("load")?;
+    ensure!(busy > 2 * idle, "{idle} passes of an idle guest, {busy} of one that was at work");
+    lab.daemon.stop()
+}
