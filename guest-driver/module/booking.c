@@ -40,9 +40,8 @@
 #define DEMAND_PERIOD		(HZ / 20)
 /* What is left of a demand after a second without any, in 256ths. */
 #define DEMAND_DECAY		128
-/* A guest that asked for no huge page for so long has this part of the floor. */
+/* A guest that asked for no huge page for so long is at rest. */
 #define LULL			(60 * HZ)
-#define LULL_SHARE		4
 /* After memory was short, or somebody wanted to have it offline. */
 #define PAUSE			(10 * HZ)
 /* After the host refused: from, and up to. */
@@ -738,7 +737,7 @@ static void set_target(struct gemini *gemini)
 	struct gemini_booking *booking = &gemini->booking;
 	u64 demand = gemini_placement_demand(gemini);
 	unsigned long passed = jiffies - booking->demand_time;
-	u64 floor = READ_ONCE(booking->stock_floor);
+	unsigned int floor = READ_ONCE(booking->stock_floor);
 	u64 cap = READ_ONCE(booking->stock_cap);
 	u64 target = 0;
 
@@ -758,11 +757,11 @@ static void set_target(struct gemini *gemini)
 		booking->demand = demand;
 		booking->demand_time = jiffies;
 	}
-	if (time_after(jiffies, booking->demanded + LULL))
-		floor = DIV_ROUND_UP(floor, LULL_SHARE);
+	if (time_before(jiffies, booking->demanded + LULL))
+		floor = max(floor, READ_ONCE(booking->stock_active));
 	if (!READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted)) {
 		target = booking->demand_rate * LEAD_SECONDS / 256;
-		target = min(max(target, floor), cap);
+		target = min(max_t(u64, target, floor), cap);
 	}
 	WRITE_ONCE(booking->target, target);
 }
@@ -911,8 +910,9 @@ void gemini_booking_init(struct gemini *gemini)
 	INIT_LIST_HEAD(&booking->asked);
 	booking->enabled = true;
 	booking->stock_floor = GEMINI_STOCK_FLOOR;
+	booking->stock_active = GEMINI_STOCK_ACTIVE;
 	booking->demanded = jiffies;
-	booking->stock_cap = max_t(u64, GEMINI_STOCK_FLOOR, totalram_pages() >>
+	booking->stock_cap = max_t(u64, GEMINI_STOCK_ACTIVE, totalram_pages() >>
 				   (PMD_SHIFT - PAGE_SHIFT) >> 4);
 	booking->evacuation_rate = GEMINI_EVACUATION_RATE;
 	booking->paused_until = jiffies;

@@ -43,8 +43,12 @@
 /* Unanswered requests on ctrlq. */
 #define GEMINI_CTRL_MAX		16
 
-/* Blocks ready at least, and blocks emptied in a second. */
-#define GEMINI_STOCK_FLOOR	8
+/*
+ * Blocks ready at least, at any time and while the guest is not at rest, and
+ * blocks emptied in a second.
+ */
+#define GEMINI_STOCK_FLOOR	2
+#define GEMINI_STOCK_ACTIVE	8
 #define GEMINI_EVACUATION_RATE	32
 #define GEMINI_EVACUATION_MAX	1000000
 
@@ -337,7 +341,8 @@ struct gemini_timeout {
  * @calm: @work rests for long, and is to be woken when the stock is low
  * @asked: requests that the device has, by gemini_request.asked
  * @enabled: not 0: blocks are booked at all
- * @stock_floor: blocks to have ready at least, but for a guest at rest
+ * @stock_floor: blocks to have ready at least
+ * @stock_active: the same for a guest that asks for huge pages
  * @stock_cap: blocks to make ready at most
  * @evacuation_rate: blocks to empty in a second; 0: none
  * @target: blocks to have ready now
@@ -369,6 +374,7 @@ struct gemini_booking {
 	struct list_head asked;
 	unsigned int enabled;
 	unsigned int stock_floor;
+	unsigned int stock_active;
 	unsigned int stock_cap;
 	unsigned int evacuation_rate;
 	u64 target;

@@ -184,6 +184,7 @@ static struct setting setting_##_name = {				\
 
 SETTING(booking, booking.enabled, 0, 1, gemini_booking_kick);
 SETTING(stock_floor, booking.stock_floor, 0, INT_MAX, gemini_booking_kick);
+SETTING(stock_active, booking.stock_active, 0, INT_MAX, gemini_booking_kick);
 SETTING(stock_cap, booking.stock_cap, 0, INT_MAX, gemini_booking_kick);
 SETTING(evacuation_rate, booking.evacuation_rate, 0, GEMINI_EVACUATION_MAX,
 	gemini_booking_kick);
@@ -305,6 +306,7 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_heat_passes.attr,
 	&setting_booking.attr.attr,
 	&setting_stock_floor.attr.attr,
+	&setting_stock_active.attr.attr,
 	&setting_stock_cap.attr.attr,
 	&dev_attr_stock_target.attr,
 	&setting_evacuation_rate.attr.attr,

@@ -248,14 +248,14 @@ impl Lab {
         })
     }
 
-    /// Waits until the driver's stock is as small as it gets without demand.
+    /// Waits until the driver's stock is as small as it gets soon after a demand.
     ///
     /// # Errors
     /// If that does not come in time.
     pub fn wait_stock_at_rest(&self, timeout: Duration) -> anyhow::Result<()> {
         let guest = &self.vm.guest;
         process::wait_for("the driver's stock is at rest", timeout, || {
-            let floor = guest.driver_number("stock_floor")?;
+            let floor = guest.driver_number("stock_active")?;
             // Right after a burst the stock is empty, and about to grow.
             let at_rest = guest.driver_number("stock_target")? <= floor
                 && guest.driver_number("ready")? <= floor;

@@ -152,3 +152,24 @@ fn stock_is_made_of_half_empty_blocks_and_nothing_in_them_is_lost() -> anyhow::R
     ensure!(lab.vm.guest.complaints(log)?.is_empty());
     lab.daemon.stop()
 }
+
+/// A guest at rest keeps little ready, and one that asks for huge pages more.
+#[test]
+fn stock_follows_demand_and_rest() -> anyhow::Result<()> {
+    let bench = Bench::from_env()?;
+    let lab = Lab::start(&bench, "stock-rest", "gemini", |_| {})?;
+    let guest = &lab.vm.guest;
+    let (floor, active) =
+        (guest.driver_number("stock_floor")?, guest.driver_number("stock_active")?);
+    ensure!(floor < active, "{floor} and {active}");
+    guest.fill("program", 32 * MIB, 1, PageSize::Huge)?;
+    wait_ready(&lab, active)?;
+    process::wait_for("the stock is at its floor", 2 * STOCK, || {
+        Ok((guest.driver_number("ready")? <= floor).then_some(()))
+    })?;
+    ensure!(guest.driver_number("stock_target")? == floor);
+    // The next program finds it as large as before.
+    guest.fill("next", 8 * MIB, 1, PageSize::Huge)?;
+    wait_ready(&lab, active)?;
+    lab.daemon.stop()
+}

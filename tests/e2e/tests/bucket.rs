@@ -128,6 +128,7 @@ fn timeout_gives_blocks_back_and_adapts() -> anyhow::Result<()> {
     let guest = &lab.vm.guest;
     // No huge page is asked for from here on: the stock goes to its floor.
     guest.set_driver("stock_floor", 0)?;
+    guest.set_driver("stock_active", 0)?;
     ensure!(guest.driver_number("timeout_ms")? == 60_000);
     // An emulated guest has no counters of its own.
     ensure!(text_of(guest, "timeout_source")? == "misaligned");

@@ -20,12 +20,13 @@ const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_gemini";
 const DEBUG: &str = "/sys/kernel/debug/virtio_gemini";
 
 /// Settings of the driver, and values that they take.
-const SETTINGS: [(&str, &[&str]); 8] = [
+const SETTINGS: [(&str, &[&str]); 9] = [
     ("census_period_ms", &["10", "100", "1000", "5000"]),
     ("placement", &["1", "1", "1", "0"]),
     ("booking", &["1", "1", "1", "0"]),
     ("bucket", &["1", "1", "1", "0"]),
     ("stock_floor", &["0", "4", "16", "64"]),
+    ("stock_active", &["0", "8", "64"]),
     ("stock_cap", &["0", "16", "64", "256", "1024"]),
     ("evacuation_rate", &["0", "10", "100", "1000"]),
     ("booking_timeout_ms", &["0", "100", "1000", "60000"]),
