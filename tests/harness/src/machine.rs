@@ -68,16 +68,17 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Waits for the full host state and tells the full guest state, again where
-    /// a new generation begins meanwhile. Returns how long that took.
+    /// Waits for the full host state and until the device has taken the full guest
+    /// state, again where a new generation begins meanwhile. A promise that is made
+    /// before that ends with it. Returns how long that took.
     ///
     /// # Errors
     /// If it does not come to an end in time.
     pub fn sync(&mut self) -> anyhow::Result<Duration> {
         let start = Instant::now();
         loop {
-            self.driver.wait_until("full host state", PATIENCE, |driver| {
-                driver.report_due() || (driver.host_synced() && !driver.report_due())
+            self.driver.wait_until("both full states", PATIENCE, |driver| {
+                driver.report_due() || (driver.host_synced() && driver.reports_pending() == 0)
             })?;
             if self.driver.report_due() {
                 // What changed until now is in the full state.
