@@ -255,7 +255,8 @@ impl Lab {
     pub fn wait_stock_at_rest(&self, timeout: Duration) -> anyhow::Result<()> {
         let guest = &self.vm.guest;
         process::wait_for("the driver's stock is at rest", timeout, || {
-            let floor = guest.driver_number("stock_active")?;
+            let floor =
+                guest.driver_number("stock_floor")?.max(guest.driver_number("stock_active")?);
             // Right after a burst the stock is empty, and about to grow.
             let at_rest = guest.driver_number("stock_target")? <= floor
                 && guest.driver_number("ready")? <= floor;

@@ -1,6 +1,6 @@
 //! The driver comes and goes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
 use gemini_e2e::lab::{Bench, Lab, SYNC_TIMEOUT};
@@ -115,15 +115,20 @@ fn census_rests_while_nothing_changes() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
     let mut lab = Lab::start(&bench, "census", "none", |_| {})?;
     lab.wait_settled(SETTLE)?;
-    let passes = || {
-        let before = lab.vm.guest.driver_number("census_passes")?;
-        std::thread::sleep(Duration::from_secs(16));
-        anyhow::Ok(lab.vm.guest.driver_number("census_passes")? - before)
+    let three_passes = || {
+        let begun = Instant::now();
+        let last = lab.vm.guest.driver_number("census_passes")? + 3;
+        wait_for("three passes", SETTLE, || {
+            Ok((lab.vm.guest.driver_number("census_passes")? >= last).then_some(begun.elapsed()))
+        })
     };
-    let idle = passes()?;
+    let idle = three_passes()?;
     lab.vm.guest.start_churn("load", 64 * MIB, 1)?;
-    let busy = passes()?;
+    let busy = three_passes()?;
     lab.vm.guest.stop_churn("load")?;
-    ensure!(busy > 2 * idle, "{idle} passes of an idle guest, {busy} of one that was at work");
+    ensure!(
+        idle > 2 * busy,
+        "three passes of an idle guest in {idle:?}, of a busy one in {busy:?}"
+    );
     lab.daemon.stop()
 }
