@@ -2,11 +2,12 @@
 //! system call. Clock, budgets and what was seen of the host are passed in, so that a simulation
 //! and the daemon decide by the same code.
 
+use super::limits::THROTTLE;
 use super::repair::{Allowance, Outcome, Work};
 use super::scan::{Look, Reason, ScanPlan};
 use super::state::State;
+use super::thread::SLEEP_MAX;
 use super::worker::Deed;
-use super::{SLEEP_MAX, THROTTLE};
 use crate::backing::{HostRun, HostState};
 use crate::budget::{CopyBudget, CpuBudget};
 use crate::policy::WARM;
