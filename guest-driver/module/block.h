@@ -166,6 +166,8 @@ int gemini_map_init(struct gemini_map *map);
 void gemini_map_destroy(struct gemini_map *map);
 int gemini_map_grow(struct gemini_map *map, u64 block, bool ram);
 struct gemini_block *gemini_map_find(struct gemini_map *map, u64 block);
+bool gemini_map_set_guest(struct gemini_map *map, u64 block,
+			  struct gemini_block *entry, u8 state, u16 used);
 
 void gemini_map_heat(struct gemini_map *map,
 		     u16 (*heat_of)(const struct gemini_heat *heat, u64 block),
@@ -182,6 +184,18 @@ unsigned int gemini_map_take_dirty(struct gemini_map *map,
 				   struct virtio_gemini_record *records,
 				   unsigned int max);
 
+void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear);
+void gemini_map_forgive(struct gemini_map *map);
+void gemini_map_forgive_moves(struct gemini_map *map);
+
+bool gemini_map_next_run(struct gemini_map *map, u64 from,
+			 struct gemini_run *run);
+void gemini_map_sum(struct gemini_map *map, struct gemini_sums *sums);
+
+/* stock.c */
+void gemini_map_change(struct gemini_map *map, u64 block,
+		       struct gemini_block *entry, u8 host, u8 flags,
+		       unsigned long since);
 int gemini_map_hold(struct gemini_map *map, u64 block, bool zero,
 		    unsigned long since);
 int gemini_map_unhold(struct gemini_map *map, u64 block);
@@ -204,13 +218,6 @@ void gemini_map_recall(struct gemini_map *map, u64 first, u64 count);
 bool gemini_map_recalled(struct gemini_map *map, u64 block);
 unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 			    unsigned int max);
-void gemini_map_flag(struct gemini_map *map, u64 block, u8 set, u8 clear);
-void gemini_map_forgive(struct gemini_map *map);
-void gemini_map_forgive_moves(struct gemini_map *map);
-
-bool gemini_map_next_run(struct gemini_map *map, u64 from,
-			 struct gemini_run *run);
-void gemini_map_sum(struct gemini_map *map, struct gemini_sums *sums);
 
 static inline bool gemini_host_huge(u8 host)
 {

@@ -18,22 +18,15 @@
 #include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/slab.h>
-#include <linux/virtio_config.h>
-#include <linux/vmstat.h>
 
+#include "booking.h"
 #include "compat.h"
-#include "gemini.h"
 #include "trace.h"
 
 /* Between two looks: while there is something to do, and while there is not. */
 #define PERIOD_HUNGRY		(HZ / 20)
 #define PERIOD_ACTIVE		(HZ / 10)
 #define PERIOD_CALM		HZ
-/* Blocks that one look considers, and map chunks that it walks for them. */
-#define CANDIDATES		64U
-#define WALK_CHUNKS		32U
-/* Blocks that are worth emptying have no more pages in use than this share. */
-#define EVACUATE_SHARE		2
 /* The stock is to last so many seconds of the recent demand. */
 #define LEAD_SECONDS		1
 /* The demand is reckoned over this time at least. */
@@ -44,9 +37,6 @@
 #define LULL			(60 * HZ)
 /* After memory was short, or somebody wanted to have it offline. */
 #define PAUSE			(10 * HZ)
-/* After the host refused: from, and up to. */
-#define REFUSED_MIN		(HZ / 2)
-#define REFUSED_MAX		(60 * HZ)
 /* What could not be had, or what the host left undone, gets another chance. */
 #define FORGIVE			(30 * HZ)
 
@@ -54,78 +44,6 @@
 #define UNUSED			(2 * HZ)
 /* What is to be given back to the host goes there in this time, or not at all. */
 #define GIVING			(5 * HZ)
-/* A balloon that has not grown for so long has its size. */
-#define BALLOON_QUIET		(5 * HZ)
-
-/*
- * Free host-huge blocks that are held only if the stock needs them: those that
- * nobody came for, and those that the host made huge for a stock that may not
- * need them any more.
- */
-#define STOCK_ONLY		(GEMINI_BLOCK_SPENT | GEMINI_BLOCK_MADE)
-
-/* The order of kinds above; less is cheaper. */
-enum cost {
-	COST_FREE,			/* and host-huge */
-	COST_SPENT,			/* likewise, but only for the stock */
-	COST_EVACUATE,			/* plus the pages in use, host-huge */
-	COST_FREE_SMALL = SZ_64K,	/* free, on base pages of the host */
-	COST_FREE_ABSENT,		/* free, and on nothing */
-	COST_EVACUATE_SMALL,		/* plus the pages in use, not host-huge */
-	COST_NONE = INT_MAX,
-};
-
-struct candidate {
-	u64 block;
-	u32 cost;
-	u16 used;
-	u8 host;
-};
-
-struct candidates {
-	struct candidate best[CANDIDATES];
-	unsigned int count;
-};
-
-static bool can_renew(struct gemini *gemini)
-{
-	return virtio_has_feature(gemini->vdev, VIRTIO_GEMINI_F_RELEASE);
-}
-
-static bool can_prepare(struct gemini *gemini)
-{
-	return virtio_has_feature(gemini->vdev, VIRTIO_GEMINI_F_PREPARE);
-}
-
-/* May the host be asked for huge pages, in principle? */
-static bool host_gives(struct gemini *gemini)
-{
-	return !READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted) &&
-	       (can_renew(gemini) || can_prepare(gemini));
-}
-
-static u32 cost_of(struct gemini *gemini, const struct gemini_block *entry,
-		   bool ask)
-{
-	bool huge = gemini_host_huge(entry->host);
-	u32 most = (1U << gemini->block_order) / EVACUATE_SHARE;
-
-	if (entry->flags & (GEMINI_BLOCK_HELD | GEMINI_BLOCK_PASSED) ||
-	    !(huge || ask))
-		return COST_NONE;
-	if (entry->guest == VIRTIO_GEMINI_GUEST_FREE) {
-		if (entry->host == VIRTIO_GEMINI_HOST_ABSENT)
-			return COST_FREE_ABSENT;
-		if (!huge)
-			return COST_FREE_SMALL;
-		return entry->flags & STOCK_ONLY ? COST_SPENT : COST_FREE;
-	}
-	if (entry->guest == VIRTIO_GEMINI_GUEST_BASE && entry->used &&
-	    entry->used <= most)
-		return entry->used + (huge ? COST_EVACUATE :
-					     COST_EVACUATE_SMALL);
-	return COST_NONE;
-}
 
 /**
  * gemini_booking_node() - the node of a block
@@ -139,56 +57,6 @@ int gemini_booking_node(struct gemini *gemini, u64 block)
 	struct page *page = pfn_to_online_page(gemini_block_pfn(gemini, block));
 
 	return page ? page_to_nid(page) : NUMA_NO_NODE;
-}
-
-/* Keeps the cheapest, in order. */
-static void consider(struct candidates *found, struct candidate new)
-{
-	unsigned int i = found->count;
-
-	if (i == CANDIDATES && found->best[i - 1].cost <= new.cost)
-		return;
-	if (i < CANDIDATES)
-		found->count++;
-	else
-		i--;
-	for (; i && found->best[i - 1].cost > new.cost; i--)
-		found->best[i] = found->best[i - 1];
-	found->best[i] = new;
-}
-
-/* Looks at some chunks of the map, at all of it in turn. */
-static void find(struct gemini *gemini, int nid, bool ask,
-		 struct candidates *found)
-{
-	struct gemini_booking *booking = &gemini->booking;
-	struct gemini_run run;
-	u64 from = booking->next;
-	u64 end = from + (u64)WALK_CHUNKS * GEMINI_CHUNK_BLOCKS;
-
-	found->count = 0;
-	while (gemini_map_next_run(&gemini->map, from, &run) &&
-	       run.first < end) {
-		u32 cost = cost_of(gemini, &run.block, ask);
-		u64 i;
-
-		from = run.first + run.count;
-		for (i = 0; cost != COST_NONE && i < run.count; i++) {
-			struct candidate new = {
-				.block = run.first + i,
-				.cost = cost,
-				.used = run.block.used,
-				.host = run.block.host,
-			};
-
-			if (found->count == CANDIDATES &&
-			    found->best[CANDIDATES - 1].cost <= cost)
-				break;
-			if (gemini_booking_node(gemini, new.block) == nid)
-				consider(found, new);
-		}
-	}
-	booking->next = run.count ? from : 0;
 }
 
 /* Blocks that a node can spare before it has to reclaim. */
@@ -291,7 +159,7 @@ static bool wanted(struct gemini *gemini, u64 block, u64 need)
 		copy = *entry;
 	spin_unlock(&gemini->map.lock);
 	return need || (gemini_host_huge(copy.host) &&
-			!(copy.flags & STOCK_ONLY));
+			!(copy.flags & GEMINI_STOCK_ONLY));
 }
 
 static u64 need_on(struct gemini *gemini, int nid)
@@ -317,7 +185,7 @@ bool gemini_booking_wants(struct gemini *gemini, u64 block)
 	if (nid == NUMA_NO_NODE)
 		return false;
 	return wanted(gemini, block,
-		      host_gives(gemini) ? need_on(gemini, nid) : 0);
+		      gemini_asking_helps(gemini) ? need_on(gemini, nid) : 0);
 }
 
 /*
@@ -326,12 +194,12 @@ bool gemini_booking_wants(struct gemini *gemini, u64 block)
  */
 static u64 book_plain(struct gemini *gemini, int nid, u64 tries, u64 need)
 {
-	u64 unwanted[CANDIDATES];
+	u64 unwanted[GEMINI_CANDIDATES];
 	unsigned int count = 0;
 	u64 kept = 0;
 	u64 block;
 
-	while (tries-- && count < CANDIDATES &&
+	while (tries-- && count < GEMINI_CANDIDATES &&
 	       !gemini_hold_any(gemini, nid, &block)) {
 		if (wanted(gemini, block, need > kept))
 			kept++;
@@ -357,7 +225,8 @@ bool gemini_booking_paused(struct gemini *gemini)
 }
 
 /* Takes one block at its address; what cannot be had is left alone. */
-static bool book_exact(struct gemini *gemini, const struct candidate *from)
+static bool book_exact(struct gemini *gemini,
+		       const struct gemini_candidate *from)
 {
 	struct gemini_booking *booking = &gemini->booking;
 	int ret;
@@ -412,178 +281,15 @@ static bool zeroed_at_booking(void)
 	return want_init_on_alloc(GFP_TRANSHUGE_LIGHT);
 }
 
-static int submit(struct gemini *gemini, u16 type,
-		  const struct gemini_range *ranges, u32 count)
-{
-	struct gemini_request *request;
-	int ret;
-
-	request = gemini_request_new(gemini, type, ranges, count);
-	if (IS_ERR(request))
-		return PTR_ERR(request);
-	ret = gemini_request_submit(request);
-	if (!ret) {
-		/* Its answer tells whether to ask again. */
-		list_add_tail(&request->asked, &gemini->booking.asked);
-		return 0;
-	}
-	gemini_request_put(request);
-	return ret;
-}
-
-/* The host said no, or did it in part: later again. */
-static void refused(struct gemini *gemini, struct gemini_request *request)
-{
-	struct virtio_gemini_range *range = gemini_request_ranges(request);
-	struct gemini_booking *booking = &gemini->booking;
-	u64 block;
-	u32 i, j;
-
-	for (i = 0; i < request->nr_ranges; i++) {
-		block = le64_to_cpu(range[i].first);
-		for (j = 0; j < le32_to_cpu(range[i].count); j++)
-			gemini_map_flag(&gemini->map, block + j, 0,
-					GEMINI_BLOCK_ASKED);
-	}
-	booking->asked_delay = clamp(booking->asked_delay * 2,
-				     (unsigned long)REFUSED_MIN,
-				     (unsigned long)REFUSED_MAX);
-	booking->asked_until = jiffies + booking->asked_delay;
-}
-
-/* Takes the answers that are there; returns the number of open requests. */
-static unsigned int take_answers(struct gemini *gemini)
-{
-	struct gemini_booking *booking = &gemini->booking;
-	struct gemini_request *request, *next;
-	unsigned int open = 0;
-
-	list_for_each_entry_safe(request, next, &booking->asked, asked) {
-		if (!gemini_request_answered(request)) {
-			open++;
-			continue;
-		}
-		list_del(&request->asked);
-		if (request->error)
-			refused(gemini, request);
-		else
-			booking->asked_delay = 0;
-		gemini_request_put(request);
-	}
-	return open;
-}
-
-static void forget_answers(struct gemini *gemini)
-{
-	struct gemini_request *request, *next;
-
-	list_for_each_entry_safe(request, next, &gemini->booking.asked, asked) {
-		list_del(&request->asked);
-		gemini_request_put(request);
-	}
-}
-
-static bool may_ask(struct gemini *gemini)
-{
-	struct gemini_booking *booking = &gemini->booking;
-
-	return host_gives(gemini) &&
-	       !time_before(jiffies, booking->asked_until);
-}
-
-/* Has held blocks made host-huge, without a copy where that is possible. */
-static bool ask_for_held(struct gemini *gemini, int nid)
-{
-	struct gemini_booking *booking = &gemini->booking;
-	struct gemini_range ranges[GEMINI_RELEASE_DEFAULT];
-	u64 blocks[GEMINI_RELEASE_DEFAULT];
-	bool renew = can_renew(gemini);
-	unsigned int count, i;
-	u32 max;
-	int ret;
-
-	max = min_t(u32, ARRAY_SIZE(blocks), READ_ONCE(gemini->release_max));
-	count = gemini_map_ask(&gemini->map, nid, blocks, max);
-	if (!count)
-		return false;
-	for (i = 0; i < count; i++)
-		ranges[i] = (struct gemini_range) { blocks[i], 1 };
-	ret = submit(gemini, renew ? VIRTIO_GEMINI_REQ_RENEW :
-				     VIRTIO_GEMINI_REQ_PREPARE, ranges, count);
-	if (ret) {
-		for (i = 0; i < count; i++)
-			gemini_map_flag(&gemini->map, blocks[i], 0,
-					GEMINI_BLOCK_ASKED);
-		return false;
-	}
-	if (renew)
-		booking->renewed += count;
-	else
-		booking->prepared += count;
-	return true;
-}
-
-#if IS_ENABLED(CONFIG_MEMORY_BALLOON) && IS_ENABLED(CONFIG_VM_EVENT_COUNTERS)
-/*
- * Has no balloon grown of late?  Free blocks are not held while the host is asked
- * for huge pages, and what a balloon takes and drops meanwhile would come back
- * for nobody.  On a stack frame of its own, which is large.
- */
-static noinline bool balloons_rest(struct gemini *gemini)
-{
-	struct gemini_booking *booking = &gemini->booking;
-	unsigned long events[NR_VM_EVENT_ITEMS];
-
-	all_vm_events(events);
-	if (booking->inflated != events[BALLOON_INFLATE]) {
-		booking->inflated = events[BALLOON_INFLATE];
-		booking->inflated_time = jiffies;
-	}
-	return !booking->inflated ||
-	       time_after(jiffies, booking->inflated_time + BALLOON_QUIET);
-}
-#else
-static bool balloons_rest(struct gemini *gemini)
-{
-	return true;
-}
-#endif
-
-/* Has free blocks made host-huge; a later look books them. */
-static bool ask_for_free(struct gemini *gemini, const struct candidates *found,
-			 u64 need)
-{
-	struct gemini_range ranges[GEMINI_RELEASE_DEFAULT];
-	unsigned int count = 0;
-	unsigned int i;
-
-	for (i = 0; i < found->count && count < need &&
-	     count < ARRAY_SIZE(ranges); i++)
-		/* What somebody has begun to use by now would be copied. */
-		if (found->best[i].cost == COST_FREE_ABSENT &&
-		    gemini_census_free(gemini, found->best[i].block))
-			ranges[count++] = (struct gemini_range) {
-				found->best[i].block, 1
-			};
-	if (!count || !balloons_rest(gemini) ||
-	    submit(gemini, VIRTIO_GEMINI_REQ_PREPARE, ranges, count))
-		return false;
-	for (i = 0; i < count; i++)
-		gemini_map_flag(&gemini->map, ranges[i].first,
-				GEMINI_BLOCK_MADE, 0);
-	gemini->booking.prepared += count;
-	return true;
-}
-
 /* Free blocks that the host backs, by their addresses; a later look renews them. */
-static u64 book_small(struct gemini *gemini, const struct candidates *found,
-		      u64 need)
+static u64 book_small(struct gemini *gemini,
+		      const struct gemini_candidates *found, u64 need)
 {
 	u64 got = 0;
 	unsigned int i;
 
 	for (i = 0; i < found->count && got < need; i++)
-		if (found->best[i].cost == COST_FREE_SMALL &&
+		if (found->best[i].cost == GEMINI_COST_FREE_SMALL &&
 		    !gemini_booking_paused(gemini))
 			got += book_exact(gemini, &found->best[i]);
 	return got;
@@ -591,25 +297,26 @@ static u64 book_small(struct gemini *gemini, const struct candidates *found,
 
 /* Type-1: they are held for their own sake. */
 static u64 book_free(struct gemini *gemini, int nid,
-		     const struct candidates *found, bool plain)
+		     const struct gemini_candidates *found, bool plain)
 {
 	u64 most = 0;
 	u64 got = 0;
 	unsigned int i;
 
 	for (i = 0; i < found->count; i++)
-		most += found->best[i].cost == COST_FREE;
+		most += found->best[i].cost == GEMINI_COST_FREE;
 	most = min(most, room(gemini, nid));
 	if (most && plain)
 		got = book_plain(gemini, nid, 2 * most, 0);
 	for (i = 0; i < found->count && got < most && !gemini_booking_paused(gemini); i++)
-		if (found->best[i].cost == COST_FREE)
+		if (found->best[i].cost == GEMINI_COST_FREE)
 			got += book_exact(gemini, &found->best[i]);
 	return got;
 }
 
 /* Is there a use for one more block, where this is the cheapest? */
-static bool lacks(struct gemini *gemini, int nid, const struct candidate *one)
+static bool lacks(struct gemini *gemini, int nid,
+		  const struct gemini_candidate *one)
 {
 	return need_on(gemini, nid) || (gemini_host_huge(one->host) &&
 					gemini_move_need(gemini, nid));
@@ -617,20 +324,20 @@ static bool lacks(struct gemini *gemini, int nid, const struct candidate *one)
 
 /* For the stock, and for moves: as many of those up to @cost as it takes. */
 static bool book_for_stock(struct gemini *gemini, int nid,
-			   const struct candidates *found, u32 cost)
+			   const struct gemini_candidates *found, u32 cost)
 {
 	bool progress = false;
 	unsigned int i;
 
 	for (i = 0; i < found->count; i++) {
-		const struct candidate *one = &found->best[i];
+		const struct gemini_candidate *one = &found->best[i];
 
 		if (gemini_booking_paused(gemini) || !spare(gemini, nid) ||
 		    !lacks(gemini, nid, one))
 			break;
 		if (one->cost > cost)
 			break;
-		if (one->cost == COST_SPENT) {
+		if (one->cost == GEMINI_COST_SPENT) {
 			progress |= book_exact(gemini, one);
 		} else if (one->used) {
 			if (!READ_ONCE(gemini->booking.evacuation_rate))
@@ -646,20 +353,20 @@ static bool book_for_stock(struct gemini *gemini, int nid,
 }
 
 /* Books on a node what is to be had; returns whether it got on with it. */
-static bool fill(struct gemini *gemini, int nid, struct candidates *found,
-		 unsigned int open)
+static bool fill(struct gemini *gemini, int nid,
+		 struct gemini_candidates *found, unsigned int open)
 {
-	bool ask = may_ask(gemini);
+	bool ask = gemini_asking_allowed(gemini);
 	bool small = false, absent = false;
 	bool zeroed = zeroed_at_booking();
 	bool progress;
 	unsigned int i;
 	u64 need;
 
-	find(gemini, nid, host_gives(gemini), found);
+	gemini_candidates_find(gemini, nid, gemini_asking_helps(gemini), found);
 	for (i = 0; i < found->count; i++) {
-		small |= found->best[i].cost == COST_FREE_SMALL;
-		absent |= found->best[i].cost == COST_FREE_ABSENT;
+		small |= found->best[i].cost == GEMINI_COST_FREE_SMALL;
+		absent |= found->best[i].cost == GEMINI_COST_FREE_ABSENT;
 	}
 
 	/*
@@ -667,22 +374,22 @@ static bool fill(struct gemini *gemini, int nid, struct candidates *found,
 	 * what is looked for, only that is taken.
 	 */
 	progress = book_free(gemini, nid, found, !((small || absent) && zeroed));
-	progress |= book_for_stock(gemini, nid, found, COST_SPENT);
+	progress |= book_for_stock(gemini, nid, found, GEMINI_COST_SPENT);
 	need = min(need_on(gemini, nid), spare(gemini, nid));
-	if (ask && need && absent && zeroed && can_prepare(gemini)) {
+	if (ask && need && absent && zeroed && gemini_asking_prepare(gemini)) {
 		/* Without a copy, and without more memory of the host's. */
-		if (small && can_renew(gemini) && book_small(gemini, found, need))
+		if (small && gemini_asking_renew(gemini) && book_small(gemini, found, need))
 			return true;
 		/* One such request at a time: the map has to follow. */
 		if (!progress && !open)
-			progress = ask_for_free(gemini, found, need);
+			progress = gemini_asking_free(gemini, found, need);
 		return progress;
 	}
 	if (ask && need && (small || absent))
-		progress |= book_plain(gemini, nid, min_t(u64, need, CANDIDATES),
+		progress |= book_plain(gemini, nid, min_t(u64, need, GEMINI_CANDIDATES),
 				       need);
 	progress |= book_for_stock(gemini, nid, found,
-				   ask ? COST_NONE : COST_FREE_SMALL);
+				   ask ? GEMINI_COST_NONE : GEMINI_COST_FREE_SMALL);
 	return progress;
 }
 
@@ -711,7 +418,7 @@ static void trim(struct gemini *gemini, int nid)
 		made += GIVING;
 		gemini_giving_kick(gemini);
 	}
-	if (gemini_hold_ready(gemini, nid) >= target || !host_gives(gemini))
+	if (gemini_hold_ready(gemini, nid) >= target || !gemini_asking_helps(gemini))
 		/* Nothing becomes of them. */
 		expired = gemini_hold_expire(gemini, nid, GEMINI_STOCK_IDLE,
 					     now - unused, U64_MAX);
@@ -780,13 +487,13 @@ static void booking_work(struct work_struct *work)
 					     struct gemini, booking.work);
 	struct gemini_booking *booking = &gemini->booking;
 	unsigned long delay = PERIOD_CALM;
-	struct candidates *found = NULL;
+	struct gemini_candidates *found = NULL;
 	bool hungry = false, short_of = false;
 	unsigned int open;
 	int nid;
 
 	set_target(gemini);
-	open = take_answers(gemini);
+	open = gemini_asking_answers(gemini);
 	/* Also for what is given back, which goes on without booking. */
 	if (time_after(jiffies, booking->forgiven + FORGIVE)) {
 		booking->forgiven = jiffies;
@@ -813,12 +520,12 @@ static void booking_work(struct work_struct *work)
 			hungry |= fill(gemini, nid, found, open);
 			hungry |= gemini_move_some(gemini, nid);
 		}
-		if (may_ask(gemini))
-			hungry |= ask_for_held(gemini, nid);
+		if (gemini_asking_allowed(gemini))
+			hungry |= gemini_asking_held(gemini, nid);
 		short_of |= need_on(gemini, nid);
 	}
 	/* To choose the cheapest, their used pages must be known. */
-	WRITE_ONCE(gemini->census.count_all, short_of && host_gives(gemini));
+	WRITE_ONCE(gemini->census.count_all, short_of && gemini_asking_helps(gemini));
 	if (hungry)
 		delay = PERIOD_HUNGRY;
 	else if (open || booking->demand_rate >= 256)
@@ -898,7 +605,7 @@ void gemini_booking_start(struct gemini *gemini)
 void gemini_booking_stop(struct gemini *gemini)
 {
 	disable_delayed_work_sync(&gemini->booking.work);
-	forget_answers(gemini);
+	gemini_asking_forget(gemini);
 }
 
 void gemini_booking_init(struct gemini *gemini)
