@@ -394,10 +394,35 @@ static bool fill(struct gemini *gemini, int nid,
 }
 
 /*
- * Gives back what is not needed.  What the host wants goes there, in an order of
- * its own: as free blocks, ready ones would be the first.
+ * Does the host take what it gets back?  It does until it has taken nothing for a
+ * while, though there was something; not by the age of blocks, which may have
+ * been of use for long before there were too many.
  */
-static void trim(struct gemini *gemini, int nid)
+static bool host_takes(struct gemini *gemini)
+{
+	struct gemini_booking *booking = &gemini->booking;
+	u64 released = READ_ONCE(gemini->giving.released);
+	bool surplus = false;
+	int nid;
+
+	if (!gemini_giving_possible(gemini))
+		return false;
+	for_each_node_state(nid, N_MEMORY)
+		surplus |= gemini_giving_surplus(gemini, nid);
+	if (surplus)
+		gemini_giving_kick(gemini);
+	if (!surplus || booking->released != released)
+		booking->taken = jiffies;
+	booking->released = released;
+	return time_before(jiffies, booking->taken + GIVING);
+}
+
+/*
+ * Gives back what is not needed.  What the host gets goes there as long as it
+ * @takes it, in an order of its own: as free blocks, ready ones would be the
+ * first.
+ */
+static void trim(struct gemini *gemini, int nid, bool takes)
 {
 	unsigned long timeout =
 		msecs_to_jiffies(gemini_timeout_guest_ms(gemini));
@@ -405,31 +430,25 @@ static void trim(struct gemini *gemini, int nid)
 	unsigned long now = jiffies;
 	enum gemini_stock stock;
 	u64 expired = 0;
-	unsigned long unused = UNUSED;
-	unsigned long made = UNUSED;
 	u64 ready;
 
-	/* They go to the host, unless it has stopped to take them. */
-	if (gemini_giving_active(gemini)) {
-		timeout += GIVING;
-		unused += GIVING;
-	}
-	if (gemini_giving_surplus(gemini, nid)) {
-		made += GIVING;
-		gemini_giving_kick(gemini);
-	}
+	if (takes && gemini_giving_active(gemini))
+		return;
 	if (gemini_hold_ready(gemini, nid) >= target || !gemini_asking_helps(gemini))
 		/* Nothing becomes of them. */
 		expired = gemini_hold_expire(gemini, nid, GEMINI_STOCK_IDLE,
-					     now - unused, U64_MAX);
+					     now - UNUSED, U64_MAX);
 	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++) {
+		bool made = gemini_stock_made(stock);
+
 		ready = gemini_hold_ready(gemini, nid);
 		if (ready <= target)
 			break;
+		if (made && takes)
+			continue;
 		expired += gemini_hold_expire(gemini, nid, stock,
-					      now - (gemini_stock_made(stock) ?
-						     min(made, timeout) :
-						     timeout),
+					      now - (made ? min(UNUSED, timeout) :
+						      timeout),
 					      ready - target);
 	}
 	if (expired) {
@@ -489,6 +508,7 @@ static void booking_work(struct work_struct *work)
 	unsigned long delay = PERIOD_CALM;
 	struct gemini_candidates *found = NULL;
 	bool hungry = false, short_of = false;
+	bool takes = host_takes(gemini);
 	unsigned int open;
 	int nid;
 
@@ -505,7 +525,7 @@ static void booking_work(struct work_struct *work)
 		/* Whatever is held, nobody can use it. */
 		WRITE_ONCE(booking->target, 0);
 		for_each_node_state(nid, N_MEMORY)
-			trim(gemini, nid);
+			trim(gemini, nid, takes);
 		goto out;
 	}
 	found = kmalloc(sizeof(*found), GFP_KERNEL | __GFP_NORETRY |
@@ -513,7 +533,7 @@ static void booking_work(struct work_struct *work)
 	if (!found)
 		goto out;
 	for_each_node_state(nid, N_MEMORY) {
-		trim(gemini, nid);
+		trim(gemini, nid, takes);
 		if (!gemini_booking_paused(gemini) &&
 		    !READ_ONCE(gemini->wanted)) {
 			gemini_move_find(gemini, nid);
@@ -588,6 +608,7 @@ void gemini_booking_start(struct gemini *gemini)
 	booking->credit_time = jiffies;
 	booking->asked_until = jiffies;
 	booking->asked_delay = 0;
+	booking->taken = jiffies;
 	/* The device tells it anew. */
 	gemini_move_want(gemini, false);
 	/* What was asked for of the device before its reset was not done. */

@@ -354,6 +354,9 @@ struct gemini_timeout {
  * @demand_time: when that was, in jiffies
  * @demanded: when it had grown, in jiffies
  * @demand_rate: huge pages asked for in a second, times 256, decaying
+ * @taken: when the host had last taken something back, or there was nothing, in
+ *	jiffies
+ * @released: blocks that it had taken by then
  * @credit: blocks that may be emptied now, times HZ
  * @credit_time: when that was reckoned, in jiffies
  * @inflated: pages that balloons have taken, ever, when last looked at
@@ -386,6 +389,8 @@ struct gemini_booking {
 	unsigned long demand_time;
 	unsigned long demanded;
 	u64 demand_rate;
+	unsigned long taken;
+	u64 released;
 	u64 credit;
 	unsigned long credit_time;
 	unsigned long inflated;
@@ -790,6 +795,7 @@ void gemini_giving_start(struct gemini *gemini);
 void gemini_giving_stop(struct gemini *gemini);
 void gemini_giving_kick(struct gemini *gemini);
 void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused);
+bool gemini_giving_possible(struct gemini *gemini);
 bool gemini_giving_active(struct gemini *gemini);
 bool gemini_giving_surplus(struct gemini *gemini, int nid);
 u64 gemini_giving_owed(struct gemini *gemini);

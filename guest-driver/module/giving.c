@@ -51,7 +51,13 @@ struct batch {
 	unsigned int max;
 };
 
-static bool possible(struct gemini *gemini)
+/**
+ * gemini_giving_possible() - can blocks go to the host?
+ * @gemini: the device
+ *
+ * Return: true if it takes some.
+ */
+bool gemini_giving_possible(struct gemini *gemini)
 {
 	return virtio_has_feature(gemini->vdev, VIRTIO_GEMINI_F_RELEASE) &&
 	       READ_ONCE(gemini->hints.synced);
@@ -65,8 +71,8 @@ static bool possible(struct gemini *gemini)
  */
 bool gemini_giving_active(struct gemini *gemini)
 {
-	return possible(gemini) && (READ_ONCE(gemini->returning) ||
-				    READ_ONCE(gemini->wanted));
+	return gemini_giving_possible(gemini) &&
+	       (READ_ONCE(gemini->returning) || READ_ONCE(gemini->wanted));
 }
 
 /**
@@ -346,18 +352,32 @@ static void pick_surplus(struct gemini *gemini, struct batch *batch)
  * @nid: their node
  *
  * Return: true if the host made ready blocks huge for a stock that does not
- * need them any more, and takes them back.
+ * need them any more, or if it asks for what is unused and there is some.
  */
 bool gemini_giving_surplus(struct gemini *gemini, int nid)
 {
-	unsigned long before = jiffies - UNUSED;
+	unsigned long unused = jiffies - UNUSED;
+	bool active = gemini_giving_active(gemini);
+	enum gemini_stock stock;
+	unsigned long before;
 	u64 block;
 
-	return possible(gemini) && gemini_booking_spare(gemini, nid) &&
-	       (gemini_map_pick(&gemini->map, nid, GEMINI_STOCK_MADE, before,
-				&block, 1) ||
-		gemini_map_pick(&gemini->map, nid, GEMINI_STOCK_MADE_ZERO,
-				before, &block, 1));
+	if (active && gemini_map_pick(&gemini->map, nid, GEMINI_STOCK_IDLE,
+				      unused, &block, 1))
+		return true;
+	if (!gemini_giving_possible(gemini) ||
+	    !gemini_booking_spare(gemini, nid))
+		return false;
+	before = jiffies - msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
+	for (stock = GEMINI_STOCK_READY; stock < GEMINI_STOCKS; stock++) {
+		bool made = gemini_stock_made(stock);
+
+		if ((made || active) &&
+		    gemini_map_pick(&gemini->map, nid, stock,
+				    made ? unused : before, &block, 1))
+			return true;
+	}
+	return false;
 }
 
 /* The host got so many base pages of its wish. */
@@ -452,7 +472,7 @@ static void giving_work(struct work_struct *work)
 
 	gemini->giving.trimming = false;
 	open = take_answers(gemini);
-	while (possible(gemini) && (now = give(gemini)))
+	while (gemini_giving_possible(gemini) && (now = give(gemini)))
 		given += now;
 	if (given)
 		gemini_report_kick(gemini);

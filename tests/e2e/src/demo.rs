@@ -116,7 +116,7 @@ fn run_policy(
     let read = guest.read("workload", READS, 2)?;
     if policy == "gemini" {
         // A stock for a demand that is over would count as memory held back.
-        lab.wait_stock_at_rest(SETTLE_TIMEOUT)?;
+        lab.wait_burst_over(SETTLE_TIMEOUT)?;
     }
     lab.wait_settled(SETTLE_TIMEOUT)?;
 

@@ -252,9 +252,9 @@ impl Lab {
     ///
     /// # Errors
     /// If that does not come in time.
-    pub fn wait_stock_at_rest(&self, timeout: Duration) -> anyhow::Result<()> {
+    pub fn wait_burst_over(&self, timeout: Duration) -> anyhow::Result<()> {
         let guest = &self.vm.guest;
-        process::wait_for("the driver's stock is at rest", timeout, || {
+        process::wait_for("the driver's stock is over its burst", timeout, || {
             let floor =
                 guest.driver_number("stock_floor")?.max(guest.driver_number("stock_active")?);
             // Right after a burst the stock is empty, and about to grow.

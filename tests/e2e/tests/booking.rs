@@ -95,6 +95,32 @@ fn stock_of_fresh_memory_costs_its_size_and_no_copy_until_it_is_not_needed() -> 
     lab.daemon.stop()
 }
 
+/// What a long burst needed was ready for long when it ends, and cost the host's memory all the same.
+#[test]
+fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
+    const STOCKED: u64 = 24;
+    const OLD: Duration = Duration::from_secs(12);
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "stock-old", "gemini", |_| {})?;
+    let guest = |name: &str, lab: &Lab| lab.vm.guest.driver_number(name);
+    lab.wait_settled(STOCK)?;
+    set_stock(&lab, STOCKED)?;
+    wait_ready(&lab, STOCKED)?;
+    std::thread::sleep(OLD);
+    let (expired, given) = (guest("expired", &lab)?, guest("given_back", &lab)?);
+    let before = lab.memory.resident_bytes()?;
+    set_stock(&lab, 0)?;
+    process::wait_for("the stock is given back", STOCK, || {
+        Ok((guest("held", &lab)? == 0).then_some(()))
+    })?;
+    let less = before.saturating_sub(lab.memory.resident_bytes()?);
+    eprintln!("stock of {STOCKED} blocks: the host has {less} bytes back");
+    ensure!(guest("expired", &lab)? == expired, "some went to the allocator alone");
+    ensure!(guest("given_back", &lab)? - given >= STOCKED, "the host got too few");
+    ensure!(less >= (STOCKED - 4) * BLOCK, "{less} bytes");
+    lab.daemon.stop()
+}
+
 /// Otherwise memory that programs have left stays with the guest beside as much that is made ready.
 #[test]
 fn stock_is_made_of_what_the_host_has_before_what_it_has_not() -> anyhow::Result<()> {
