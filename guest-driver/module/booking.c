@@ -378,7 +378,8 @@ static bool fill(struct gemini *gemini, int nid,
 	need = min(need_on(gemini, nid), spare(gemini, nid));
 	if (ask && need && absent && zeroed && gemini_asking_prepare(gemini)) {
 		/* Without a copy, and without more memory of the host's. */
-		if (small && gemini_asking_renew(gemini) && book_small(gemini, found, need))
+		if (small && gemini_asking_renew(gemini) &&
+		    book_small(gemini, found, need))
 			return true;
 		/* One such request at a time: the map has to follow. */
 		if (!progress && !open)
@@ -386,10 +387,12 @@ static bool fill(struct gemini *gemini, int nid,
 		return progress;
 	}
 	if (ask && need && (small || absent))
-		progress |= book_plain(gemini, nid, min_t(u64, need, GEMINI_CANDIDATES),
+		progress |= book_plain(gemini, nid,
+				       min_t(u64, need, GEMINI_CANDIDATES),
 				       need);
 	progress |= book_for_stock(gemini, nid, found,
-				   ask ? GEMINI_COST_NONE : GEMINI_COST_FREE_SMALL);
+				   ask ? GEMINI_COST_NONE :
+					 GEMINI_COST_FREE_SMALL);
 	return progress;
 }
 
@@ -434,7 +437,8 @@ static void trim(struct gemini *gemini, int nid, bool takes)
 
 	if (takes && gemini_giving_active(gemini))
 		return;
-	if (gemini_hold_ready(gemini, nid) >= target || !gemini_asking_helps(gemini))
+	if (gemini_hold_ready(gemini, nid) >= target ||
+	    !gemini_asking_helps(gemini))
 		/* Nothing becomes of them. */
 		expired = gemini_hold_expire(gemini, nid, GEMINI_STOCK_IDLE,
 					     now - UNUSED, U64_MAX);
@@ -545,7 +549,8 @@ static void booking_work(struct work_struct *work)
 		short_of |= need_on(gemini, nid);
 	}
 	/* To choose the cheapest, their used pages must be known. */
-	WRITE_ONCE(gemini->census.count_all, short_of && gemini_asking_helps(gemini));
+	WRITE_ONCE(gemini->census.count_all,
+		   short_of && gemini_asking_helps(gemini));
 	if (hungry)
 		delay = PERIOD_HUNGRY;
 	else if (open || booking->demand_rate >= 256)

@@ -19,12 +19,12 @@
 
 /* The order of kinds in booking.c; less is cheaper. */
 enum gemini_cost {
-	GEMINI_COST_FREE,			/* and host-huge */
-	GEMINI_COST_SPENT,			/* likewise, but only for the stock */
-	GEMINI_COST_EVACUATE,			/* plus the pages in use, host-huge */
-	GEMINI_COST_FREE_SMALL = SZ_64K,	/* free, on base pages of the host */
-	GEMINI_COST_FREE_ABSENT,		/* free, and on nothing */
-	GEMINI_COST_EVACUATE_SMALL,		/* plus the pages in use, not host-huge */
+	GEMINI_COST_FREE,		/* and host-huge */
+	GEMINI_COST_SPENT,		/* likewise, but only for the stock */
+	GEMINI_COST_EVACUATE,		/* plus the pages in use, host-huge */
+	GEMINI_COST_FREE_SMALL = SZ_64K, /* free, on base pages of the host */
+	GEMINI_COST_FREE_ABSENT,	/* free, and on nothing */
+	GEMINI_COST_EVACUATE_SMALL,	/* plus the pages in use, not host-huge */
 	GEMINI_COST_NONE = INT_MAX,
 };
 

@@ -99,6 +99,8 @@ fn stock_of_fresh_memory_costs_its_size_and_no_copy_until_it_is_not_needed() -> 
 #[test]
 fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
     const STOCKED: u64 = 24;
+    // Longer than the driver lets surplus blocks wait for the host. Nothing happens in that time:
+    // that they get old is what this is about.
     const OLD: Duration = Duration::from_secs(12);
     let bench = Bench::from_env()?;
     let mut lab = Lab::start(&bench, "stock-old", "gemini", |_| {})?;
