@@ -35,6 +35,8 @@
 #define DEMAND_DECAY		128
 /* A guest that asked for no huge page for so long is at rest. */
 #define LULL			(60 * HZ)
+/* Until then the stock has one block for each so many huge pages in use. */
+#define HUGE_PER_READY		32U
 /* After memory was short, or somebody wanted to have it offline. */
 #define PAUSE			(10 * HZ)
 /* What could not be had, or what the host left undone, gets another chance. */
@@ -461,13 +463,27 @@ static void trim(struct gemini *gemini, int nid, bool takes)
 	}
 }
 
+/* How many blocks to have ready, whatever the demand of this moment. */
+static u64 rest_of_stock(struct gemini *gemini)
+{
+	const struct gemini_booking *booking = &gemini->booking;
+	u64 floor = READ_ONCE(booking->stock_floor);
+	u64 active = READ_ONCE(booking->stock_active);
+	struct gemini_sums sums;
+
+	if (time_after_eq(jiffies, booking->demanded + LULL))
+		return floor;
+	gemini_map_sum(&gemini->map, &sums);
+	active = min(active, sums.guest[VIRTIO_GEMINI_GUEST_HUGE] / HUGE_PER_READY);
+	return max(floor, active);
+}
+
 /* How many huge pages were asked for lately, and so, how many to have ready. */
 static void set_target(struct gemini *gemini)
 {
 	struct gemini_booking *booking = &gemini->booking;
 	u64 demand = gemini_placement_demand(gemini);
 	unsigned long passed = jiffies - booking->demand_time;
-	unsigned int floor = READ_ONCE(booking->stock_floor);
 	u64 cap = READ_ONCE(booking->stock_cap);
 	u64 target = 0;
 
@@ -487,11 +503,9 @@ static void set_target(struct gemini *gemini)
 		booking->demand = demand;
 		booking->demand_time = jiffies;
 	}
-	if (time_before(jiffies, booking->demanded + LULL))
-		floor = max(floor, READ_ONCE(booking->stock_active));
 	if (!READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted)) {
 		target = booking->demand_rate * LEAD_SECONDS / 256;
-		target = min(max_t(u64, target, floor), cap);
+		target = min(max(target, rest_of_stock(gemini)), cap);
 	}
 	WRITE_ONCE(booking->target, target);
 }

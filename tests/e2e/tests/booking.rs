@@ -28,15 +28,25 @@ fn wait_ready(lab: &Lab, blocks: u64) -> anyhow::Result<()> {
     .with_context(|| format!("{last} blocks are ready"))
 }
 
-/// Blocks that the driver says are ready and QEMU's page tables say are not.
-fn not_huge(lab: &Lab) -> anyhow::Result<Vec<u64>> {
-    let host: BTreeMap<u64, HostState> = lab.memory.states()?.into_iter().collect();
+/// Blocks that are ready by the driver's word.
+fn ready(lab: &Lab) -> anyhow::Result<Vec<u64>> {
     let runs = lab.vm.guest.driver_blocks()?;
     let ready = runs.iter().filter(|run| run.guest == "booked" && run.host == "huge");
-    Ok(ready
-        .flat_map(|run| run.first..run.first + run.count)
-        .filter(|block| host.get(block) != Some(&HostState::Huge))
-        .collect())
+    Ok(ready.flat_map(|run| run.first..run.first + run.count).collect())
+}
+
+/// What QEMU's page tables say of these blocks.
+fn states_of(lab: &Lab, blocks: Vec<u64>) -> anyhow::Result<Vec<(u64, HostState)>> {
+    let host: BTreeMap<u64, HostState> = lab.memory.states()?.into_iter().collect();
+    let known = |block: u64| host.get(&block).copied().unwrap_or(HostState::Absent);
+    Ok(blocks.into_iter().map(|block| (block, known(block))).collect())
+}
+
+/// Blocks that the driver says are ready and QEMU's page tables say are not.
+fn not_huge(lab: &Lab) -> anyhow::Result<Vec<u64>> {
+    let states = states_of(lab, ready(lab)?)?;
+    let not_huge = states.into_iter().filter(|(_, state)| *state != HostState::Huge);
+    Ok(not_huge.map(|(block, _)| block).collect())
 }
 
 /// Debian's kernels write to what they hand out (`init_on_alloc`): what is booked
@@ -110,6 +120,9 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
     wait_ready(&lab, STOCKED)?;
     std::thread::sleep(OLD);
     let (expired, given) = (guest("expired", &lab)?, guest("given_back", &lab)?);
+    let not_huge = not_huge(&lab)?;
+    ensure!(not_huge.is_empty(), "the host does not have {not_huge:?}");
+    let stock = ready(&lab)?;
     let before = lab.memory.resident_bytes()?;
     set_stock(&lab, 0)?;
     process::wait_for("the stock is given back", STOCK, || {
@@ -119,7 +132,8 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
     eprintln!("stock of {STOCKED} blocks: the host has {less} bytes back");
     ensure!(guest("expired", &lab)? == expired, "some went to the allocator alone");
     ensure!(guest("given_back", &lab)? - given >= STOCKED, "the host got too few");
-    ensure!(less >= (STOCKED - 4) * BLOCK, "{less} bytes");
+    let enough = less >= (STOCKED - 4) * BLOCK;
+    ensure!(enough, "{less} bytes; of the stock are left: {:?}", states_of(&lab, stock)?);
     lab.daemon.stop()
 }
 
@@ -181,23 +195,38 @@ fn stock_is_made_of_half_empty_blocks_and_nothing_in_them_is_lost() -> anyhow::R
     lab.daemon.stop()
 }
 
-/// A guest at rest keeps little ready, and one that asks for huge pages more.
+/// A guest at rest keeps little ready, and one that asks for huge pages more: by
+/// how many it has.
 #[test]
 fn stock_follows_demand_and_rest() -> anyhow::Result<()> {
+    const HUGE_PER_READY: u64 = 32;
     let bench = Bench::from_env()?;
     let lab = Lab::start(&bench, "stock-rest", "gemini", |_| {})?;
     let guest = &lab.vm.guest;
     let (floor, active) =
         (guest.driver_number("stock_floor")?, guest.driver_number("stock_active")?);
     ensure!(floor < active, "{floor} and {active}");
-    guest.fill("program", 32 * MIB, 1, PageSize::Huge)?;
-    wait_ready(&lab, active)?;
+    let wait_between = || {
+        process::wait_for("the stock is as the huge pages in use have it", STOCK, || {
+            let huge = guest.driver_number("guest_huge")?;
+            let wanted = (huge / HUGE_PER_READY).min(active);
+            let is_so = guest.driver_number("stock_target")? == wanted
+                && guest.driver_number("ready")? == wanted;
+            Ok(is_so.then_some(wanted))
+        })
+    };
+    guest.fill("program", 4 * HUGE_PER_READY * BLOCK, 1, PageSize::Huge)?;
+    let between = wait_between()?;
+    ensure!(
+        floor < between && between < active,
+        "{between} blocks for four times {HUGE_PER_READY}"
+    );
     process::wait_for("the stock is at its floor", 2 * STOCK, || {
         Ok((guest.driver_number("ready")? <= floor).then_some(()))
     })?;
     ensure!(guest.driver_number("stock_target")? == floor);
-    // The next program finds it as large as before.
+    // The next program brings it back.
     guest.fill("next", 8 * MIB, 1, PageSize::Huge)?;
-    wait_ready(&lab, active)?;
+    ensure!(wait_between()? > floor);
     lab.daemon.stop()
 }
