@@ -35,7 +35,7 @@
  * Of a huge page: could not be moved; see gemini_map_forgive_moves().
  */
 #define GEMINI_BLOCK_SPENT	BIT(5)
-/* Held, and the host was asked to make it huge. */
+/* Held, and the host was asked to make it huge, or is not to be asked. */
 #define GEMINI_BLOCK_ASKED	BIT(6)
 /* The host made it huge because the stock needed it. */
 #define GEMINI_BLOCK_MADE	BIT(7)

@@ -321,6 +321,13 @@ static int release(struct gemini *gemini, struct batch *batch)
 				     ranges);
 	if (IS_ERR(request))
 		return PTR_ERR(request);
+	/*
+	 * Between the answer and take_answers() they are held, and the host has
+	 * nothing there: booking is not to ask for what is on its way out.
+	 */
+	for (i = 0; i < batch->count; i++)
+		gemini_map_flag(&gemini->map, batch->block[i],
+				GEMINI_BLOCK_ASKED, 0);
 	ret = gemini_request_submit(request);
 	if (ret)
 		gemini_request_put(request);
