@@ -464,7 +464,7 @@ static void trim(struct gemini *gemini, int nid, bool takes)
 }
 
 /* How many blocks to have ready, whatever the demand of this moment. */
-static u64 rest_of_stock(struct gemini *gemini)
+static u64 stock_between_demands(struct gemini *gemini)
 {
 	const struct gemini_booking *booking = &gemini->booking;
 	u64 floor = READ_ONCE(booking->stock_floor);
@@ -505,7 +505,7 @@ static void set_target(struct gemini *gemini)
 	}
 	if (!READ_ONCE(gemini->scarce) && !READ_ONCE(gemini->wanted)) {
 		target = booking->demand_rate * LEAD_SECONDS / 256;
-		target = min(max(target, rest_of_stock(gemini)), cap);
+		target = min(max(target, stock_between_demands(gemini)), cap);
 	}
 	WRITE_ONCE(booking->target, target);
 }

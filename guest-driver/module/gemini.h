@@ -44,8 +44,7 @@
 #define GEMINI_CTRL_MAX		16
 
 /*
- * Blocks ready at least, at any time and, for many huge pages in use, while the
- * guest is not at rest; and blocks emptied in a second.
+ * Blocks ready at least, and between demands at most; blocks emptied in a second.
  */
 #define GEMINI_STOCK_FLOOR	2
 #define GEMINI_STOCK_ACTIVE	8
@@ -342,8 +341,8 @@ struct gemini_timeout {
  * @asked: requests that the device has, by gemini_request.asked
  * @enabled: not 0: blocks are booked at all
  * @stock_floor: blocks to have ready at least
- * @stock_active: the same for a guest that asks for huge pages and has many, at
- *	most
+ * @stock_active: blocks to have ready between demands at most, however many huge
+ *	pages the guest has
  * @stock_cap: blocks to make ready at most
  * @evacuation_rate: blocks to empty in a second; 0: none
  * @target: blocks to have ready now

@@ -93,7 +93,7 @@ fn driver_finds_where_its_kernel_works() -> anyhow::Result<()> {
     let mut lab = Lab::start(&bench, "kernel-work", "none", |_| {})?;
     let (guest, qmp) = (&lab.vm.guest, &mut lab.vm.qmp);
     let known = guest.blocks_kernel_uses(1)?;
-    // A first level of page tables lies in a page without a mark. Where those in use are, the
+    // The top level of page tables lies in a page without a mark. Where those in use are, the
     // processors know.
     let mut page_tables = BTreeSet::new();
     guest.shell("for i in 1 2; do (while :; do /bin/true; done) >/dev/null 2>&1 & done")?;
@@ -123,7 +123,10 @@ fn driver_finds_where_its_kernel_works() -> anyhow::Result<()> {
 fn page_tables_in_use(qmp: &mut Qmp) -> anyhow::Result<Vec<u64>> {
     let registers = qmp.monitor("info registers -a")?;
     let roots = registers.split_whitespace().filter_map(|word| word.strip_prefix("CR3="));
-    roots.map(|root| Ok(u64::from_str_radix(root, 16)? / BLOCK)).collect()
+    let blocks = roots.map(|root| Ok(u64::from_str_radix(root, 16)? / BLOCK));
+    let blocks = blocks.collect::<anyhow::Result<Vec<u64>>>()?;
+    ensure!(!blocks.is_empty(), "QEMU tells no CR3: {registers}");
+    Ok(blocks)
 }
 
 #[test]
