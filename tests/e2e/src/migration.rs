@@ -133,9 +133,10 @@ pub fn migrate(from: &mut Vm, to: &mut Vm) -> anyhow::Result<()> {
     wait_running(to)
 }
 
-/// Has the QEMU of `config`, and those that its guest moves to, log what [`downtime`] reads.
+/// Has the QEMU of `config`, and those that its guest moves to, log what [`downtime`] and
+/// [`state_time`] read.
 pub fn log_downtime(config: &mut VmConfig) {
-    let arguments = ["-trace", "vmstate_downtime_checkpoint", "-msg", "timestamp=on"];
+    let arguments = ["-trace", "vmstate_downtime_*", "-msg", "timestamp=on"];
     config.qemu_arguments.extend(arguments.map(str::to_owned));
 }
 
@@ -149,6 +150,27 @@ pub fn downtime(from: &Vm, to: &Vm) -> anyhow::Result<Duration> {
     let stop = checkpoint(from, "src-downtime-start")?;
     let start = checkpoint(to, "dst-precopy-bh-vm-started")?;
     start.checked_sub(stop).context("the guest went on before it had stopped")
+}
+
+/// How long a device's state took in a move that has ended, to be saved and to be loaded. A PCI
+/// device's name ends with that of its kind.
+///
+/// # Errors
+/// If QEMU did not log it.
+pub fn state_time(from: &Vm, to: &Vm, kind: &str) -> anyhow::Result<(Duration, Duration)> {
+    Ok((section_time(from, "save", kind)?, section_time(to, "load", kind)?))
+}
+
+/// What QEMU last logged of a section: `vmstate_downtime_load type=non-iterable
+/// idstr=0000:00:01.0/vhost-user-gemini instance_id=0 downtime=MICROSECONDS`.
+fn section_time(vm: &Vm, what: &str, kind: &str) -> anyhow::Result<Duration> {
+    let log = vm.process.log()?;
+    let (event, name) = (format!(":vmstate_downtime_{what} "), format!("/{kind} "));
+    let line = log.lines().rfind(|line| line.contains(&event) && line.contains(&name));
+    let micros = line.and_then(|line| line.rsplit_once("downtime=")?.1.trim().parse().ok());
+    micros.map(Duration::from_micros).with_context(|| {
+        format!("{what} of {kind} is not in QEMU's log\n{}", vm.process.log_tail())
+    })
 }
 
 /// When QEMU last logged so, by the machine's clock: `PID@SECONDS.MICROSECONDS:EVENT NAME`.

@@ -54,6 +54,9 @@ const VICTIMS: [Victim; 4] =
 #[derive(Default)]
 struct Seen {
     downtime_ms: Vec<f64>,
+    /// Of that the device's state alone.
+    save_ms: Vec<f64>,
+    load_ms: Vec<f64>,
     total_seconds: Vec<f64>,
     reform_seconds: Vec<f64>,
     coverage_ratio: Vec<f64>,
@@ -85,8 +88,8 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
 
     let mut lab = Lab::start(bench, "bench-migrate", "gemini", migration::log_downtime)?;
     let log = lab.vm.guest.log_position()?;
-    let plain = Other::boot(bench, "plain", &[])?;
-    let balloon = Other::boot(bench, "balloon", &BALLOON)?;
+    let plain = Other::boot(bench, "plain", None, &[])?;
+    let balloon = Other::boot(bench, "balloon", Some("virtio-balloon"), &BALLOON)?;
     balloon.vm.guest.load_balloon()?;
     let mut others = [plain, balloon];
     for vm in others.iter().map(|other| &other.vm).chain([&lab.vm]) {
@@ -154,6 +157,10 @@ pub fn measure(bench: &Bench, seed: u64, quick: bool) -> anyhow::Result<Scenario
         scenario.figure(&format!("{name}_min"), extreme(f64::min, f64::INFINITY), Bar::None);
         scenario.figure(&format!("{name}_max"), extreme(f64::max, 0.0), Bar::None);
     }
+    for (name, found) in [("device", &seen), ("balloon", &balloon)] {
+        scenario.figure(&format!("{name}_state_save_ms"), median(&found.save_ms), Bar::None);
+        scenario.figure(&format!("{name}_state_load_ms"), median(&found.load_ms), Bar::None);
+    }
     scenario.figure("total_seconds", median(&seen.total_seconds), Bar::None);
     scenario.figure("total_seconds_without_device", median(&plain.total_seconds), Bar::None);
     scenario.figure("coverage_before", former, Bar::None);
@@ -201,37 +208,57 @@ fn compare(guest: &crate::guest::Guest, seen: &mut Seen) {
 /// A guest without the device, and what its moves have shown.
 struct Other {
     kind: &'static str,
+    /// The device in the place of ours, as QEMU names its state.
+    device: Option<&'static str>,
     vm: Vm,
     seen: Seen,
 }
 
 impl Other {
-    fn boot(bench: &Bench, kind: &'static str, arguments: &[&str]) -> anyhow::Result<Self> {
+    fn boot(
+        bench: &Bench,
+        kind: &'static str,
+        device: Option<&'static str>,
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
         let mut config = VmConfig::new(&format!("bench-migrate-{kind}"), bench.accel);
         migration::log_downtime(&mut config);
         config.qemu_arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
-        Ok(Other { kind, vm: Vm::boot(&bench.assets, config)?, seen: Seen::default() })
+        Ok(Other { kind, device, vm: Vm::boot(&bench.assets, config)?, seen: Seen::default() })
     }
 
     /// Moves the guest, which is paused before and after.
     fn move_on(self, bench: &Bench, round: u32) -> anyhow::Result<Self> {
-        let Other { kind, vm: mut from, mut seen } = self;
+        let Other { kind, device, vm: mut from, mut seen } = self;
         let name = format!("bench-migrate-{kind}-{}", round % 2);
         let config = VmConfig { name, ..from.config.clone() };
         let mut to = Vm::await_guest(&bench.assets, config)?;
         from.resume()?;
         let began = Instant::now();
         migration::migrate(&mut from, &mut to)?;
-        note(&mut seen, began, migration::downtime(&from, &to)?);
+        note(&mut seen, began, &from, &to, device)?;
         compare(&to.guest, &mut seen);
         to.pause()?;
-        Ok(Other { kind, vm: to, seen })
+        Ok(Other { kind, device, vm: to, seen })
     }
 }
 
-fn note(seen: &mut Seen, began: Instant, downtime: Duration) {
-    seen.downtime_ms.push(downtime.as_secs_f64() * 1000.0);
+fn note(
+    seen: &mut Seen,
+    began: Instant,
+    from: &Vm,
+    to: &Vm,
+    device: Option<&str>,
+) -> anyhow::Result<()> {
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
     seen.total_seconds.push(began.elapsed().as_secs_f64());
+    seen.downtime_ms.push(ms(migration::downtime(from, to)?));
+    if let Some(device) = device {
+        let (save, load) = migration::state_time(from, to, device)?;
+        seen.save_ms.push(ms(save));
+        seen.load_ms.push(ms(load));
+    }
+    Ok(())
 }
 
 /// Moves a guest, and takes the time until it is aligned again.
@@ -240,7 +267,7 @@ fn move_lab(mut from: Lab, round: u32, former: f64, seen: &mut Seen) -> anyhow::
     let began = Instant::now();
     migration::migrate(&mut from.vm, &mut to.vm)?;
     let arrived = Instant::now();
-    note(seen, began, migration::downtime(&from.vm, &to.vm)?);
+    note(seen, began, &from.vm, &to.vm, Some("vhost-user-gemini"))?;
     drop(from);
     let mut last = 0.0;
     let reformed = process::wait_for("coverage is back", PATIENCE, || {
