@@ -158,12 +158,12 @@ bool gemini_asking_held(struct gemini *gemini, int nid)
 	struct gemini_range ranges[GEMINI_RELEASE_DEFAULT];
 	u64 blocks[GEMINI_RELEASE_DEFAULT];
 	bool renew = gemini_asking_renew(gemini);
-	unsigned int count, i;
+	unsigned int count, absent, i;
 	u32 max;
 	int ret;
 
 	max = min_t(u32, ARRAY_SIZE(blocks), READ_ONCE(gemini->release_max));
-	count = gemini_map_ask(&gemini->map, nid, blocks, max);
+	count = gemini_map_ask(&gemini->map, nid, blocks, max, &absent);
 	if (!count)
 		return false;
 	for (i = 0; i < count; i++)
@@ -176,6 +176,7 @@ bool gemini_asking_held(struct gemini *gemini, int nid)
 					GEMINI_BLOCK_ASKED);
 		return false;
 	}
+	gemini_giving_spent(gemini, absent);
 	if (renew)
 		booking->renewed += count;
 	else
@@ -240,6 +241,7 @@ bool gemini_asking_free(struct gemini *gemini,
 	for (i = 0; i < count; i++)
 		gemini_map_flag(&gemini->map, ranges[i].first,
 				GEMINI_BLOCK_MADE, 0);
+	gemini_giving_spent(gemini, count);
 	gemini->booking.prepared += count;
 	return true;
 }

@@ -217,7 +217,7 @@ void gemini_map_idle(struct gemini_map *map, u64 first, u64 count, bool zero);
 void gemini_map_recall(struct gemini_map *map, u64 first, u64 count);
 bool gemini_map_recalled(struct gemini_map *map, u64 block);
 unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
-			    unsigned int max);
+			    unsigned int max, unsigned int *absent);
 
 static inline bool gemini_host_huge(u8 host)
 {

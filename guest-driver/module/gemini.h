@@ -419,6 +419,8 @@ struct gemini_booking {
  * @free_left: there may be some, what is trimmed and what is ready has to wait
  * @trimming: nothing else is left, and there may be more to be trimmed
  * @odd_pages: base pages that were given back and make no whole block
+ * @spent: blocks that the host was asked to make huge where it had nothing, less
+ *	those that it got back without a wish; changed by anybody
  * @released: blocks released
  */
 struct gemini_giving {
@@ -433,6 +435,7 @@ struct gemini_giving {
 	bool free_left;
 	bool trimming;
 	u64 odd_pages;
+	atomic64_t spent;
 	u64 released;
 };
 
@@ -798,6 +801,8 @@ void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused);
 bool gemini_giving_possible(struct gemini *gemini);
 bool gemini_giving_active(struct gemini *gemini);
 bool gemini_giving_surplus(struct gemini *gemini, int nid);
+bool gemini_giving_repays(struct gemini *gemini);
+void gemini_giving_spent(struct gemini *gemini, u64 blocks);
 u64 gemini_giving_owed(struct gemini *gemini);
 
 /* move.c */

@@ -17,7 +17,9 @@
  * stock.
  *
  * Always: what the host made huge for a stock that does not need it any more.
- * A burst of demand costs the host no memory for longer than it lasts.
+ * A burst of demand costs the host no memory for longer than it lasts.  And as
+ * many free blocks as it has made huge where it had nothing, of those that it has
+ * base pages under: most are what a promotion has moved a program out of.
  *
  * What is on its way to the host is held, and bounded by release_max.  Nobody
  * in the reclaim path waits for it.
@@ -44,6 +46,13 @@
 #define PERIOD_IDLE		(HZ / 4)
 /* The stock fills and empties; what was of no use for so long is none of it. */
 #define UNUSED			(2 * HZ)
+
+/* Why the host gets free blocks. */
+enum reason {
+	WANTED,		/* it asks for so many */
+	UNUSED_ANY,	/* it asks for whatever is unused */
+	REPAID,		/* it has spent as much on the stock */
+};
 
 struct batch {
 	u64 block[BATCH];
@@ -150,32 +159,52 @@ static void pick_held(struct gemini *gemini, enum gemini_stock stock,
 }
 
 /*
- * Is a free block one to be held and released?  Without a wish it has to be
- * unused for some time: two looks have to find it so, and the first marks it.
+ * Is a free block one to be held and released?  Where nobody asks for it by
+ * number it has to be unused for some time: two looks have to find it so, and the
+ * first marks it.
  */
-static bool eligible(const struct gemini_block *entry, bool wish)
+static bool eligible(const struct gemini_block *entry, enum reason reason)
 {
 	return entry->host != VIRTIO_GEMINI_HOST_ABSENT &&
 	       !(entry->flags & (GEMINI_BLOCK_HELD | GEMINI_BLOCK_PASSED)) &&
-	       (wish || entry->flags & GEMINI_BLOCK_SPENT);
+	       !(reason == REPAID && gemini_host_huge(entry->host)) &&
+	       (reason == WANTED || entry->flags & GEMINI_BLOCK_SPENT);
+}
+
+/* Is it to be so by the next look? */
+static bool ages(struct gemini *gemini, const struct gemini_block *entry,
+		 enum reason reason)
+{
+	switch (reason) {
+	case UNUSED_ANY:
+		/* What booking holds for its own sake, it will. */
+		return !(gemini_host_huge(entry->host) &&
+			 gemini_booking_room(gemini));
+	case REPAID:
+		return !gemini_host_huge(entry->host);
+	default:
+		return false;
+	}
 }
 
 /* Is the time over that free blocks have between two looks? */
-static bool look_is_due(struct gemini *gemini, bool wish)
+static bool look_is_due(struct gemini *gemini, enum reason reason)
 {
 	struct gemini_giving *giving = &gemini->giving;
-	unsigned int ms = gemini_timeout_hold_ms(gemini);
+	unsigned long pause = reason == REPAID ? UNUSED :
+		msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
 
-	if (wish || giving->next)
+	if (reason == WANTED || giving->next)
 		return true;
-	if (time_before(jiffies, giving->looked + msecs_to_jiffies(ms)))
+	if (time_before(jiffies, giving->looked + pause))
 		return false;
 	giving->looked = jiffies;
 	return true;
 }
 
 /* Chooses free blocks from some chunks of the map, of all of it in turn. */
-static void find_free(struct gemini *gemini, bool wish, struct batch *found)
+static void find_free(struct gemini *gemini, enum reason reason,
+		      struct batch *found)
 {
 	struct gemini_giving *giving = &gemini->giving;
 	u64 from = giving->next;
@@ -191,17 +220,16 @@ static void find_free(struct gemini *gemini, bool wish, struct batch *found)
 		from = giving->next;
 		if (run.block.guest != VIRTIO_GEMINI_GUEST_FREE)
 			continue;
-		if (!eligible(&run.block, wish)) {
-			/* What booking holds for its own sake, it will. */
-			for (i = 0; !wish && i < run.count &&
-			     !(huge && gemini_booking_room(gemini)); i++)
+		if (!eligible(&run.block, reason)) {
+			for (i = 0; i < run.count &&
+			     ages(gemini, &run.block, reason); i++)
 				gemini_map_flag(&gemini->map, run.first + i,
 						GEMINI_BLOCK_SPENT, 0);
 			continue;
 		}
 		giving->free_seen = true;
 		giving->huge_seen |= huge;
-		if (wish && !huge && giving->huge_first)
+		if (reason == WANTED && !huge && giving->huge_first)
 			continue;
 		for (i = 0; i < run.count && found->count < found->max; i++)
 			found->block[found->count++] = run.first + i;
@@ -223,8 +251,8 @@ static void find_free(struct gemini *gemini, bool wish, struct batch *found)
 }
 
 /* Takes blocks as the allocator gives them, and keeps those that cost memory. */
-static void hold_plain(struct gemini *gemini, bool wish, struct batch *batch,
-		       unsigned int most)
+static void hold_plain(struct gemini *gemini, enum reason reason,
+		       struct batch *batch, unsigned int most)
 {
 	u64 other[BATCH];
 	unsigned int count = 0;
@@ -242,8 +270,9 @@ static void hold_plain(struct gemini *gemini, bool wish, struct batch *batch,
 			copy = *entry;
 		spin_unlock(&gemini->map.lock);
 		copy.flags &= ~GEMINI_BLOCK_HELD;
-		if (eligible(&copy, wish) &&
-		    (gemini_host_huge(copy.host) || !gemini->giving.huge_first)) {
+		if (eligible(&copy, reason) &&
+		    (gemini_host_huge(copy.host) || reason != WANTED ||
+		     !gemini->giving.huge_first)) {
 			batch->block[batch->count++] = block;
 			kept++;
 		} else {
@@ -257,7 +286,8 @@ static void hold_plain(struct gemini *gemini, bool wish, struct batch *batch,
 }
 
 /* Holds free blocks; what cannot be had is left alone for a while. */
-static void hold_free(struct gemini *gemini, bool wish, struct batch *batch)
+static void hold_free(struct gemini *gemini, enum reason reason,
+		      struct batch *batch)
 {
 	struct batch found = { .max = batch->max - batch->count };
 	unsigned int i;
@@ -268,9 +298,9 @@ static void hold_free(struct gemini *gemini, bool wish, struct batch *batch)
 		WRITE_ONCE(gemini->giving.free_left, false);
 		return;
 	}
-	if (!found.max || !look_is_due(gemini, wish))
+	if (!found.max || !look_is_due(gemini, reason))
 		return;
-	find_free(gemini, wish, &found);
+	find_free(gemini, reason, &found);
 	/*
 	 * Where the allocator writes to what it hands out, the host would have
 	 * to find memory for blocks that cost none yet.
@@ -278,7 +308,7 @@ static void hold_free(struct gemini *gemini, bool wish, struct batch *batch)
 	if (!want_init_on_alloc(GFP_TRANSHUGE_LIGHT) ||
 	    !READ_ONCE(gemini->map.count[VIRTIO_GEMINI_GUEST_FREE]
 					[VIRTIO_GEMINI_HOST_ABSENT]))
-		hold_plain(gemini, wish, batch, found.count);
+		hold_plain(gemini, reason, batch, found.count);
 	for (i = 0; i < found.count && batch->count < batch->max &&
 	     !gemini_booking_paused(gemini); i++) {
 		/* The map may be older than that somebody began to use it. */
@@ -401,13 +431,49 @@ static void credit_pages(struct gemini *gemini, u64 pages)
 	atomic64_set(&giving->owed, owed - min(owed, blocks));
 }
 
+/*
+ * Blocks that the host gets back for those it made huge where it had nothing.
+ * While there is demand, programs use again what they were moved out of.
+ */
+static u64 repayable(struct gemini *gemini)
+{
+	s64 spent = atomic64_read(&gemini->giving.spent);
+
+	return spent > 0 && READ_ONCE(gemini->booking.calm) ? spent : 0;
+}
+
+/**
+ * gemini_giving_repays() - does the host get free blocks back that it has base
+ * pages under?
+ * @gemini: the device
+ *
+ * Return: true if it does, and there may be some.
+ */
+bool gemini_giving_repays(struct gemini *gemini)
+{
+	return gemini_giving_possible(gemini) && !READ_ONCE(gemini->wanted) &&
+	       repayable(gemini) &&
+	       READ_ONCE(gemini->map.count[VIRTIO_GEMINI_GUEST_FREE]
+					  [VIRTIO_GEMINI_HOST_BASE]);
+}
+
+/**
+ * gemini_giving_spent() - the host makes blocks huge where it has nothing
+ * @gemini: the device
+ * @blocks: how many
+ */
+void gemini_giving_spent(struct gemini *gemini, u64 blocks)
+{
+	atomic64_add(blocks, &gemini->giving.spent);
+}
+
 /* The host waits for it. */
 static void pick_wanted(struct gemini *gemini, struct batch *batch)
 {
 	u64 pages;
 
 	pick_held(gemini, GEMINI_STOCK_IDLE, 0, false, batch);
-	hold_free(gemini, true, batch);
+	hold_free(gemini, WANTED, batch);
 	/* Not while others are left, which a whole look has to tell. */
 	if (batch->count || READ_ONCE(gemini->giving.free_left))
 		return;
@@ -426,12 +492,18 @@ static void pick_unused(struct gemini *gemini, struct batch *batch)
 	unsigned long age = msecs_to_jiffies(gemini_timeout_hold_ms(gemini));
 
 	pick_surplus(gemini, batch);
-	if (batch->count || !READ_ONCE(gemini->returning))
+	if (batch->count)
 		return;
+	if (!READ_ONCE(gemini->returning)) {
+		batch->max = min_t(u64, batch->max, repayable(gemini));
+		if (batch->max)
+			hold_free(gemini, REPAID, batch);
+		return;
+	}
 	pick_held(gemini, GEMINI_STOCK_IDLE, UNUSED, false, batch);
 	pick_ready(gemini, age, batch);
 	if (!batch->count)
-		hold_free(gemini, false, batch);
+		hold_free(gemini, UNUSED_ANY, batch);
 }
 
 /* One batch; returns the number of blocks in it. */
@@ -466,6 +538,8 @@ static unsigned int give(struct gemini *gemini)
 		/* A new wish may have come: at worst it gets less. */
 		atomic64_set(&gemini->giving.owed,
 			     owed > batch.count ? owed - batch.count : 0);
+	else
+		atomic64_sub(batch.count, &gemini->giving.spent);
 	return batch.count;
 }
 

@@ -428,16 +428,18 @@ u64 gemini_map_stock(struct gemini_map *map, int nid, enum gemini_stock stock)
  * @nid: their node
  * @blocks: where to, in no order
  * @max: room, in blocks
+ * @absent: of those, the host has nothing under so many
  *
  * Return: number of blocks; none of them was asked for before.
  */
 unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
-			    unsigned int max)
+			    unsigned int max, unsigned int *absent)
 {
 	struct gemini_block *entry;
 	unsigned int count = 0;
 	struct page *page;
 
+	*absent = 0;
 	spin_lock(&map->lock);
 	list_for_each_entry(page, &map->pools[nid].list[GEMINI_STOCK_IDLE],
 			    lru) {
@@ -447,6 +449,7 @@ unsigned int gemini_map_ask(struct gemini_map *map, int nid, u64 *blocks,
 		if (entry->flags & GEMINI_BLOCK_ASKED)
 			continue;
 		entry->flags |= GEMINI_BLOCK_ASKED | GEMINI_BLOCK_MADE;
+		*absent += entry->host == VIRTIO_GEMINI_HOST_ABSENT;
 		blocks[count++] = block_of(map, page);
 	}
 	spin_unlock(&map->lock);

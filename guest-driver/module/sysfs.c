@@ -70,6 +70,7 @@ NUMBER_ATTR(wanted, READ_ONCE(gemini->wanted));
 NUMBER_ATTR(owed, gemini_giving_owed(gemini));
 NUMBER_ATTR(returning, READ_ONCE(gemini->returning));
 NUMBER_ATTR(given_back, READ_ONCE(gemini->giving.released));
+NUMBER_ATTR(spent, max(atomic64_read(&gemini->giving.spent), 0LL));
 NUMBER_ATTR(trimmed_pages, atomic64_read(&gemini->trim.pages));
 
 NUMBER_ATTR(ready, gemini_hold_ready(gemini, NUMA_NO_NODE));
@@ -326,6 +327,7 @@ static struct attribute *gemini_attrs[] = {
 	&dev_attr_owed.attr,
 	&dev_attr_returning.attr,
 	&dev_attr_given_back.attr,
+	&dev_attr_spent.attr,
 	&dev_attr_trimmed_pages.attr,
 	&setting_census_period_ms.attr.attr,
 	&dev_attr_census_passes.attr,

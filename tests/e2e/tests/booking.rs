@@ -137,6 +137,62 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
     lab.daemon.stop()
 }
 
+/// A program that is moved into a huge page leaves base pages behind, which would cost the host as
+/// much again. It gets back what it has spent, and no more.
+#[test]
+fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow::Result<()> {
+    const STOCKED: u64 = 40;
+    const LEFT: u64 = 64;
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "stock-repaid", "gemini", |_| {})?;
+    let log = lab.vm.guest.log_position()?;
+    set_stock(&lab, 0)?;
+    lab.vm.guest.set_driver("stock_active", 0)?;
+    lab.wait_settled(STOCK)?;
+    let number = |name: &str| lab.vm.guest.driver_number(name);
+    let leave = || -> anyhow::Result<u64> {
+        lab.vm.guest.fill("left", LEFT * BLOCK, 7, PageSize::Base)?;
+        lab.vm.guest.free("left")?;
+        Ok(lab.view()?.free(HostState::Base).len() as u64)
+    };
+    process::wait_for("the stock is given back", STOCK, || {
+        Ok((number("held")? == 0 && number("spent")? == 0).then_some(()))
+    })?;
+
+    // What has cost the host nothing beyond it stays, however long it is free.
+    let given = number("given_back")?;
+    let free = leave()?;
+    ensure!(free >= LEFT - 8, "of {LEFT} blocks only {free} are free");
+    std::thread::sleep(Duration::from_secs(8));
+    ensure!(number("given_back")? == given, "the host got what it had not spent");
+
+    // Most of these are made where it has nothing: what it has is in use.
+    lab.vm.guest.fill("left", LEFT * BLOCK, 7, PageSize::Base)?;
+    set_stock(&lab, STOCKED)?;
+    wait_ready(&lab, STOCKED)?;
+    lab.vm.guest.fill("a", STOCKED * BLOCK, 9, PageSize::Huge)?;
+    set_stock(&lab, 0)?;
+    process::wait_for("the stock is given back", STOCK, || {
+        Ok((number("held")? == 0).then_some(()))
+    })?;
+    let spent = number("spent")?;
+    lab.vm.guest.free("left")?;
+    let before = lab.memory.resident_bytes()?;
+    let free = lab.view()?.free(HostState::Base).len() as u64;
+    process::wait_for("the host has back what it spent", STOCK, || {
+        Ok((number("spent")? == 0).then_some(()))
+    })?;
+    let less = before.saturating_sub(lab.memory.resident_bytes()?);
+    let now = lab.view()?.free(HostState::Base).len() as u64;
+    eprintln!("{spent} blocks spent, {free} left free: the host has {less} bytes back, {now} stay");
+    ensure!(spent >= STOCKED / 4, "the host has spent {spent} blocks alone");
+    ensure!(less / BLOCK + 4 >= spent, "the host has {less} bytes back of {spent} blocks");
+    ensure!(now + spent + 4 >= free, "of {free} free blocks {now} are left, for {spent} spent");
+    lab.vm.guest.verify("a")?;
+    ensure!(lab.vm.guest.complaints(log)?.is_empty());
+    lab.daemon.stop()
+}
+
 /// Otherwise memory that programs have left stays with the guest beside as much that is made ready.
 #[test]
 fn stock_is_made_of_what_the_host_has_before_what_it_has_not() -> anyhow::Result<()> {
