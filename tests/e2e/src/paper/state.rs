@@ -1,6 +1,7 @@
 //! The state of memory that a run begins with, at both layers, and the supply of
 //! huge pages that the host has for it.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -51,6 +52,12 @@ const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 const KHUGEPAGED: [&str; 2] = ["scan_sleep_millisecs", "alloc_sleep_millisecs"];
 const KHUGEPAGED_MS: &str = "1000";
 const KHUGEPAGED_DIRECTORY: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
+
+/// What has huge pages of private memory: of this size, in kernels from 6.8 on, or of any.
+const PRIVATE_ENABLED: [&str; 2] = [
+    "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled",
+    "/sys/kernel/mm/transparent_hugepage/enabled",
+];
 
 /// This machine, in the state that a run wants.
 #[derive(Debug)]
@@ -123,6 +130,14 @@ impl Host {
             self.fragments = None;
         }
         let mut scoped = Vec::new();
+        if state == State::Fragmented {
+            // What is left is for the guest: an emulator, which QEMU on hardware is not, asks for
+            // huge pages for the code that it makes.
+            let path = PRIVATE_ENABLED.into_iter().find(|path| Path::new(path).exists());
+            if let Some(path) = path {
+                scoped.push(Scoped::set(&self.bench, path.to_owned(), "never")?);
+            }
+        }
         if setup.shmem == "always" {
             for name in KHUGEPAGED {
                 let path = format!("{KHUGEPAGED_DIRECTORY}/{name}");
