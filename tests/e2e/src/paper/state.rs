@@ -53,11 +53,9 @@ const KHUGEPAGED: [&str; 2] = ["scan_sleep_millisecs", "alloc_sleep_millisecs"];
 const KHUGEPAGED_MS: &str = "1000";
 const KHUGEPAGED_DIRECTORY: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
 
-/// What has huge pages of private memory: of this size, in kernels from 6.8 on, or of any.
-const PRIVATE_ENABLED: [&str; 2] = [
-    "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled",
-    "/sys/kernel/mm/transparent_hugepage/enabled",
-];
+/// Whether private memory has huge pages; since Linux 6.8. Without the setting for all sizes, by
+/// which older kernels stop khugepaged for shared memory, too.
+const PRIVATE_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled";
 
 /// This machine, in the state that a run wants.
 #[derive(Debug)]
@@ -130,13 +128,10 @@ impl Host {
             self.fragments = None;
         }
         let mut scoped = Vec::new();
-        if state == State::Fragmented {
+        if state == State::Fragmented && Path::new(PRIVATE_ENABLED).exists() {
             // What is left is for the guest: an emulator, which QEMU on hardware is not, asks for
             // huge pages for the code that it makes.
-            let path = PRIVATE_ENABLED.into_iter().find(|path| Path::new(path).exists());
-            if let Some(path) = path {
-                scoped.push(Scoped::set(&self.bench, path.to_owned(), "never")?);
-            }
+            scoped.push(Scoped::set(&self.bench, PRIVATE_ENABLED.to_owned(), "never")?);
         }
         if setup.shmem == "always" {
             for name in KHUGEPAGED {
