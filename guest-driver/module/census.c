@@ -5,8 +5,8 @@
  * One look at the first page frame of a block decides most of them: a free
  * buddy or a huge folio says all about the whole block.  Base pages in use are
  * counted only where the count decides something, in blocks that the host
- * backs with a huge page, and in all while booking looks for blocks to empty;
- * some of them in each pass.
+ * backs with a huge page, and in all while somebody looks for blocks of which
+ * little is used; some of them in each pass.
  *
  * No references are taken, because they would make collapses and migrations
  * fail, and no locks.  So everything read here may change while it is read:
@@ -28,8 +28,6 @@
 #define SLICE_NS	(2 * NSEC_PER_MSEC)
 /* The census rests at least this many times as long as it works. */
 #define REST_FACTOR	20
-/* Blocks of which the used pages are counted in one pass. */
-#define COUNT_BLOCKS	1024
 /* Periods until the next pass while next to nothing changes. */
 #define PATIENCE	8
 
@@ -255,6 +253,20 @@ unsigned int gemini_census_run(struct gemini *gemini, u64 block,
 	return used ? length : 0;
 }
 
+/**
+ * gemini_census_counted() - is it known how much is used of every block?
+ * @gemini: the device
+ *
+ * Return: true if passes have counted them all of late.
+ */
+bool gemini_census_counted(struct gemini *gemini)
+{
+	struct gemini_census *census = &gemini->census;
+
+	return READ_ONCE(census->counted) >
+	       READ_ONCE(census->last_blocks) / GEMINI_COUNT_BLOCKS;
+}
+
 static bool host_huge(const struct gemini_block *entry)
 {
 	struct gemini_block copy;
@@ -264,6 +276,13 @@ static bool host_huge(const struct gemini_block *entry)
 	return gemini_host_huge(copy.host);
 }
 
+/* Somebody looks for blocks of which little is used. */
+static bool counts_all(struct gemini *gemini)
+{
+	return READ_ONCE(gemini->census.count_all) ||
+	       gemini_giving_counts(gemini);
+}
+
 /* Looks at all blocks of a chunk. */
 static void look_at_chunk(struct gemini *gemini, unsigned long index,
 			  struct gemini_chunk *chunk)
@@ -271,11 +290,12 @@ static void look_at_chunk(struct gemini *gemini, unsigned long index,
 	struct gemini_census *census = &gemini->census;
 	u64 first = (u64)index * GEMINI_CHUNK_BLOCKS;
 	struct gemini_seen seen[GROUP_BLOCKS];
-	bool all = READ_ONCE(census->count_all);
+	bool all = counts_all(gemini);
 	unsigned int i, group;
 
 	BUILD_BUG_ON(GEMINI_CHUNK_BLOCKS % GROUP_BLOCKS);
 	lockdep_assert_held(&census->lock);
+	census->pass_all &= all;
 
 	for (group = 0; group < GEMINI_CHUNK_BLOCKS; group += GROUP_BLOCKS) {
 		for (i = 0; i < GROUP_BLOCKS; i++) {
@@ -343,9 +363,10 @@ static void begin_pass(struct gemini *gemini)
 	census->pass_ns = 0;
 	census->pass_blocks = 0;
 	census->pass_changed = 0;
-	census->count_left = COUNT_BLOCKS;
+	census->count_left = GEMINI_COUNT_BLOCKS;
 	count_pages(census->pages);
 	census->waited = 0;
+	census->pass_all = true;
 	WRITE_ONCE(census->begun, census->begun + 1);
 }
 
@@ -358,6 +379,7 @@ static void end_pass(struct gemini *gemini)
 		census->count_from = 0;
 	WRITE_ONCE(census->last_ns, census->pass_ns);
 	WRITE_ONCE(census->last_blocks, census->pass_blocks);
+	WRITE_ONCE(census->counted, census->pass_all ? census->counted + 1 : 0);
 	/* Who sees the pass ended sees what it found. */
 	smp_store_release(&census->passes, census->passes + 1);
 	trace_gemini_census(gemini, census->pass_blocks, census->pass_changed,
@@ -378,13 +400,14 @@ static unsigned long period(const struct gemini_census *census)
  * each kind as at the last one, but for one a block.  What changes places, and
  * what the host did meanwhile, can wait a little.
  */
-static bool may_wait(struct gemini_census *census)
+static bool may_wait(struct gemini *gemini)
 {
+	struct gemini_census *census = &gemini->census;
 	unsigned long pages[GEMINI_PAGE_KINDS];
 	unsigned long changed = 0;
 	unsigned int i;
 
-	if (xchg(&census->kicked, false) || READ_ONCE(census->count_all) ||
+	if (xchg(&census->kicked, false) || counts_all(gemini) ||
 	    /* There was none, or some blocks were left to be counted. */
 	    !census->passes || census->count_from)
 		return false;
@@ -403,7 +426,7 @@ static void census_work(struct work_struct *work)
 	u64 slice = 0;
 
 	if (census->begun == census->passes) {
-		if (may_wait(census)) {
+		if (may_wait(gemini)) {
 			queue_delayed_work(gemini->wq, &census->work,
 					   period(census));
 			return;

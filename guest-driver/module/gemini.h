@@ -56,6 +56,9 @@
 #define GEMINI_PERIOD_DEFAULT	1000
 #define GEMINI_PERIOD_MAX	(60 * 60 * 1000)
 
+/* Blocks of which the used pages are counted in one pass. */
+#define GEMINI_COUNT_BLOCKS	1024
+
 /* Counters of the kernel's by which the census tells whether memory changes. */
 #define GEMINI_PAGE_KINDS	6
 
@@ -75,6 +78,8 @@
  * @count_left: blocks that may be counted in this pass, only @work uses it
  * @count_all: count the used pages of blocks that the host backs with base
  *	pages as well
+ * @pass_all: so did the present pass, only @work uses it
+ * @counted: passes in a row that did
  * @begun: passes begun
  * @passes: passes ended
  * @pass_ns: time spent in the present pass
@@ -96,6 +101,8 @@ struct gemini_census {
 	u64 count_from;
 	unsigned int count_left;
 	bool count_all;
+	bool pass_all;
+	u64 counted;
 	u64 begun;
 	u64 passes;
 	u64 pass_ns;
@@ -418,6 +425,8 @@ struct gemini_booking {
  * @free_seen: the look that is under way has seen one of any kind
  * @free_left: there may be some, what is trimmed and what is ready has to wait
  * @trimming: nothing else is left, and there may be more to be trimmed
+ * @free_pages: how many the guest had when there was nothing to be trimmed for
+ *	what was spent, or fewer if it had since; changed by anybody
  * @odd_pages: base pages that were given back and make no whole block
  * @spent: blocks that the host was asked to make huge where it had nothing, less
  *	those that it got back without a wish; changed by anybody
@@ -434,6 +443,7 @@ struct gemini_giving {
 	bool free_seen;
 	bool free_left;
 	bool trimming;
+	unsigned long free_pages;
 	u64 odd_pages;
 	atomic64_t spent;
 	u64 released;
@@ -720,6 +730,7 @@ void gemini_census_stop(struct gemini *gemini);
 void gemini_census_kick(struct gemini *gemini);
 int gemini_census_wait(struct gemini *gemini);
 bool gemini_census_free(struct gemini *gemini, u64 block);
+bool gemini_census_counted(struct gemini *gemini);
 unsigned int gemini_census_run(struct gemini *gemini, u64 block,
 			       unsigned int *at, unsigned int min);
 
@@ -802,6 +813,7 @@ bool gemini_giving_possible(struct gemini *gemini);
 bool gemini_giving_active(struct gemini *gemini);
 bool gemini_giving_surplus(struct gemini *gemini, int nid);
 bool gemini_giving_repays(struct gemini *gemini);
+bool gemini_giving_counts(struct gemini *gemini);
 void gemini_giving_spent(struct gemini *gemini, u64 blocks);
 u64 gemini_giving_owed(struct gemini *gemini);
 
@@ -817,7 +829,7 @@ const char *gemini_move_state(struct gemini *gemini);
 void gemini_trim_init(struct gemini *gemini);
 void gemini_trim_start(struct gemini *gemini);
 void gemini_trim_stop(struct gemini *gemini);
-bool gemini_trim(struct gemini *gemini, u64 *gained);
+bool gemini_trim(struct gemini *gemini, u8 host, u64 most, u64 *gained);
 int gemini_trim_block(struct gemini *gemini, u64 block, u64 *pages);
 void gemini_trim_answered(struct gemini_request *request);
 u64 gemini_trim_recall(struct gemini *gemini, u64 first, u64 count);

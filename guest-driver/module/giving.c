@@ -18,8 +18,9 @@
  *
  * Always: what the host made huge for a stock that does not need it any more.
  * A burst of demand costs the host no memory for longer than it lasts.  And as
- * many free blocks as it has made huge where it had nothing, of those that it has
- * base pages under: most are what a promotion has moved a program out of.
+ * much as it has made huge where it had nothing, of what it has base pages under:
+ * free blocks, and then the free base pages of sparsely used ones.  Most are what
+ * a promotion has moved a program out of.
  *
  * What is on its way to the host is held, and bounded by release_max.  Nobody
  * in the reclaim path waits for it.
@@ -46,6 +47,9 @@
 #define PERIOD_IDLE		(HZ / 4)
 /* The stock fills and empties; what was of no use for so long is none of it. */
 #define UNUSED			(2 * HZ)
+
+/* If fewer pages have become free, sparsely used blocks are not looked for. */
+#define FREED_MIN		(SZ_4M >> PAGE_SHIFT)
 
 /* Why the host gets free blocks. */
 enum reason {
@@ -158,33 +162,32 @@ static void pick_held(struct gemini *gemini, enum gemini_stock stock,
 	}
 }
 
-/*
- * Is a free block one to be held and released?  Where nobody asks for it by
- * number it has to be unused for some time: two looks have to find it so, and the
- * first marks it.
- */
-static bool eligible(const struct gemini_block *entry, enum reason reason)
+/* Could a free block be held and released? */
+static bool concerned(const struct gemini_block *entry, enum reason reason)
 {
 	return entry->host != VIRTIO_GEMINI_HOST_ABSENT &&
 	       !(entry->flags & (GEMINI_BLOCK_HELD | GEMINI_BLOCK_PASSED)) &&
-	       !(reason == REPAID && gemini_host_huge(entry->host)) &&
+	       !(reason == REPAID && gemini_host_huge(entry->host));
+}
+
+/*
+ * Is it to be?  Where nobody asks for it by number it has to be unused for some
+ * time: two looks have to find it so, and the first marks it.
+ */
+static bool eligible(const struct gemini_block *entry, enum reason reason)
+{
+	return concerned(entry, reason) &&
 	       (reason == WANTED || entry->flags & GEMINI_BLOCK_SPENT);
 }
 
-/* Is it to be so by the next look? */
+/* Is it to be by the next look? */
 static bool ages(struct gemini *gemini, const struct gemini_block *entry,
 		 enum reason reason)
 {
-	switch (reason) {
-	case UNUSED_ANY:
-		/* What booking holds for its own sake, it will. */
-		return !(gemini_host_huge(entry->host) &&
-			 gemini_booking_room(gemini));
-	case REPAID:
-		return !gemini_host_huge(entry->host);
-	default:
-		return false;
-	}
+	/* What booking holds for its own sake, it will. */
+	return concerned(entry, reason) &&
+	       !(reason == UNUSED_ANY && gemini_host_huge(entry->host) &&
+		 gemini_booking_room(gemini));
 }
 
 /* Is the time over that free blocks have between two looks? */
@@ -221,8 +224,10 @@ static void find_free(struct gemini *gemini, enum reason reason,
 		if (run.block.guest != VIRTIO_GEMINI_GUEST_FREE)
 			continue;
 		if (!eligible(&run.block, reason)) {
-			for (i = 0; i < run.count &&
-			     ages(gemini, &run.block, reason); i++)
+			if (!ages(gemini, &run.block, reason))
+				continue;
+			giving->free_seen = true;
+			for (i = 0; i < run.count; i++)
 				gemini_map_flag(&gemini->map, run.first + i,
 						GEMINI_BLOCK_SPENT, 0);
 			continue;
@@ -417,44 +422,71 @@ bool gemini_giving_surplus(struct gemini *gemini, int nid)
 	return false;
 }
 
-/* The host got so many base pages of its wish. */
-static void credit_pages(struct gemini *gemini, u64 pages)
+/* The host got so many base pages: how many whole blocks is that? */
+static u64 whole_blocks(struct gemini *gemini, u64 pages)
 {
 	struct gemini_giving *giving = &gemini->giving;
-	u64 owed = gemini_giving_owed(gemini);
 	u64 blocks;
 
 	giving->odd_pages += pages;
 	blocks = giving->odd_pages >> gemini->block_order;
 	giving->odd_pages -= blocks << gemini->block_order;
-	/* A new wish may have come: at worst it gets less. */
-	atomic64_set(&giving->owed, owed - min(owed, blocks));
+	return blocks;
 }
 
 /*
- * Blocks that the host gets back for those it made huge where it had nothing.
- * While there is demand, programs use again what they were moved out of.
+ * Blocks that the host gets back for those it made huge where it had nothing, if
+ * it has no wish.  While there is demand, programs use again what they were moved
+ * out of.
  */
 static u64 repayable(struct gemini *gemini)
 {
 	s64 spent = atomic64_read(&gemini->giving.spent);
 
-	return spent > 0 && READ_ONCE(gemini->booking.calm) ? spent : 0;
+	return spent > 0 && READ_ONCE(gemini->booking.calm) &&
+	       !READ_ONCE(gemini->wanted) && !READ_ONCE(gemini->returning) ?
+		       spent : 0;
+}
+
+/*
+ * May there be sparsely used blocks to be trimmed?  Where none were left, there
+ * are none until more pages are free again.
+ */
+static bool sparse_left(struct gemini_giving *giving)
+{
+	unsigned long now = global_zone_page_state(NR_FREE_PAGES);
+
+	if (now < READ_ONCE(giving->free_pages))
+		WRITE_ONCE(giving->free_pages, now);
+	return now >= READ_ONCE(giving->free_pages) + FREED_MIN;
 }
 
 /**
- * gemini_giving_repays() - does the host get free blocks back that it has base
- * pages under?
+ * gemini_giving_repays() - does the host get back what it has base pages under?
  * @gemini: the device
  *
  * Return: true if it does, and there may be some.
  */
 bool gemini_giving_repays(struct gemini *gemini)
 {
-	return gemini_giving_possible(gemini) && !READ_ONCE(gemini->wanted) &&
-	       repayable(gemini) &&
-	       READ_ONCE(gemini->map.count[VIRTIO_GEMINI_GUEST_FREE]
-					  [VIRTIO_GEMINI_HOST_BASE]);
+	const u64 (*count)[GEMINI_HOST_STATES] = gemini->map.count;
+
+	return gemini_giving_possible(gemini) && repayable(gemini) &&
+	       (sparse_left(&gemini->giving) ||
+		READ_ONCE(count[VIRTIO_GEMINI_GUEST_FREE]
+			       [VIRTIO_GEMINI_HOST_BASE]));
+}
+
+/**
+ * gemini_giving_counts() - does it matter how much is used of every block?
+ * @gemini: the device
+ *
+ * Return: true while sparsely used ones are looked for.
+ */
+bool gemini_giving_counts(struct gemini *gemini)
+{
+	return repayable(gemini) && !READ_ONCE(gemini->giving.free_left) &&
+	       sparse_left(&gemini->giving);
 }
 
 /**
@@ -464,7 +496,10 @@ bool gemini_giving_repays(struct gemini *gemini)
  */
 void gemini_giving_spent(struct gemini *gemini, u64 blocks)
 {
+	if (!blocks)
+		return;
 	atomic64_add(blocks, &gemini->giving.spent);
+	WRITE_ONCE(gemini->giving.free_left, true);
 }
 
 /* The host waits for it. */
@@ -477,12 +512,40 @@ static void pick_wanted(struct gemini *gemini, struct batch *batch)
 	/* Not while others are left, which a whole look has to tell. */
 	if (batch->count || READ_ONCE(gemini->giving.free_left))
 		return;
-	if (gemini_trim(gemini, &pages)) {
+	if (gemini_trim(gemini, VIRTIO_GEMINI_HOST_HUGE, GEMINI_TRIM_BLOCKS,
+			&pages)) {
+		u64 owed = gemini_giving_owed(gemini);
+		u64 blocks = whole_blocks(gemini, pages);
+
 		gemini->giving.trimming = true;
-		credit_pages(gemini, pages);
+		/* A new wish may have come: at worst it gets less. */
+		atomic64_set(&gemini->giving.owed, owed - min(owed, blocks));
 	} else {
 		/* However young: nobody else has any more. */
 		pick_ready(gemini, 0, batch);
+	}
+}
+
+/* For what the host has spent. */
+static void pick_repaid(struct gemini *gemini, struct batch *batch)
+{
+	struct gemini_giving *giving = &gemini->giving;
+	u64 most = repayable(gemini);
+	u64 pages;
+
+	batch->max = min_t(u64, batch->max, most);
+	if (!most)
+		return;
+	hold_free(gemini, REPAID, batch);
+	if (batch->count || !gemini_giving_counts(gemini) ||
+	    !gemini_census_counted(gemini) || gemini_booking_paused(gemini))
+		return;
+	if (gemini_trim(gemini, VIRTIO_GEMINI_HOST_BASE, most, &pages)) {
+		giving->trimming = true;
+		atomic64_sub(whole_blocks(gemini, pages), &giving->spent);
+	} else {
+		WRITE_ONCE(giving->free_pages,
+			   global_zone_page_state(NR_FREE_PAGES));
 	}
 }
 
@@ -495,9 +558,7 @@ static void pick_unused(struct gemini *gemini, struct batch *batch)
 	if (batch->count)
 		return;
 	if (!READ_ONCE(gemini->returning)) {
-		batch->max = min_t(u64, batch->max, repayable(gemini));
-		if (batch->max)
-			hold_free(gemini, REPAID, batch);
+		pick_repaid(gemini, batch);
 		return;
 	}
 	pick_held(gemini, GEMINI_STOCK_IDLE, UNUSED, false, batch);
@@ -560,7 +621,8 @@ static void giving_work(struct work_struct *work)
 	if (given || gemini->giving.trimming)
 		delay = gemini_giving_owed(gemini) ? PERIOD_WANTED :
 						     PERIOD_FOUND;
-	if (open || given || gemini_giving_active(gemini))
+	if (open || given || gemini->giving.trimming ||
+	    gemini_giving_active(gemini))
 		queue_delayed_work(gemini->wq, &gemini->giving.work, delay);
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Trimming: the free base pages of sparsely used blocks that are huge in the
- * host alone go back to the host.  The block keeps what is used of it, in base
- * pages of the host.
+ * Trimming: the free base pages of sparsely used blocks go back to the host,
+ * where it asks for memory those of blocks that are huge in the host alone.  The
+ * block keeps what is used of it, in base pages of the host.
  *
  * A run of free pages is held at its address, named in a request, and returned
  * to the allocator with the answer.  Pages in use are not moved for it.  While a
@@ -13,9 +13,9 @@
  * What is held and not in a request yet is given back to whoever is short of
  * memory or isolates it; what is in one, with its answer or the device's reset.
  *
- * The host backs all of such a block, so that writing to what is taken
+ * The host backs all of a huge page, so that writing to what is taken
  * (init_on_alloc) costs it nothing.  Where it has base pages, nobody here knows
- * which are there, and the block is left alone.
+ * which are there: no such block is trimmed for a host that is short of memory.
  */
 #include <linux/mm.h>
 #include <linux/virtio_config.h>
@@ -180,10 +180,11 @@ static int take(struct gemini *gemini, struct taken *taken, u64 pfn, u32 count)
 	return ret;
 }
 
-static u16 used_if_sparse(struct gemini *gemini, const struct gemini_block *entry)
+static u16 used_if_sparse(struct gemini *gemini,
+			  const struct gemini_block *entry, u8 host)
 {
 	bool sparse = entry->guest == VIRTIO_GEMINI_GUEST_BASE &&
-		      entry->host == VIRTIO_GEMINI_HOST_HUGE &&
+		      entry->host == host &&
 		      !(entry->flags & GEMINI_BLOCK_PASSED) &&
 		      entry->used <= 1U << (gemini->block_order - 1);
 
@@ -208,7 +209,7 @@ static void consider(struct gemini_trim *trim, u64 block, u16 used)
 }
 
 /* Chooses blocks from some chunks of the map, of all of it in turn. */
-static void find(struct gemini *gemini)
+static void find(struct gemini *gemini, u8 host)
 {
 	struct gemini_trim *trim = &gemini->trim;
 	u64 from = trim->next;
@@ -218,7 +219,7 @@ static void find(struct gemini *gemini)
 
 	while (gemini_map_next_run(&gemini->map, from, &run) &&
 	       run.first < end) {
-		u16 used = used_if_sparse(gemini, &run.block);
+		u16 used = used_if_sparse(gemini, &run.block, host);
 
 		for (i = 0; used && i < run.count; i++)
 			consider(trim, run.first + i, used);
@@ -228,12 +229,12 @@ static void find(struct gemini *gemini)
 }
 
 /*
- * Takes the next run of each block.  What has none left is done with, whatever
- * became of the others, and left alone for a while; so is what cannot be taken,
- * and the reason is returned.
+ * Takes the next run of each block, @most of them.  What has none left is done
+ * with, whatever became of the others, and left alone for a while; so is what
+ * cannot be taken, and the reason is returned.
  */
 static int take_round(struct gemini *gemini, struct gemini_trim_job *job,
-		      unsigned int *count, struct taken *taken)
+		      unsigned int *count, u64 most, struct taken *taken)
 {
 	unsigned int left = 0;
 	unsigned int i, pages;
@@ -244,6 +245,10 @@ static int take_round(struct gemini *gemini, struct gemini_trim_job *job,
 		u64 pfn = gemini_block_pfn(gemini, job[i].block);
 		unsigned int at = job[i].next;
 
+		if (READ_ONCE(taken->count) >= most) {
+			job[left++] = job[i];
+			continue;
+		}
 		pages = gemini_census_run(gemini, job[i].block, &at, RUN_MIN);
 		if (!pages) {
 			gemini_map_flag(&gemini->map, job[i].block,
@@ -328,8 +333,10 @@ static bool paused(struct gemini *gemini)
 }
 
 /**
- * gemini_trim() - trim blocks, as the host would like to have memory
+ * gemini_trim() - trim blocks
  * @gemini: the device
+ * @host: of those that are in this state in the host
+ * @most: as much as so many whole blocks at most, not 0
  * @gained: pages that were asked for now
  *
  * One round, and no more of them than leave the system half of the time.  Only
@@ -337,7 +344,7 @@ static bool paused(struct gemini *gemini)
  *
  * Return: false if there is nothing left to be trimmed.
  */
-bool gemini_trim(struct gemini *gemini, u64 *gained)
+bool gemini_trim(struct gemini *gemini, u8 host, u64 most, u64 *gained)
 {
 	struct gemini_trim *trim = &gemini->trim;
 	unsigned long began = jiffies;
@@ -356,14 +363,14 @@ bool gemini_trim(struct gemini *gemini, u64 *gained)
 		return false;
 	}
 	if (!trim->count)
-		find(gemini);
+		find(gemini, host);
 	if (!trim->count)
 		return trim->next;
 	if (time_before(began, trim->rest_until))
 		return true;
 
 	begin(gemini, &taken);
-	take_round(gemini, trim->job, &trim->count, &taken);
+	take_round(gemini, trim->job, &trim->count, most, &taken);
 	request = ask(gemini, &taken);
 	if (!IS_ERR(request)) {
 		trim->asked = request;
@@ -404,7 +411,7 @@ int gemini_trim_block(struct gemini *gemini, u64 block, u64 *pages)
 		if (ret)
 			return ret;
 		begin(gemini, &taken);
-		ret = take_round(gemini, &job, &count, &taken);
+		ret = take_round(gemini, &job, &count, 1, &taken);
 		request = ask(gemini, &taken);
 		if (ret || !count)
 			return ret;

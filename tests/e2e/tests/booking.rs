@@ -204,6 +204,71 @@ fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow:
     lab.daemon.stop()
 }
 
+/// A program of which a little stays in every block leaves no block free: the pages between go.
+#[test]
+fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::Result<()> {
+    const STOCKED: u64 = 40;
+    const LEFT: u64 = 64;
+    const PAGES: u64 = BLOCK / 4096;
+    let bench = Bench::from_env()?;
+    let mut lab = Lab::start(&bench, "sparse-repaid", "gemini", |_| {})?;
+    let log = lab.vm.guest.log_position()?;
+    set_stock(&lab, 0)?;
+    lab.vm.guest.set_driver("stock_active", 0)?;
+    lab.wait_settled(STOCK)?;
+    let number = |name: &str| lab.vm.guest.driver_number(name);
+    let is_left_alone = || -> anyhow::Result<()> {
+        let (trimmed, passes) = (number("trimmed_pages")?, number("census_passes")? + 8);
+        // While nothing changes the census rests for eight seconds.
+        process::wait_for("the driver has seen them for long", 2 * STOCK, || {
+            Ok((number("census_passes")? >= passes).then_some(()))
+        })?;
+        ensure!(number("trimmed_pages")? == trimmed, "the host got what it had not spent");
+        Ok(())
+    };
+    process::wait_for("the stock is given back", STOCK, || {
+        Ok((number("held")? == 0 && number("spent")? == 0).then_some(()))
+    })?;
+
+    // What has cost the host nothing beyond it stays.
+    lab.vm.guest.fill("left", LEFT * BLOCK, 7, PageSize::Base)?;
+    lab.vm.guest.break_pages("left", Break::DropScattered, 1)?;
+    is_left_alone()?;
+    lab.vm.guest.verify("left")?;
+    lab.vm.guest.free("left")?;
+
+    lab.vm.guest.fill("left", LEFT * BLOCK, 8, PageSize::Base)?;
+    set_stock(&lab, STOCKED)?;
+    wait_ready(&lab, STOCKED)?;
+    lab.vm.guest.fill("a", STOCKED * BLOCK, 9, PageSize::Huge)?;
+    set_stock(&lab, 0)?;
+    process::wait_for("the stock is given back", STOCK, || {
+        Ok((number("held")? == 0).then_some(()))
+    })?;
+    let (spent, trimmed) = (number("spent")?, number("trimmed_pages")?);
+    let before = lab.memory.resident_bytes()?;
+    lab.vm.guest.break_pages("left", Break::DropScattered, 1)?;
+    process::wait_for("the host has back what it spent", STOCK, || {
+        Ok((number("spent")? == 0).then_some(()))
+    })?;
+    let less = before.saturating_sub(lab.memory.resident_bytes()?);
+    let trimmed = number("trimmed_pages")? - trimmed;
+    eprintln!("{spent} blocks spent: {trimmed} pages trimmed, {less} bytes back");
+    ensure!(spent >= STOCKED / 4, "the host has spent {spent} blocks alone");
+    ensure!(trimmed > PAGES && trimmed < (spent + 1) * PAGES, "{trimmed} pages trimmed");
+    ensure!(less / BLOCK + 4 >= spent, "the host has {less} bytes back of {spent} blocks");
+    is_left_alone()?;
+    lab.vm.guest.verify("left")?;
+    lab.vm.guest.verify("a")?;
+
+    // Written to again, it is ordinary memory.
+    lab.vm.guest.fill("again", LEFT / 2 * BLOCK, 6, PageSize::Base)?;
+    lab.vm.guest.verify("again")?;
+    lab.vm.guest.verify("left")?;
+    ensure!(lab.vm.guest.complaints(log)?.is_empty());
+    lab.daemon.stop()
+}
+
 /// Otherwise memory that programs have left stays with the guest beside as much that is made ready.
 #[test]
 fn stock_is_made_of_what_the_host_has_before_what_it_has_not() -> anyhow::Result<()> {
