@@ -342,23 +342,22 @@ fn stock_follows_demand_and_rest() -> anyhow::Result<()> {
         process::wait_for("the stock is as the huge pages in use have it", STOCK, || {
             let huge = guest.driver_number("guest_huge")?;
             let wanted = (huge / HUGE_PER_READY).min(active);
-            let is_so = guest.driver_number("stock_target")? == wanted
+            // A driver that has just begun has no stock, and may not have looked yet.
+            let is_so = wanted > floor
+                && guest.driver_number("stock_target")? == wanted
                 && guest.driver_number("ready")? == wanted;
             Ok(is_so.then_some(wanted))
         })
     };
     guest.fill("program", 4 * HUGE_PER_READY * BLOCK, 1, PageSize::Huge)?;
     let between = wait_between()?;
-    ensure!(
-        floor < between && between < active,
-        "{between} blocks for four times {HUGE_PER_READY}"
-    );
+    ensure!(between < active, "{between} blocks for four times {HUGE_PER_READY}");
     process::wait_for("the stock is at its floor", 2 * STOCK, || {
         Ok((guest.driver_number("ready")? <= floor).then_some(()))
     })?;
     ensure!(guest.driver_number("stock_target")? == floor);
     // The next program brings it back.
     guest.fill("next", 8 * MIB, 1, PageSize::Huge)?;
-    ensure!(wait_between()? > floor);
+    wait_between()?;
     lab.daemon.stop()
 }
