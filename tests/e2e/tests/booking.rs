@@ -256,7 +256,8 @@ fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::R
     eprintln!("{spent} blocks spent: {trimmed} pages trimmed, {less} bytes back");
     ensure!(spent >= STOCKED / 4, "the host has spent {spent} blocks alone");
     ensure!(trimmed > PAGES && trimmed < (spent + 1) * PAGES, "{trimmed} pages trimmed");
-    ensure!(less / BLOCK + 4 >= spent, "the host has {less} bytes back of {spent} blocks");
+    // The guest needs a little meanwhile, and not every page that was free had been touched.
+    ensure!(less / BLOCK + 8 >= spent, "the host has {less} bytes back of {spent} blocks");
     is_left_alone()?;
     lab.vm.guest.verify("left")?;
     lab.vm.guest.verify("a")?;
