@@ -573,8 +573,7 @@ static void booking_work(struct work_struct *work)
 out:
 	kfree(found);
 	WRITE_ONCE(booking->calm, delay == PERIOD_CALM);
-	if (gemini_giving_repays(gemini))
-		gemini_giving_kick(gemini);
+	gemini_giving_repay(gemini);
 	queue_delayed_work(gemini->wq, &booking->work, delay);
 }
 

@@ -28,6 +28,8 @@
 #define SLICE_NS	(2 * NSEC_PER_MSEC)
 /* The census rests at least this many times as long as it works. */
 #define REST_FACTOR	20
+/* Blocks of which the used pages are counted in one pass. */
+#define COUNT_BLOCKS	1024
 /* Periods until the next pass while next to nothing changes. */
 #define PATIENCE	8
 
@@ -263,8 +265,9 @@ bool gemini_census_counted(struct gemini *gemini)
 {
 	struct gemini_census *census = &gemini->census;
 
+	/* Some in each pass, and the first of these may have begun anywhere. */
 	return READ_ONCE(census->counted) >
-	       READ_ONCE(census->last_blocks) / GEMINI_COUNT_BLOCKS;
+	       1 + READ_ONCE(census->last_blocks) / COUNT_BLOCKS;
 }
 
 static bool host_huge(const struct gemini_block *entry)
@@ -280,7 +283,7 @@ static bool host_huge(const struct gemini_block *entry)
 static bool counts_all(struct gemini *gemini)
 {
 	return READ_ONCE(gemini->census.count_all) ||
-	       gemini_giving_counts(gemini);
+	       gemini_giving_seeks_sparse(gemini);
 }
 
 /* Looks at all blocks of a chunk. */
@@ -363,7 +366,7 @@ static void begin_pass(struct gemini *gemini)
 	census->pass_ns = 0;
 	census->pass_blocks = 0;
 	census->pass_changed = 0;
-	census->count_left = GEMINI_COUNT_BLOCKS;
+	census->count_left = COUNT_BLOCKS;
 	count_pages(census->pages);
 	census->waited = 0;
 	census->pass_all = true;

@@ -56,9 +56,6 @@
 #define GEMINI_PERIOD_DEFAULT	1000
 #define GEMINI_PERIOD_MAX	(60 * 60 * 1000)
 
-/* Blocks of which the used pages are counted in one pass. */
-#define GEMINI_COUNT_BLOCKS	1024
-
 /* Counters of the kernel's by which the census tells whether memory changes. */
 #define GEMINI_PAGE_KINDS	6
 
@@ -426,7 +423,7 @@ struct gemini_booking {
  * @free_left: there may be some, what is trimmed and what is ready has to wait
  * @trimming: nothing else is left, and there may be more to be trimmed
  * @free_pages: how many the guest had when there was nothing to be trimmed for
- *	what was spent, or fewer if it had since; changed by anybody
+ *	what was spent, or fewer if it had since; changed by booking.work, too
  * @odd_pages: base pages that were given back and make no whole block
  * @spent: blocks that the host was asked to make huge where it had nothing, less
  *	those that it got back without a wish; changed by anybody
@@ -526,8 +523,9 @@ struct gemini_trim_job {
  * struct gemini_trim - free base pages of blocks in use go back to the host
  * @lock: protects @taken and what is in it; taken in the reclaim path
  * @taken: what is held and in no request yet
- * @job: blocks that are trimmed, the sparsest first; this and what follows are
+ * @host: what blocks that are trimmed are in the host; this and what follows are
  *	of giving.work, but for @pages
+ * @job: which ones these are, the sparsest first
  * @count: number of them
  * @next: the block where the next look begins
  * @asked: the request that the device has
@@ -537,6 +535,7 @@ struct gemini_trim_job {
 struct gemini_trim {
 	spinlock_t lock;	/* see above */
 	struct list_head taken;
+	u8 host;
 	struct gemini_trim_job job[GEMINI_TRIM_BLOCKS];
 	unsigned int count;
 	u64 next;
@@ -812,8 +811,8 @@ void gemini_giving_want(struct gemini *gemini, u64 blocks, bool unused);
 bool gemini_giving_possible(struct gemini *gemini);
 bool gemini_giving_active(struct gemini *gemini);
 bool gemini_giving_surplus(struct gemini *gemini, int nid);
-bool gemini_giving_repays(struct gemini *gemini);
-bool gemini_giving_counts(struct gemini *gemini);
+void gemini_giving_repay(struct gemini *gemini);
+bool gemini_giving_seeks_sparse(struct gemini *gemini);
 void gemini_giving_spent(struct gemini *gemini, u64 blocks);
 u64 gemini_giving_owed(struct gemini *gemini);
 

@@ -452,41 +452,44 @@ static u64 repayable(struct gemini *gemini)
  * May there be sparsely used blocks to be trimmed?  Where none were left, there
  * are none until more pages are free again.
  */
-static bool sparse_left(struct gemini_giving *giving)
+static bool sparse_left(const struct gemini_giving *giving)
 {
-	unsigned long now = global_zone_page_state(NR_FREE_PAGES);
-
-	if (now < READ_ONCE(giving->free_pages))
-		WRITE_ONCE(giving->free_pages, now);
-	return now >= READ_ONCE(giving->free_pages) + FREED_MIN;
+	return global_zone_page_state(NR_FREE_PAGES) >=
+	       READ_ONCE(giving->free_pages) + FREED_MIN;
 }
 
 /**
- * gemini_giving_repays() - does the host get back what it has base pages under?
+ * gemini_giving_seeks_sparse() - does it matter how much is used of every block?
  * @gemini: the device
  *
- * Return: true if it does, and there may be some.
+ * Return: true while sparsely used ones are looked for, for what was spent.
  */
-bool gemini_giving_repays(struct gemini *gemini)
-{
-	const u64 (*count)[GEMINI_HOST_STATES] = gemini->map.count;
-
-	return gemini_giving_possible(gemini) && repayable(gemini) &&
-	       (sparse_left(&gemini->giving) ||
-		READ_ONCE(count[VIRTIO_GEMINI_GUEST_FREE]
-			       [VIRTIO_GEMINI_HOST_BASE]));
-}
-
-/**
- * gemini_giving_counts() - does it matter how much is used of every block?
- * @gemini: the device
- *
- * Return: true while sparsely used ones are looked for.
- */
-bool gemini_giving_counts(struct gemini *gemini)
+bool gemini_giving_seeks_sparse(struct gemini *gemini)
 {
 	return repayable(gemini) && !READ_ONCE(gemini->giving.free_left) &&
 	       sparse_left(&gemini->giving);
+}
+
+/**
+ * gemini_giving_repay() - the host gets back what it has spent
+ * @gemini: the device
+ *
+ * If there is something that it has base pages under.  Only booking's worker
+ * calls it, whenever it has looked.
+ */
+void gemini_giving_repay(struct gemini *gemini)
+{
+	const u64 (*count)[GEMINI_HOST_STATES] = gemini->map.count;
+	struct gemini_giving *giving = &gemini->giving;
+	unsigned long free = global_zone_page_state(NR_FREE_PAGES);
+
+	if (free < READ_ONCE(giving->free_pages))
+		WRITE_ONCE(giving->free_pages, free);
+	if (gemini_giving_possible(gemini) && repayable(gemini) &&
+	    (sparse_left(giving) ||
+	     READ_ONCE(count[VIRTIO_GEMINI_GUEST_FREE]
+			    [VIRTIO_GEMINI_HOST_BASE])))
+		gemini_giving_kick(gemini);
 }
 
 /**
@@ -533,11 +536,11 @@ static void pick_repaid(struct gemini *gemini, struct batch *batch)
 	u64 most = repayable(gemini);
 	u64 pages;
 
-	batch->max = min_t(u64, batch->max, most);
 	if (!most)
 		return;
+	batch->max = min_t(u64, batch->max, most);
 	hold_free(gemini, REPAID, batch);
-	if (batch->count || !gemini_giving_counts(gemini) ||
+	if (batch->count || !gemini_giving_seeks_sparse(gemini) ||
 	    !gemini_census_counted(gemini) || gemini_booking_paused(gemini))
 		return;
 	if (gemini_trim(gemini, VIRTIO_GEMINI_HOST_BASE, most, &pages)) {

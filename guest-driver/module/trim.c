@@ -180,11 +180,10 @@ static int take(struct gemini *gemini, struct taken *taken, u64 pfn, u32 count)
 	return ret;
 }
 
-static u16 used_if_sparse(struct gemini *gemini,
-			  const struct gemini_block *entry, u8 host)
+static u16 used_if_sparse(struct gemini *gemini, const struct gemini_block *entry)
 {
 	bool sparse = entry->guest == VIRTIO_GEMINI_GUEST_BASE &&
-		      entry->host == host &&
+		      entry->host == gemini->trim.host &&
 		      !(entry->flags & GEMINI_BLOCK_PASSED) &&
 		      entry->used <= 1U << (gemini->block_order - 1);
 
@@ -209,7 +208,7 @@ static void consider(struct gemini_trim *trim, u64 block, u16 used)
 }
 
 /* Chooses blocks from some chunks of the map, of all of it in turn. */
-static void find(struct gemini *gemini, u8 host)
+static void find(struct gemini *gemini)
 {
 	struct gemini_trim *trim = &gemini->trim;
 	u64 from = trim->next;
@@ -219,7 +218,7 @@ static void find(struct gemini *gemini, u8 host)
 
 	while (gemini_map_next_run(&gemini->map, from, &run) &&
 	       run.first < end) {
-		u16 used = used_if_sparse(gemini, &run.block, host);
+		u16 used = used_if_sparse(gemini, &run.block);
 
 		for (i = 0; used && i < run.count; i++)
 			consider(trim, run.first + i, used);
@@ -362,8 +361,14 @@ bool gemini_trim(struct gemini *gemini, u8 host, u64 most, u64 *gained)
 		trim->count = 0;
 		return false;
 	}
+	if (trim->host != host) {
+		/* What was chosen for another reason is none of this one's. */
+		trim->host = host;
+		trim->count = 0;
+		trim->next = 0;
+	}
 	if (!trim->count)
-		find(gemini, host);
+		find(gemini);
 	if (!trim->count)
 		return trim->next;
 	if (time_before(began, trim->rest_until))
