@@ -99,8 +99,13 @@ impl TlbSimulator {
             config.memory,
             socket.display()
         ));
-        // Without the second, a kernel whose emulator is slow finds no timer.
-        config.kernel_arguments.extend(["no5lvl".into(), "no_timer_check".into()]);
+        // For QEMU to ask it for the time.
+        config.preload = Some(plugin);
+        // Without the second, a kernel whose emulator is slow finds no timer; without the
+        // third it may tell the time by what is not slowed down with the rest.
+        config
+            .kernel_arguments
+            .extend(["no5lvl", "no_timer_check", "tsc=unstable"].map(str::to_owned));
         Ok(TlbSimulator { socket })
     }
 
@@ -118,6 +123,14 @@ impl TlbSimulator {
     /// As [`TlbSimulator::look`].
     pub fn end(&self) -> anyhow::Result<()> {
         self.ask("simulate off").map(drop)
+    }
+
+    /// Has the guest's clock take `slowdown` times as long for a second.
+    ///
+    /// # Errors
+    /// As [`TlbSimulator::look`].
+    pub fn slow_clock(&self, slowdown: u32) -> anyhow::Result<()> {
+        self.ask(&format!("slowdown {slowdown}")).map(drop)
     }
 
     /// What was counted so far.

@@ -50,6 +50,8 @@ pub struct VmConfig {
     pub workloads: Option<Workloads>,
     /// Further arguments for QEMU.
     pub qemu_arguments: Vec<String>,
+    /// A library that is loaded ahead of all others of QEMU's.
+    pub preload: Option<PathBuf>,
     /// How long until the agent answers.
     pub boot_timeout: Duration,
 }
@@ -72,6 +74,7 @@ impl VmConfig {
             kernel_arguments: Vec::new(),
             workloads: None,
             qemu_arguments: Vec::new(),
+            preload: None,
             boot_timeout: Duration::from_secs(90),
         }
     }
@@ -216,6 +219,10 @@ impl Vm {
             .arg(format!("virtserialport,chardev=channel,name={PORT_NAME}"))
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", qmp_path.display()));
+
+        if let Some(library) = &config.preload {
+            command.env("LD_PRELOAD", library);
+        }
 
         let log = logs.join("qemu.log");
         std::fs::write(&log, "")?;

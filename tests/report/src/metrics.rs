@@ -146,7 +146,8 @@ fn per_operation(run: &Record, of: fn(&Tlb) -> Option<f64>) -> Option<f64> {
     let (tlb, performance) = (run.tlb.as_ref()?, run.performance.as_ref()?);
     let too_much = run.idle.as_ref().and_then(|idle| {
         let a_second = share(of(&idle.tlb)?, idle.seconds?)?;
-        Some(a_second * (performance.seconds? - tlb.cycles? / CLOCK).max(0.0))
+        let by_the_guests_clock = performance.seconds? / run.slowdown();
+        Some(a_second * (by_the_guests_clock - tlb.cycles? / CLOCK).max(0.0))
     });
     let left = of(tlb)? - too_much.unwrap_or(0.0);
     // What would be taken off is only known about: it cannot be all there is.
@@ -187,6 +188,10 @@ mod tests {
         assert_eq!((MISSES.of)(&run), Some(1.2));
         assert_eq!((ALL_MISSES.of)(&run), Some(2.0));
         assert_eq!((IDLE_MISSES.of)(&run), Some(2.5));
+        // By its own clock the guest took 8 seconds, or less than a processor would have.
+        let slow = |slowdown| record(&format!(r#""arguments":{{"slowdown":{slowdown}}},{rest}"#));
+        assert_eq!((MISSES.of)(&slow("2.5")), Some(1.8));
+        assert_eq!((MISSES.of)(&slow("64")), Some(2.0));
         let busy = record(&rest.replace("\"misses\":10}", "\"misses\":1000}"));
         assert_eq!((MISSES.of)(&busy), None);
         let fast = record(&rest.replace("\"seconds\":20", "\"seconds\":2"));

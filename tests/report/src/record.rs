@@ -300,6 +300,12 @@ impl Record {
         self.arguments.get("accel").and_then(Value::as_str) == Some("kvm")
     }
 
+    /// How many times as long a second of the guest's clock took in the measured phase.
+    #[must_use]
+    pub fn slowdown(&self) -> f64 {
+        self.arguments.get("slowdown").and_then(Value::as_f64).filter(|n| *n >= 1.0).unwrap_or(1.0)
+    }
+
     /// An argument as text, for comparison and for people.
     #[must_use]
     pub fn argument(&self, name: &str) -> Option<String> {

@@ -14,6 +14,7 @@
 
 pub mod bank;
 pub mod blocks;
+pub mod clock;
 pub mod counters;
 pub mod cpu;
 pub mod decode;

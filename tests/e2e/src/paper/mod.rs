@@ -160,6 +160,8 @@ impl PaperArgs {
             // As the paper's processor, and its kernel, have them. A wake-up in a guest
             // that is so slow would cost all that a program has in its TLB otherwise.
             pcid: (accel == Accel::Tcg).then_some(true),
+            slowdown: if accel == Accel::Tcg { run::SLOWDOWN } else { 1 },
+            warm: true,
         }
     }
 

@@ -71,6 +71,16 @@ pub struct Arguments {
     /// Whether the simulated processor has PCIDs; none where nothing is simulated.
     #[serde(default)]
     pub pcid: Option<bool>,
+    /// How many times as long a second of the guest's clock takes in the measured phase.
+    #[serde(default = "one")]
+    pub slowdown: u32,
+    /// Whether the program did the same once before, while nothing was counted.
+    #[serde(default)]
+    pub warm: bool,
+}
+
+fn one() -> u32 {
+    1
 }
 
 impl Arguments {
@@ -127,7 +137,7 @@ pub struct Alignment {
     pub seconds_to_alignment: Option<f64>,
 }
 
-/// What a program achieved in its measured phase.
+/// What a program achieved in its measured phase; times are those that it took to emulate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Performance {
     /// Operations done.
@@ -246,6 +256,22 @@ impl Record {
     }
 }
 
+impl Performance {
+    /// With the times that it took to emulate, where the guest's clock took `slowdown` times as
+    /// long for a second.
+    #[must_use]
+    pub fn by_true_time(self, slowdown: u32) -> Self {
+        let slowdown = f64::from(slowdown);
+        Performance {
+            seconds: self.seconds * slowdown,
+            per_second: self.per_second / slowdown,
+            mean_us: self.mean_us * slowdown,
+            p99_us: self.p99_us.map(|micros| micros * slowdown),
+            ..self
+        }
+    }
+}
+
 impl Machine {
     /// This machine.
     #[must_use]
@@ -354,6 +380,8 @@ mod tests {
             settle_seconds: 20,
             host_blocks_percent: 50,
             pcid: Some(true),
+            slowdown: 64,
+            warm: true,
         };
         let made = Made {
             commit: None,

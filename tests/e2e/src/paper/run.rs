@@ -35,6 +35,11 @@ const STOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// that kernel and agent do things in.
 const IDLE: Duration = Duration::from_secs(6);
 
+/// How many times as long a second of a simulated guest's clock takes in the measured
+/// phase: about as many times as the same work takes longer than on a processor, so that
+/// the clock's ticks come after as much of it as there.
+pub const SLOWDOWN: u32 = 64;
+
 /// Most bytes of a trace.
 const TRACE_LIMIT: u64 = 1 << 30;
 
@@ -154,6 +159,10 @@ fn in_guest(
     let program = Program::load(&lab.vm.guest, &run.workload, size, run.seed)?;
     let loaded = Instant::now();
     let before = lab.view()?.letters();
+    if record.arguments.warm {
+        // What it allocates when it first works is not what it works with.
+        program.go(&lab.vm.guest)?;
+    }
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
@@ -171,10 +180,12 @@ fn in_guest(
     }
 
     let (performance, tlb, idle) = {
-        let (result, tlb, idle) = counted(&mut lab, &counting, |lab| program.go(&lab.vm.guest))?;
+        let slowdown = record.arguments.slowdown;
+        let (result, tlb, idle) =
+            counted(&mut lab, &counting, slowdown, |lab| program.go(&lab.vm.guest))?;
         let (performance, version) = result;
         record.made.versions.insert("workload".into(), version);
-        (performance, tlb, idle)
+        (performance.by_true_time(slowdown), tlb, idle)
     };
     record.performance = Some(performance);
     (record.tlb, record.idle) = (tlb, idle);
@@ -263,6 +274,7 @@ fn run_former(
 fn counted<T>(
     lab: &mut Lab,
     counting: &Counting,
+    slowdown: u32,
     act: impl FnOnce(&Lab) -> anyhow::Result<T>,
 ) -> anyhow::Result<(T, Option<Tlb>, Option<Idle>)> {
     match counting {
@@ -277,9 +289,12 @@ fn counted<T>(
             if let Some(trace) = trace {
                 simulator.record(trace, TRACE_LIMIT)?;
             }
+            simulator.slow_clock(slowdown)?;
             let start = simulator.look()?;
             let result = act(lab)?;
             let end = simulator.look()?;
+            // Who sleeps is waited for below.
+            simulator.slow_clock(1)?;
             if trace.is_some() {
                 simulator.stop()?;
             }

@@ -36,8 +36,8 @@ impl Watched {
     }
 }
 
-/// Watches until both layers are at rest, or `most` after `loaded`: a policy that is
-/// not done by then is measured as it is.
+/// Watches until both layers are at rest, `most` at most: a policy that is not done by
+/// then is measured as it is. The moments are since `loaded`.
 ///
 /// # Errors
 /// If a layer cannot be read.
@@ -48,8 +48,9 @@ pub fn watch(lab: &Lab, loaded: Instant, most: Duration) -> anyhow::Result<Watch
         watched.samples.push((loaded.elapsed().as_secs_f64(), counts.aligned_coverage()));
         Ok(counts)
     };
-    let (mut last, mut since) = (look()?, Instant::now());
-    while since.elapsed() < REST && loaded.elapsed() < most {
+    let begun = Instant::now();
+    let (mut last, mut since) = (look()?, begun);
+    while since.elapsed() < REST && begun.elapsed() < most {
         std::thread::sleep(PERIOD);
         let now = look()?;
         if !alike(&now, &last) {

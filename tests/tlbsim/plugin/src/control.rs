@@ -3,7 +3,8 @@
 //! `simulate on` and `simulate off` say whether anything is simulated. `counters`
 //! tells what was counted so far: what is of interest is the difference between two
 //! answers. `record BYTES PATH` begins traces of at most BYTES each, PATH.0 and so
-//! on, and `stop` ends them.
+//! on, and `stop` ends them. `slowdown N` has the guest's clock take N times as long for
+//! a second.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,6 +14,7 @@ use anyhow::{bail, Context};
 use serde_json::{json, Value};
 
 use crate::plugin::{Plugin, Recording};
+use crate::sys;
 
 /// Longest command.
 const LINE_LIMIT: u64 = 4096;
@@ -31,6 +33,7 @@ pub fn start(plugin: &'static Plugin) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("tlbsim-control".into())
         .spawn(move || {
+            sys::see_true_time();
             for stream in listener.incoming() {
                 if let Err(error) = stream.context("no client").and_then(|s| serve(plugin, s)) {
                     eprintln!("gemini-tlbsim: {error:#}");
@@ -67,6 +70,10 @@ fn perform(plugin: &Plugin, line: &str) -> anyhow::Result<Value> {
             let (limit, path) = rest.split_once(' ').context("record BYTES PATH")?;
             let limit = limit.parse().context("BYTES is no number")?;
             plugin.record(Recording { path: path.into(), limit })?;
+            Ok(json!({}))
+        }
+        "slowdown" => {
+            sys::slow_clock(rest.parse().context("the slowdown is no number")?)?;
             Ok(json!({}))
         }
         "stop" => plugin.stop().map(|()| json!({})),

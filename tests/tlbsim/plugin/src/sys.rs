@@ -1,17 +1,18 @@
 //! QEMU's plugin interface (version 4, QEMU 9.2 to 10.x), this process's memory
-//! map, and everything that is `unsafe` about them.
+//! map and its clock, and everything that is `unsafe` about them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 use anyhow::{bail, ensure, Context};
+use gemini_tlbsim::clock::SlowClock;
 use gemini_tlbsim::decode::Instruction;
 use gemini_tlbsim::host::{HostMap, RamLayout};
 use gemini_tlbsim::paging::{ControlRegisters, GuestMemory, PageSize};
@@ -609,4 +610,81 @@ fn parse_range(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split_once(' ')?.0.split_once('-')?;
     let parse = |text| u64::from_str_radix(text, 16).ok();
     Some(parse(start)?..parse(end)?)
+}
+
+/// The clock that QEMU sees, and with it the guest.
+static CLOCK: RwLock<SlowClock> = RwLock::new(SlowClock::new());
+
+/// Whether QEMU asks this library for the time.
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// Whether this thread sees true time: what it waits for, it waits for by the
+    /// kernel's clock.
+    static TRUE_TIME: Cell<bool> = const { Cell::new(false) };
+}
+
+const SECOND: u64 = 1_000_000_000;
+
+/// The thread sees true time from here on.
+pub fn see_true_time() {
+    TRUE_TIME.with(|flag| flag.set(true));
+}
+
+/// Has the guest's clock take `slowdown` as long for a second.
+///
+/// # Errors
+/// If QEMU asks the C library for the time, because it has not loaded this library
+/// ahead of it.
+pub fn slow_clock(slowdown: u32) -> anyhow::Result<()> {
+    ensure!(
+        ASKED.load(Ordering::Relaxed),
+        "QEMU has a clock of its own: name this plugin in LD_PRELOAD, too, when it is started"
+    );
+    let mut clock = CLOCK.write().unwrap_or_else(PoisonError::into_inner);
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a clock that every kernel has, and room for its time.
+    ensure!(unsafe { kernel_time(libc::CLOCK_MONOTONIC, &raw mut now) } == 0, "there is no time");
+    clock.slow(nanoseconds(&now), slowdown);
+    Ok(())
+}
+
+/// The time of the kernel's clock `id`.
+///
+/// # Safety
+/// As of `clock_gettime`: there is room at `time`.
+unsafe fn kernel_time(id: libc::clockid_t, time: *mut libc::timespec) -> c_int {
+    // SAFETY: the system call has the same arguments, and the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_clock_gettime, id, time) };
+    if result == 0 {
+        0
+    } else {
+        -1
+    }
+}
+
+fn nanoseconds(time: &libc::timespec) -> u64 {
+    let number = |part: i64| u64::try_from(part).unwrap_or(0);
+    number(time.tv_sec) * SECOND + number(time.tv_nsec)
+}
+
+/// What QEMU calls in place of the C library's, where this library was loaded ahead
+/// of it (LD_PRELOAD): the clock that the guest's is made of can be slowed down.
+/// Elsewhere nobody calls it.
+///
+/// # Safety
+/// As of the C library's: there is room at `time`.
+#[no_mangle]
+pub unsafe extern "C" fn clock_gettime(id: libc::clockid_t, time: *mut libc::timespec) -> c_int {
+    // SAFETY: passed on as it came.
+    let result = unsafe { kernel_time(id, time) };
+    if result == 0 && id == libc::CLOCK_MONOTONIC && !TRUE_TIME.with(Cell::get) {
+        ASKED.store(true, Ordering::Relaxed);
+        // SAFETY: the kernel has just written it.
+        let time = unsafe { &mut *time };
+        let shown = CLOCK.read().unwrap_or_else(PoisonError::into_inner).show(nanoseconds(time));
+        let part = |number: u64| i64::try_from(number).unwrap_or(0);
+        (time.tv_sec, time.tv_nsec) = (part(shown / SECOND), part(shown % SECOND));
+    }
+    result
 }
