@@ -94,17 +94,17 @@ pub struct Kind {
     pub full: Size,
 }
 
-/// Every workload of the image. A measured phase costs an emulated guest about
-/// ten seconds of a processor at its full size.
+/// Every workload of the image. A measured phase takes a simulated guest about twenty
+/// seconds at its full size, a third of a second of a processor's.
 pub const OF_IMAGE: [Kind; 10] = [
-    kind("redis", 32, 300, 256, 2_000),
-    kind("memcached", 32, 300, 256, 1_500),
+    kind("redis", 32, 300, 256, 5_000),
+    kind("memcached", 32, 300, 256, 5_000),
     kind("rocksdb", 32, 200, 256, 1_500),
     kind("xapian", 32, 200, 256, 1_500),
-    kind("liblinear", 32, 4, 256, 12),
+    kind("liblinear", 32, 4, 256, 4),
     kind("sqlite-memory", 32, 100, 256, 800),
     kind("h2", 32, 10, 256, 100),
-    kind("cg", 32, 10, 256, 8),
+    kind("cg", 32, 10, 256, 3),
     indifferent("zstd", 16, 20, 32, 400),
     indifferent("sqlite-disk", 16, 50, 64, 400),
 ];

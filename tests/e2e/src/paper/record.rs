@@ -74,7 +74,8 @@ pub struct Arguments {
     /// How many times as long a second of the guest's clock takes in the measured phase.
     #[serde(default = "one")]
     pub slowdown: u32,
-    /// Whether the program did the same once before, while nothing was counted.
+    /// Whether the program did the same before: once until both layers came to rest, and
+    /// once until the TLBs had what it works with.
     #[serde(default)]
     pub warm: bool,
 }
