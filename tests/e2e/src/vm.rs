@@ -212,7 +212,9 @@ impl Vm {
         command
             .args(config.machine_arguments(assets))
             .args(["-serial", &format!("file:{}", serial_log.display())])
-            .args(["-device", "virtio-serial-pci"])
+            // An interrupt has the guest look at the queues of all ports that there may be,
+            // 62 by default, in 30 pages of its kernel's.
+            .args(["-device", "virtio-serial-pci,max_ports=2"])
             .arg("-chardev")
             .arg(format!("socket,id=channel,server=on,wait=off,path={}", channel_path.display()))
             .arg("-device")
