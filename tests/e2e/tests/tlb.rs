@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
 use gemini_e2e::accel::AccelChoice;
@@ -18,6 +18,9 @@ use serde_json::Value;
 const SETTLE: Duration = Duration::from_secs(60);
 
 const READS: u64 = 100_000;
+
+/// How many times as long a second of the guest's clock takes for a while.
+const SLOWDOWN: u32 = 64;
 
 /// Loops of 2000 instructions that are counted.
 const LOOPS: u32 = 10_000;
@@ -51,6 +54,28 @@ fn instructions_are_counted(lab: &Lab, simulator: &TlbSimulator) -> anyhow::Resu
     simulator.begin()
 }
 
+/// A second of the guest takes as long as it is told to, and then as long as ever: what
+/// was lost is not made up for.
+fn the_clock_is_slowed(lab: &Lab, simulator: &TlbSimulator) -> anyhow::Result<()> {
+    let passes = |slowdown: u32| -> anyhow::Result<(f64, f64)> {
+        let uptime = || -> anyhow::Result<f64> {
+            let text = lab.vm.guest.read_file("/proc/uptime")?;
+            Ok(text.split(' ').next().context("an empty file")?.parse()?)
+        };
+        simulator.slow_clock(slowdown)?;
+        let (began, before) = (Instant::now(), uptime()?);
+        std::thread::sleep(Duration::from_secs(4));
+        Ok((uptime()? - before, began.elapsed().as_secs_f64()))
+    };
+    let (guest, host) = passes(SLOWDOWN)?;
+    let expected = host / f64::from(SLOWDOWN);
+    // The guest tells hundredths.
+    ensure!((guest - expected).abs() < expected / 2.0, "{guest} s of the guest in {host} s");
+    let (guest, host) = passes(1)?;
+    ensure!((guest - host).abs() < host / 4.0, "{guest} s of the guest in {host} s");
+    Ok(())
+}
+
 #[test]
 fn alignment_saves_misses_and_a_trace_replays_as_recorded() -> anyhow::Result<()> {
     let bench = Bench::new(AccelChoice::Tcg)?;
@@ -81,6 +106,7 @@ fn alignment_saves_misses_and_a_trace_replays_as_recorded() -> anyhow::Result<()
     ensure!(before.disagreements + after.disagreements <= walks / 1000, "{before:?}, {after:?}");
 
     instructions_are_counted(&lab, &simulator)?;
+    the_clock_is_slowed(&lab, &simulator)?;
 
     let traces = lab.place.directory().join("trace");
     simulator.record(&traces, 64 * MIB)?;

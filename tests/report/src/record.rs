@@ -303,16 +303,20 @@ impl Record {
     /// How many times as long a second of the guest's clock took in the measured phase.
     #[must_use]
     pub fn slowdown(&self) -> f64 {
-        self.arguments.get("slowdown").and_then(Value::as_f64).filter(|n| *n >= 1.0).unwrap_or(1.0)
+        let told = self.argument("slowdown").and_then(|text| text.parse().ok());
+        told.filter(|slowdown| *slowdown >= 1.0).unwrap_or(1.0)
     }
 
     /// An argument as text, for comparison and for people.
     #[must_use]
     pub fn argument(&self, name: &str) -> Option<String> {
-        match self.arguments.get(name)? {
-            Value::Null => None,
-            Value::String(text) => Some(text.clone()),
-            other => Some(other.to_string()),
+        match self.arguments.get(name) {
+            // Older runs had these, and did not say so.
+            None if name == "slowdown" => Some("1".into()),
+            None if name == "warm" => Some("false".into()),
+            None | Some(Value::Null) => None,
+            Some(Value::String(text)) => Some(text.clone()),
+            Some(other) => Some(other.to_string()),
         }
     }
 }
@@ -404,6 +408,8 @@ mod tests {
         let record = Record::parse(SMALLEST).expect("a record");
         assert!(record.alignment.is_none() && record.failure.is_none());
         assert!(!record.quick() && !record.on_hardware());
+        // As runs were made before there was a choice.
+        assert_eq!((record.slowdown(), record.argument("warm")), (1.0, Some("false".into())));
     }
 
     #[test]

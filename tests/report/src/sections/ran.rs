@@ -15,7 +15,7 @@ const DISAGREEMENTS: f64 = 1e-4;
 
 /// Arguments that runs have to share to be compared: of one workload, or of all.
 const OF_WORKLOAD: [&str; 2] = ["workload_mib", "operations"];
-const OF_ALL: [&str; 8] = [
+const OF_ALL: [&str; 10] = [
     "guest_mib",
     "cpus",
     "profile",
@@ -23,6 +23,8 @@ const OF_ALL: [&str; 8] = [
     "accel",
     "host_blocks_percent",
     "settle_seconds",
+    "slowdown",
+    "warm",
     "quick",
 ];
 
