@@ -12,7 +12,8 @@ use std::ops::Range;
 /// tables as blocks in the worst case.
 pub const WINDOW_BLOCKS: u64 = 64;
 
-/// Regions that one page-table scan returns; the scan resumes where that was too few.
+/// Regions that one page-table scan returns; the scan resumes where that was too few. Linux gathers
+/// as many at once (fs/proc/task_mmu.c), and asked for more it may tell a wrong end.
 const SCAN_REGIONS: usize = 512;
 
 /// A piece of a memory file in our own address space.

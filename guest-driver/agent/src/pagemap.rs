@@ -8,7 +8,8 @@ use std::os::unix::fs::FileExt;
 use crate::kernel::Geometry;
 use crate::sys::{self, Region, Wanted, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED};
 
-/// Regions that one call of the kernel may fill; 12 KiB.
+/// Regions that one call of the kernel may fill; 12 KiB. Linux gathers as many at once
+/// (fs/proc/task_mmu.c), and asked for more it may tell a wrong end.
 const REGIONS: usize = 512;
 
 // Bits of the words of /proc/PID/pagemap.

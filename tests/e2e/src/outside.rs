@@ -10,8 +10,9 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-use anyhow::{bail, ensure, Context};
+use anyhow::{ensure, Context};
 use gemini_guest::protocol::{PageRun, PageRuns};
+use gemini_pagemap::{HUGE, PRESENT};
 
 use crate::qmp::Qmp;
 use crate::{BLOCK, BLOCK_SHIFT};
@@ -56,39 +57,6 @@ const STAYED_MAX: usize = 8;
 
 /// Where the q35 machine continues guest memory that does not fit below.
 const HIGH_START: u64 = 4 << 30;
-
-// The kernel's Documentation/admin-guide/mm/pagemap.rst; libc has no names for
-// these.
-const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_HUGE: u64 = 1 << 6;
-
-/// `struct pm_scan_arg`.
-#[repr(C)]
-#[derive(Default)]
-struct ScanArguments {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
 
 impl Part {
     /// QEMU's addresses.
@@ -160,7 +128,7 @@ impl GuestMemory {
     pub fn states(&self) -> anyhow::Result<Vec<(u64, HostState)>> {
         let mut states = Vec::new();
         for part in &self.parts {
-            let huge = self.scan(&part.addresses(), PAGE_IS_PRESENT | PAGE_IS_HUGE)?;
+            let huge = self.scan(&part.addresses(), PRESENT | HUGE)?;
             let resident = self.resident(part)?;
             for block in part.gpa.start >> BLOCK_SHIFT..part.gpa.end >> BLOCK_SHIFT {
                 let gpa = block << BLOCK_SHIFT;
@@ -237,38 +205,8 @@ impl GuestMemory {
     fn scan(&self, wanted: &Range<u64>, categories: u64) -> anyhow::Result<Vec<Range<u64>>> {
         let path = format!("/proc/{}/pagemap", self.pid);
         let file = File::open(&path).with_context(|| format!("cannot open {path}"))?;
-        let mut regions = vec![Region::default(); 4096];
-        let mut found: Vec<Range<u64>> = Vec::new();
-        let mut start = wanted.start;
-        while start < wanted.end {
-            let mut arguments = ScanArguments {
-                size: size_of::<ScanArguments>() as u64,
-                start,
-                end: wanted.end,
-                vec: regions.as_mut_ptr() as u64,
-                vec_len: regions.len() as u64,
-                category_mask: categories,
-                return_mask: categories,
-                ..Default::default()
-            };
-            // SAFETY: the arguments are of the kernel's layout, and `vec` names
-            // `vec_len` regions that live throughout the call.
-            let count = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
-            let Ok(count) = usize::try_from(count) else {
-                return Err(io::Error::last_os_error()).context("PAGEMAP_SCAN is refused");
-            };
-            for region in &regions[..count] {
-                match found.last_mut() {
-                    Some(last) if last.end == region.start => last.end = region.end,
-                    _ => found.push(region.start..region.end),
-                }
-            }
-            if arguments.walk_end <= start {
-                bail!("PAGEMAP_SCAN does not get on at {start:#x}");
-            }
-            start = arguments.walk_end;
-        }
-        Ok(found)
+        gemini_pagemap::ranges(&file, wanted, categories)
+            .with_context(|| format!("cannot read {path}"))
     }
 
     /// Guest addresses within `blocks` that hold memory, whoever has it mapped.
@@ -483,7 +421,7 @@ mod tests {
         unsafe { (start as *mut u8).write(1) };
         let memory = GuestMemory { pid: std::process::id(), parts: Vec::new() };
         let all = start..start + BLOCK;
-        let present = memory.scan(&all, PAGE_IS_PRESENT).expect("our own page tables");
+        let present = memory.scan(&all, PRESENT).expect("our own page tables");
         assert!(present.iter().any(|range| range.start == start));
         // SAFETY: unmaps what was mapped above; nothing refers to it.
         unsafe { libc::munmap(address, length) };

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
+use gemini_pagemap::HUGE;
 
 use crate::daemon::{Daemon, Options, Status};
 use crate::driver::AREA_BLOCKS;
@@ -272,8 +273,9 @@ fn everything(plan: &Plan, scenario: &mut Scenario) -> anyhow::Result<()> {
     let pagemap = File::open("/proc/self/pagemap").context("cannot open own pagemap")?;
     let huge = Sampler::start(INTERVAL, move || {
         let base = memory.host_address(0);
-        let ranges = sys::huge_ranges(&pagemap, base, base + memory.mapping().len())?;
-        Ok(ranges.iter().map(|(start, end)| end - start).sum())
+        let memory = base..base + memory.mapping().len();
+        let ranges = gemini_pagemap::ranges(&pagemap, &memory, HUGE)?;
+        Ok(ranges.iter().map(|range| range.end - range.start).sum())
     });
     let pid = guest.daemon.pid();
     let cpu = Sampler::start(INTERVAL, move || cpu_microseconds(pid));

@@ -11,6 +11,7 @@
 use std::fs::File;
 
 use anyhow::{bail, ensure};
+use gemini_pagemap::HUGE;
 
 use crate::figures::{Bar, Scenario};
 use crate::memory::BLOCK_SIZE;
@@ -172,8 +173,8 @@ fn combine(size: u64) -> anyhow::Result<Vec<Combination>> {
 fn mapped_huge(mapping: &Mapping) -> anyhow::Result<u64> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let start = mapping.address();
-    let ranges = sys::huge_ranges(&pagemap, start, start + mapping.len())?;
-    Ok(ranges.iter().map(|(start, end)| end - start).sum())
+    let ranges = gemini_pagemap::ranges(&pagemap, &(start..start + mapping.len()), HUGE)?;
+    Ok(ranges.iter().map(|range| range.end - range.start).sum())
 }
 
 /// Lower quartile, median, upper quartile.

@@ -3,8 +3,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use anyhow::Context;
+use gemini_pagemap::HUGE;
 
 use crate::memory::{GuestMemory, BLOCK_SHIFT, BLOCK_SIZE};
 use crate::sys;
@@ -37,9 +39,9 @@ pub fn host_states(memory: &GuestMemory) -> anyhow::Result<Vec<u8>> {
     }
     let pagemap = File::open("/proc/self/pagemap").context("cannot open own pagemap")?;
     let base = memory.host_address(0);
-    let huge = sys::huge_ranges(&pagemap, base, base + size)
+    let huge = gemini_pagemap::ranges(&pagemap, &(base..base + size), HUGE)
         .context("cannot scan own page tables (PAGEMAP_SCAN; Linux 6.7 or newer is needed)")?;
-    for (start, end) in huge {
+    for Range { start, end } in huge {
         let first = (start - base).div_ceil(BLOCK_SIZE);
         for block in first..(end - base) >> BLOCK_SHIFT {
             states[usize::try_from(block)?] = host_state::HUGE;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context};
+use gemini_pagemap::HUGE;
 
 use crate::budgets::Guest;
 use crate::figures::{Bar, Scenario};
@@ -83,8 +84,9 @@ fn start(
 /// Huge pages that this process maps of a guest's memory.
 fn huge_of(pagemap: &File, memory: &GuestMemory) -> anyhow::Result<u64> {
     let base = memory.host_address(0);
-    let ranges = sys::huge_ranges(pagemap, base, base + memory.mapping().len())?;
-    Ok(ranges.iter().map(|(start, end)| (end - start) / BLOCK_SIZE).sum())
+    let memory = base..base + memory.mapping().len();
+    let ranges = gemini_pagemap::ranges(pagemap, &memory, HUGE)?;
+    Ok(ranges.iter().map(|range| (range.end - range.start) / BLOCK_SIZE).sum())
 }
 
 fn own_pagemap() -> anyhow::Result<File> {

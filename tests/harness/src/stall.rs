@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context};
+use gemini_pagemap::HUGE;
 
 use crate::cleanup::{self, Guard};
 use crate::daemon::{Daemon, Options};
@@ -310,8 +311,8 @@ fn wait_huge(
     );
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let huge: u64 =
-            sys::huge_ranges(&pagemap, start, end)?.iter().map(|(from, to)| to - from).sum();
+        let ranges = gemini_pagemap::ranges(&pagemap, &(start..end), HUGE)?;
+        let huge: u64 = ranges.iter().map(|range| range.end - range.start).sum();
         if huge == end - start {
             return Ok(());
         }

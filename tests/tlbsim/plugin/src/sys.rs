@@ -4,14 +4,13 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::{self, File};
-use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
 
-use anyhow::{bail, ensure, Context};
+use anyhow::{ensure, Context};
+use gemini_pagemap::{HUGE, PRESENT};
 use gemini_tlbsim::clock::SlowClock;
 use gemini_tlbsim::decode::Instruction;
 use gemini_tlbsim::host::{HostMap, RamLayout};
@@ -514,51 +513,11 @@ impl GuestRam {
     pub fn scan(&self) -> anyhow::Result<HostMap> {
         let mut host = self.blank_host();
         let file = File::open("/proc/self/pagemap").context("cannot open the page map")?;
-        let mut regions = vec![Region::default(); 1024];
-        // A huge range that goes on in the next answer is one range.
-        let mut open: Option<Range<u64>> = None;
-        let mut start = self.mapping.start;
-        while start < self.mapping.end {
-            let mut arguments = ScanArguments {
-                size: size_of::<ScanArguments>() as u64,
-                start,
-                end: self.mapping.end,
-                vec: regions.as_mut_ptr() as u64,
-                vec_len: regions.len() as u64,
-                category_mask: PRESENT_AND_HUGE,
-                return_mask: PRESENT_AND_HUGE,
-                ..Default::default()
-            };
-            // SAFETY: the arguments have the kernel's layout, and `vec` names
-            // `vec_len` regions that live throughout the call.
-            let count = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
-            let Ok(count) = usize::try_from(count) else {
-                return Err(io::Error::last_os_error()).context("PAGEMAP_SCAN is refused");
-            };
-            for region in regions.iter().take(count) {
-                match &mut open {
-                    Some(last) if last.end == region.start => last.end = region.end,
-                    _ => {
-                        let next = region.start..region.end;
-                        if let Some(last) = open.replace(next) {
-                            self.set_huge(&mut host, &last);
-                        }
-                    }
-                }
-            }
-            if arguments.walk_end <= start {
-                bail!("PAGEMAP_SCAN does not get on at {start:#x}");
-            }
-            start = arguments.walk_end;
-        }
-        if let Some(last) = open {
-            self.set_huge(&mut host, &last);
+        let huge = gemini_pagemap::ranges(&file, &self.mapping, PRESENT | HUGE);
+        for range in huge.context("cannot scan the page map")? {
+            host.set_huge(range.start - self.mapping.start, range.end - range.start);
         }
         Ok(host)
-    }
-
-    fn set_huge(&self, host: &mut HostMap, range: &Range<u64>) {
-        host.set_huge(range.start - self.mapping.start, range.end - range.start);
     }
 }
 
@@ -572,37 +531,6 @@ impl GuestMemory for GuestRam {
         // any time, hence an atomic.
         Some(unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Relaxed))
     }
-}
-
-// Documentation/admin-guide/mm/pagemap.rst of the kernel.
-const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-const PRESENT_AND_HUGE: u64 = 1 << 3 | 1 << 6;
-
-/// `struct pm_scan_arg`.
-#[repr(C)]
-#[derive(Default)]
-struct ScanArguments {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
 }
 
 /// START-END at the beginning of a line of a memory map.
