@@ -39,10 +39,12 @@
 /* A block that is found less than once in so many samples is not picked. */
 #define RARE		4U
 /*
- * Of those that are picked so many are said to be hot: one for each so many huge
- * pages of programs, the static ones included.
+ * Of those that are picked so many are said to be hot, the static ones included:
+ * one for each so many huge pages of programs, which so stay nine tenths of all
+ * that the host makes huge, and fewer where it has not enough for them.
  */
-#define HUGE_PER_BLOCK	64U
+#define HUGE_PER_BLOCK		11U
+#define HUGE_PER_BLOCK_SCARCE	64U
 
 /*
  * Of each processor, what a module has lies beside what the kernel has itself, in
@@ -277,7 +279,9 @@ static void count_hot(struct gemini *gemini)
 	u64 most;
 
 	gemini_map_sum(&gemini->map, &sums);
-	most = sums.guest[VIRTIO_GEMINI_GUEST_HUGE] / HUGE_PER_BLOCK;
+	most = sums.guest[VIRTIO_GEMINI_GUEST_HUGE] /
+	       (READ_ONCE(gemini->scarce) ? HUGE_PER_BLOCK_SCARCE :
+					    HUGE_PER_BLOCK);
 	mutex_lock(&gemini->census.lock);
 	kernel->nr_hot = most > kernel->nr_always ? most - kernel->nr_always : 0;
 	mutex_unlock(&gemini->census.lock);
