@@ -43,7 +43,7 @@
  * one for each so many huge pages of programs, which so stay nine tenths of all
  * that the host makes huge, and fewer where it has not enough for them.
  */
-#define HUGE_PER_BLOCK		11U
+#define HUGE_PER_BLOCK		13U
 #define HUGE_PER_BLOCK_SCARCE	64U
 
 /*

@@ -117,14 +117,15 @@ fn driver_finds_where_its_kernel_works() -> anyhow::Result<()> {
     }
     ensure!(guest.kernel_blocks()?.is_subset(&known), "a guest of few huge pages");
 
-    // Nine tenths of what the host makes huge stay with programs.
+    // Nine tenths of what the host makes huge stay with programs, if it makes anything huge.
+    lab.daemon.control().set_policy("gemini")?;
     guest.fill("many", 128 * BLOCK, 1, PageSize::Huge)?;
     let hot = wait_for("some are as hot as what is known", Duration::from_secs(120), || {
         let hot = guest.kernel_blocks()?;
         Ok((!hot.is_subset(&known)).then_some(hot))
     })?;
     let huge = guest.driver_number("guest_huge")?;
-    ensure!(huge >= 128 && hot.len() as u64 * 11 <= huge, "{hot:?}, {huge} huge pages");
+    ensure!(huge >= 128 && hot.len() as u64 * 13 <= huge, "{hot:?}, {huge} huge pages");
     lab.daemon.stop()
 }
 
