@@ -206,7 +206,7 @@ impl GuestMemory {
         let path = format!("/proc/{}/pagemap", self.pid);
         let file = File::open(&path).with_context(|| format!("cannot open {path}"))?;
         gemini_pagemap::ranges(&file, wanted, categories)
-            .with_context(|| format!("cannot read {path}"))
+            .with_context(|| format!("cannot scan {path} (PAGEMAP_SCAN, Linux 6.7 or newer)"))
     }
 
     /// Guest addresses within `blocks` that hold memory, whoever has it mapped.

@@ -213,7 +213,7 @@ impl Vm {
             .args(config.machine_arguments(assets))
             .args(["-serial", &format!("file:{}", serial_log.display())])
             // An interrupt has the guest look at the queues of all ports that there may be,
-            // 62 by default, in 30 pages of its kernel's.
+            // 62 by default, and to talk to a guest would cost it as many TLB entries.
             .args(["-device", "virtio-serial-pci,max_ports=2"])
             .arg("-chardev")
             .arg(format!("socket,id=channel,server=on,wait=off,path={}", channel_path.display()))

@@ -64,6 +64,7 @@ fn the_clock_is_slowed(lab: &Lab, simulator: &TlbSimulator) -> anyhow::Result<()
         };
         simulator.slow_clock(slowdown)?;
         let (began, before) = (Instant::now(), uptime()?);
+        // Nothing is waited for: how much of this time the guest sees is the question.
         std::thread::sleep(Duration::from_secs(4));
         Ok((uptime()? - before, began.elapsed().as_secs_f64()))
     };

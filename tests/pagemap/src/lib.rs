@@ -93,42 +93,43 @@ mod tests {
     use super::*;
 
     const PAGE: u64 = 4096;
+    /// Nearly four times as many as are asked for at once are written to.
+    const PAGES: u64 = 4000;
 
-    /// The pages of a new buffer of `pages` base pages, of which those at even places were
-    /// written to.
-    fn with_every_other_page(pages: u64, test: impl FnOnce(&File, &Range<u64>)) {
-        let length = usize::try_from((pages + 1) * PAGE).expect("a small buffer");
-        // Of this size the allocator maps them anew, so that nobody has touched them.
-        let mut buffer = Vec::<u8>::with_capacity(length);
-        let start = (buffer.as_ptr() as u64).next_multiple_of(PAGE);
-        let first = usize::try_from(start - buffer.as_ptr() as u64).expect("less than a page");
-        for page in buffer.spare_capacity_mut()[first..].chunks_exact_mut(4096).step_by(2) {
-            page[0].write(1);
+    #[test]
+    fn pages_that_were_written_to_are_told_once_and_no_others() -> io::Result<()> {
+        let length = usize::try_from(PAGES * PAGE).map_err(io::Error::other)?;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let address = unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0)
+        };
+        assert_ne!(address, libc::MAP_FAILED);
+        // SAFETY: the mapping made above. Without huge pages, whatever the machine's setting.
+        assert_eq!(unsafe { libc::madvise(address, length, libc::MADV_NOHUGEPAGE) }, 0);
+        let start = address as u64;
+        let every_other: Vec<_> =
+            (start..start + PAGES * PAGE).step_by(8192).map(|page| page..page + PAGE).collect();
+        for page in &every_other {
+            // SAFETY: a byte of the mapping made above.
+            unsafe { (page.start as *mut u8).write_volatile(1) };
         }
-        let pagemap = File::open("/proc/self/pagemap").expect("our own page tables");
-        test(&pagemap, &(start..start + pages * PAGE));
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let all = start..start + PAGES * PAGE;
+        let (present, huge) =
+            (ranges(&pagemap, &all, PRESENT), ranges(&pagemap, &all, PRESENT | HUGE));
+        // SAFETY: unmaps what was mapped above; nothing refers to it.
+        unsafe { libc::munmap(address, length) };
+        assert_eq!(present?, every_other);
+        assert!(huge?.is_empty());
+        Ok(())
     }
 
     #[test]
-    fn pages_that_were_written_to_are_present_and_no_others() {
-        with_every_other_page(4000, |pagemap, range| {
-            let present = ranges(pagemap, range, PRESENT).expect("Linux 6.7");
-            // Or it was given huge pages, which are present as a whole.
-            let huge = ranges(pagemap, range, PRESENT | HUGE).expect("Linux 6.7");
-            if huge.is_empty() {
-                let every_other: Vec<_> = (0..2000)
-                    .map(|page| range.start + 2 * page * PAGE)
-                    .map(|start| start..start + PAGE)
-                    .collect();
-                // Nearly four times as many as are asked for at once.
-                assert_eq!(present, every_other);
-            }
-        });
-    }
-
-    #[test]
-    fn a_range_that_no_process_has_is_an_error() {
-        let pagemap = File::open("/proc/self/pagemap").expect("our own page tables");
+    fn a_range_that_no_process_has_is_an_error() -> io::Result<()> {
+        let pagemap = File::open("/proc/self/pagemap")?;
         assert!(ranges(&pagemap, &(u64::MAX - 8191..u64::MAX - 4095), PRESENT).is_err());
+        Ok(())
     }
 }

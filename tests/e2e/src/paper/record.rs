@@ -74,8 +74,9 @@ pub struct Arguments {
     /// How many times as long a second of the guest's clock takes in the measured phase.
     #[serde(default = "one")]
     pub slowdown: u32,
-    /// Whether the program did the same before: once until both layers came to rest, and
-    /// once until the TLBs had what it works with.
+    /// Whether the program did the same before: once, for both layers to come to rest after
+    /// it, and where TLBs are simulated once more, for them to have what it works with. Older
+    /// runs did not; all are made so now.
     #[serde(default)]
     pub warm: bool,
 }
@@ -397,6 +398,21 @@ mod tests {
     fn store(name: &str) -> Store {
         let path = std::env::temp_dir().join(format!("gemini-{name}-{}", std::process::id()));
         Store::open(&path).expect("a directory")
+    }
+
+    #[test]
+    fn times_of_a_slow_clock_are_told_as_they_were_outside() {
+        let told = Performance {
+            operations: 10,
+            seconds: 2.0,
+            per_second: 5.0,
+            mean_us: 200_000.0,
+            p99_us: None,
+            unit: "reads".into(),
+        };
+        let outside = told.by_true_time(4);
+        assert_eq!((outside.seconds, outside.per_second), (8.0, 1.25));
+        assert_eq!((outside.mean_us, outside.p99_us), (800_000.0, None));
     }
 
     #[test]

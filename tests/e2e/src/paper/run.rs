@@ -159,10 +159,8 @@ fn in_guest(
     let program = Program::load(&lab.vm.guest, &run.workload, size, run.seed)?;
     let loaded = Instant::now();
     let before = lab.view()?.letters();
-    if record.arguments.warm {
-        // What it allocates when it first works is not what it works with.
-        program.go(&lab.vm.guest)?;
-    }
+    // What it allocates when it first works is not what it works with.
+    program.go(&lab.vm.guest)?;
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }

@@ -514,7 +514,7 @@ impl GuestRam {
         let mut host = self.blank_host();
         let file = File::open("/proc/self/pagemap").context("cannot open the page map")?;
         let huge = gemini_pagemap::ranges(&file, &self.mapping, PRESENT | HUGE);
-        for range in huge.context("cannot scan the page map")? {
+        for range in huge.context("cannot scan the page map (PAGEMAP_SCAN, Linux 6.7 or newer)")? {
             host.set_huge(range.start - self.mapping.start, range.end - range.start);
         }
         Ok(host)
