@@ -104,6 +104,21 @@ pub fn available() -> io::Result<u64> {
     Ok((value("MemAvailable:")).saturating_sub(value("MemTotal:") / 64))
 }
 
+/// Base pages of anonymous memory that all processes have.
+///
+/// # Errors
+/// If `/proc/meminfo` cannot be read, or does not tell.
+pub fn anonymous_pages(geometry: Geometry) -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    base_pages(&text, geometry).ok_or_else(|| io::Error::other("meminfo of another form"))
+}
+
+fn base_pages(meminfo: &str, geometry: Geometry) -> Option<u64> {
+    let all = kilobytes(meminfo, "AnonPages:")?;
+    let huge = kilobytes(meminfo, "AnonHugePages:")?;
+    Some(all.saturating_sub(huge) / geometry.page)
+}
+
 /// The value of the line `NAME N kB`, in bytes.
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
@@ -126,6 +141,14 @@ mod tests {
         let text = "MemTotal:  8 kB\nMemAvailable:   3 kB\n";
         assert_eq!(kilobytes(text, "MemAvailable:"), Some(3072));
         assert_eq!(kilobytes(text, "Rss:"), None);
+    }
+
+    #[test]
+    fn base_pages_are_those_that_are_not_huge() {
+        let geometry = Geometry { page: 4096, block: 2 << 20 };
+        let text = "AnonPages:  8200 kB\nAnonHugePages:  8192 kB\n";
+        assert_eq!(base_pages(text, geometry), Some(2));
+        assert_eq!(base_pages("AnonPages: 8 kB\n", geometry), None);
     }
 
     #[test]

@@ -99,6 +99,7 @@ impl Promoter {
             fmfi: self.fmfi()?,
             driver: blocks::is_there(Path::new(blocks::DRIVER)),
             host_huge_blocks: 0,
+            unchanged: false,
             processes: 0,
             quiet: 0,
             unreadable: 0,
@@ -130,6 +131,12 @@ impl Promoter {
 
     fn survey(&mut self, report: &mut Report) -> io::Result<Vec<Run>> {
         let mut shortlist = Shortlist::new(PLAN_LIMIT);
+        let pages = kernel::anonymous_pages(self.geometry)?;
+        report.unchanged = self.quiet.contains_all(pages, self.geometry);
+        if report.unchanged {
+            return Ok(Vec::new());
+        }
+        let mut all_quiet = true;
         let mut host_huge = None;
         let own = i32::try_from(std::process::id()).unwrap_or(-1);
         for pid in process::all()? {
@@ -138,7 +145,7 @@ impl Promoter {
                 continue;
             }
             match self.survey_process(pid, &mut host_huge, &mut shortlist, report) {
-                Ok(()) => {}
+                Ok(is_quiet) => all_quiet &= is_quiet,
                 Err(error) if self.pace.stopped() => return Err(error),
                 // Older kernels lack what this cannot work without.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
@@ -154,31 +161,34 @@ impl Promoter {
             }
             self.pace.rest()?;
         }
+        self.quiet.insert_all(all_quiet, pages, self.pace.now());
         // Long runs, but no more at a time than a quarter of a second's rate.
         let longest = (self.settings.rate / 4 / self.geometry.block).clamp(1, LONGEST_RUN);
         Ok(shortlist.plan(usize::try_from(longest).unwrap_or(1), self.geometry))
     }
 
+    /// Looks at one process, and tells whether it has nothing to promote before its
+    /// memory changes.
     fn survey_process(
         &mut self,
         pid: i32,
         host_huge: &mut Option<HostHuge>,
         shortlist: &mut Shortlist,
         report: &mut Report,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
         // Kernel threads have none, small processes not enough.
         let pages = process::anonymous_pages(pid)?;
         if pages < self.geometry.pages() / 2 {
-            return Ok(());
+            return Ok(true);
         }
         let process = Identity::read(pid)?;
         if self.quiet.contains(process, pages, self.geometry) {
             report.quiet += 1;
-            return Ok(());
+            return Ok(true);
         }
         if !process::allows_huge_pages(pid)? {
             report.opted_out_processes += 1;
-            return Ok(());
+            return Ok(true);
         }
         let pagemap = Pagemap::open(pid, self.geometry)?;
         let mut flags = None;
@@ -228,7 +238,7 @@ impl Promoter {
         if is_quiet {
             self.quiet.insert(process, pages, self.pace.now());
         }
-        Ok(())
+        Ok(is_quiet)
     }
 
     fn carry_out(

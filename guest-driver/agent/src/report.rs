@@ -23,6 +23,9 @@ pub struct Report {
     /// Blocks of guest memory on host huge pages; 0 where nothing was found to
     /// promote, so that nobody asked.
     pub host_huge_blocks: u64,
+    /// No process was looked at: nothing could be promoted the last time, and all
+    /// together have as much memory as then.
+    pub unchanged: bool,
     /// Processes whose page tables were looked at.
     pub processes: u64,
     /// Processes that were passed over because nothing has changed in them.

@@ -15,14 +15,19 @@ const BLOCKS: usize = 8;
 
 /// Whether the test can run here; says so if not.
 fn possible(test: &str) -> bool {
-    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-    let why = if unsafe_calls::is_root() {
-        match setting {
-            Ok(text) if !text.contains("[never]") => return true,
-            _ => "huge pages are off",
-        }
-    } else {
+    const THP: &str = "/sys/kernel/mm/transparent_hugepage";
+    let setting = |name: &str| fs::read_to_string(format!("{THP}/{name}"));
+    // The size's own setting is there from Linux 6.8 on.
+    let off = [setting("enabled"), setting("hugepages-2048kB/enabled")]
+        .iter()
+        .flatten()
+        .any(|text| text.contains("[never]"));
+    let why = if !unsafe_calls::is_root() {
         "it needs root"
+    } else if off || setting("enabled").is_err() {
+        "huge pages are off"
+    } else {
+        return true;
     };
     eprintln!("{test} is skipped: {why}");
     false

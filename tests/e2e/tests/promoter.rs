@@ -154,6 +154,25 @@ fn base_pages_on_host_huge_pages_are_promoted_first() -> anyhow::Result<()> {
     lab.daemon.stop()
 }
 
+/// With nothing left to promote, no process is asked for its memory; with something to
+/// promote again, it is promoted.
+fn rests_until_memory_changes(lab: &Lab) -> anyhow::Result<()> {
+    lab.vm.guest.shell(
+        "gemini-guestd --json --interval 1 --cpu-share 20 --log-level error > /tmp/resting 2>&1 &",
+    )?;
+    let passes = |what: &str| -> anyhow::Result<u64> {
+        let count = lab.vm.guest.shell(&format!("grep -c '{what}' /tmp/resting || true"))?;
+        count.trim().parse().with_context(|| format!("no number: {count}"))
+    };
+    let resting = || Ok((passes("\"unchanged\":true")? > 0).then_some(()));
+    process::wait_for("the agent rests", 2 * FOLLOW, resting)?;
+    let before = passes("\"promoted\":[1-9]")?;
+    lab.vm.guest.break_pages("a", Break::DropHalf, 2)?;
+    let at_work = || Ok((passes("\"promoted\":[1-9]")? > before).then_some(()));
+    process::wait_for("it works again", FOLLOW, at_work)?;
+    lab.vm.guest.shell("killall gemini-guestd").map(drop)
+}
+
 #[test]
 fn promoter_works_without_the_driver_among_processes_that_come_and_go() -> anyhow::Result<()> {
     let bench = Bench::from_env()?;
@@ -195,6 +214,7 @@ fn promoter_works_without_the_driver_among_processes_that_come_and_go() -> anyho
     ensure!(present.windows(2).all(|pair| pair[0] >= pair[1]), "{report}");
 
     ensure!(huge_blocks(&lab)? >= before + promoted);
+    rests_until_memory_changes(&lab)?;
     lab.vm.guest.verify("a")?;
     let complaints = lab.vm.guest.complaints(log)?;
     ensure!(complaints.is_empty(), "{complaints:?}");
