@@ -158,13 +158,13 @@ fn in_guest(
     let meter = Meter::start(&lab, setup)?;
     let program = Program::load(&lab.vm.guest, &run.workload, size, run.seed)?;
     let loaded = Instant::now();
-    let before = lab.view()?.letters();
+    let before = lab.view()?;
     // What it allocates when it first works is not what it works with.
     program.go(&lab.vm.guest)?;
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
-    let watched = settle::watch(&lab, loaded, settle)?;
+    let watched = settle::watch(&lab, loaded, before.counts(), settle)?;
     if setup.misalign {
         misalign::misalign(&lab, supply.map(|bytes| bytes / BLOCK))?;
     }
@@ -193,7 +193,7 @@ fn in_guest(
     record.costs = Some(meter.finish(&lab, setup)?);
     record.alignment = Some(alignment(&view, &watched));
     record.reuse = former.map(|former| reuse(&view, &former));
-    record.maps = Some(Maps { before, after: view.letters() });
+    record.maps = Some(Maps { before: before.letters(), after: view.letters() });
 
     limiter.map_or(Ok(()), Limiter::finish)?;
     program.end(&lab.vm.guest)?;
@@ -261,7 +261,7 @@ fn run_former(
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
-    settle::watch(lab, Instant::now(), settle)?;
+    settle::watch(lab, Instant::now(), lab.view()?.counts(), settle)?;
     let after = aligned()?;
     former.end(guest)?;
     Ok(after.difference(&before).copied().collect())

@@ -37,12 +37,12 @@ impl Watched {
 }
 
 /// Watches until both layers are at rest, `most` at most: a policy that is not done by
-/// then is measured as it is. The moments are since `loaded`.
+/// then is measured as it is. The moments are since `loaded`, when there were `first`.
 ///
 /// # Errors
 /// If a layer cannot be read.
-pub fn watch(lab: &Lab, loaded: Instant, most: Duration) -> anyhow::Result<Watched> {
-    let mut watched = Watched::default();
+pub fn watch(lab: &Lab, loaded: Instant, first: Counts, most: Duration) -> anyhow::Result<Watched> {
+    let mut watched = Watched { samples: vec![(0.0, first.aligned_coverage())] };
     let mut look = || -> anyhow::Result<Counts> {
         let counts = lab.view()?.counts();
         watched.samples.push((loaded.elapsed().as_secs_f64(), counts.aligned_coverage()));
