@@ -110,7 +110,12 @@ pub fn available() -> io::Result<u64> {
 /// If `/proc/meminfo` cannot be read, or does not tell.
 pub fn anonymous_pages(geometry: Geometry) -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
-    base_pages(&text, geometry).ok_or_else(|| io::Error::other("meminfo of another form"))
+    base_pages(&text, geometry).ok_or_else(|| {
+        io::Error::other(
+            "/proc/meminfo tells no AnonPages and AnonHugePages: a kernel with \
+             CONFIG_TRANSPARENT_HUGEPAGE is needed",
+        )
+    })
 }
 
 fn base_pages(meminfo: &str, geometry: Geometry) -> Option<u64> {

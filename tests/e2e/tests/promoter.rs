@@ -161,7 +161,10 @@ fn rests_until_memory_changes(lab: &Lab) -> anyhow::Result<()> {
         "gemini-guestd --json --interval 1 --cpu-share 20 --log-level error > /tmp/resting 2>&1 &",
     )?;
     let passes = |what: &str| -> anyhow::Result<u64> {
-        let count = lab.vm.guest.shell(&format!("grep -c '{what}' /tmp/resting || true"))?;
+        let count = lab
+            .vm
+            .guest
+            .shell(&format!("awk '/{what}/ {{ n++ }} END {{ print n + 0 }}' /tmp/resting"))?;
         count.trim().parse().with_context(|| format!("no number: {count}"))
     };
     let resting = || Ok((passes("\"unchanged\":true")? > 0).then_some(()));

@@ -164,7 +164,7 @@ fn in_guest(
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
-    let watched = settle::watch(&lab, loaded, before.counts(), settle)?;
+    let watched = settle::watch(&lab, loaded, settle)?.since(&before.counts());
     if setup.misalign {
         misalign::misalign(&lab, supply.map(|bytes| bytes / BLOCK))?;
     }
@@ -261,7 +261,7 @@ fn run_former(
     if setup.on_demand {
         lab.daemon.control().set_policy(setup.daemon)?;
     }
-    settle::watch(lab, Instant::now(), lab.view()?.counts(), settle)?;
+    settle::watch(lab, Instant::now(), settle)?;
     let after = aligned()?;
     former.end(guest)?;
     Ok(after.difference(&before).copied().collect())

@@ -27,6 +27,14 @@ pub struct Watched {
 }
 
 impl Watched {
+    /// The same, with what was there when the data was loaded: the watch may have begun
+    /// only after the program had worked.
+    #[must_use]
+    pub fn since(mut self, loaded: &Counts) -> Self {
+        self.samples.insert(0, (0.0, loaded.aligned_coverage()));
+        self
+    }
+
     /// Seconds until the coverage was nine tenths of `last`, to the precision of a
     /// look; none if nothing is covered.
     #[must_use]
@@ -37,12 +45,12 @@ impl Watched {
 }
 
 /// Watches until both layers are at rest, `most` at most: a policy that is not done by
-/// then is measured as it is. The moments are since `loaded`, when there were `first`.
+/// then is measured as it is. The moments are since `loaded`.
 ///
 /// # Errors
 /// If a layer cannot be read.
-pub fn watch(lab: &Lab, loaded: Instant, first: Counts, most: Duration) -> anyhow::Result<Watched> {
-    let mut watched = Watched { samples: vec![(0.0, first.aligned_coverage())] };
+pub fn watch(lab: &Lab, loaded: Instant, most: Duration) -> anyhow::Result<Watched> {
+    let mut watched = Watched::default();
     let mut look = || -> anyhow::Result<Counts> {
         let counts = lab.view()?.counts();
         watched.samples.push((loaded.elapsed().as_secs_f64(), counts.aligned_coverage()));
@@ -76,6 +84,15 @@ mod tests {
         assert_eq!(watched.seconds_to(0.96), Some(2.1));
         assert_eq!(watched.seconds_to(0.2), Some(0.1));
         assert_eq!(watched.seconds_to(0.0), None);
+    }
+
+    #[test]
+    fn what_is_aligned_when_it_is_loaded_takes_no_time() {
+        let watched = || Watched { samples: vec![(4.0, 0.9)] };
+        let half = Counts { user_bytes: 200, aligned_user_bytes: 100, ..Counts::default() };
+        let all = Counts { aligned_user_bytes: 180, ..half };
+        assert_eq!(watched().since(&half).seconds_to(0.9), Some(4.0));
+        assert_eq!(watched().since(&all).seconds_to(0.9), Some(0.0));
     }
 
     #[test]
