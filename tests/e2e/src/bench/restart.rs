@@ -120,11 +120,15 @@ fn arm(lab: &mut Lab, seen: &mut Seen, point: &str) -> anyhow::Result<()> {
     came_back
 }
 
-/// Waits for the daemon's death, and for the next one to answer all that was under way.
+/// Waits for the daemon's death, and for the next one.
 fn follow(lab: &mut Lab, seen: &mut Seen) -> anyhow::Result<()> {
     let status = lab.daemon.process.wait(RESYNC_TIMEOUT)?;
     ensure!(status.signal() == Some(libc::SIGKILL), "the daemon ended with {status}");
-    come_back(lab, seen)?;
+    come_back(lab, seen)
+}
+
+/// Waits until all that was under way is answered.
+fn wait_answered(lab: &Lab) -> anyhow::Result<()> {
     process::wait_for("every request is answered", RESYNC_TIMEOUT, || {
         let pending = lab.vm.guest.driver_number("ctrl_pending")?
             + lab.vm.guest.driver_number("release_pending")?;
@@ -150,23 +154,30 @@ fn sparse_program(lab: &mut Lab) -> anyhow::Result<Vec<String>> {
 /// Has the daemon die at `point` while blocks are trimmed, one after the other.
 fn die_trimming(lab: &mut Lab, seen: &mut Seen, point: &str) -> anyhow::Result<()> {
     arm(lab, seen, point)?;
-    let before = lab.vm.guest.driver_number("trimmed_pages")?;
-    // What the load leaves of these pages is trimmed at once. The command waits for its answers,
-    // those of the next daemon, too.
+    let trimmed = |lab: &Lab| lab.vm.guest.driver_number("trimmed_pages");
+    let before = trimmed(lab)?;
     let blocks = sparse_program(lab)?;
+    // A round of the load that is of base pages may have all that is free in these blocks, until
+    // it ends: so they are trimmed again and again. The command waits for its answers, those of
+    // the next daemon, too.
     lab.vm.guest.shell(&format!(
-        "cd /sys/kernel/debug/virtio_gemini/*/ || exit; \
-         (for block in {}; do echo trim $block > command; cat command; done; echo all) \
-         > /trimmed 2>&1 < /dev/null &",
+        "rm -f /enough; cd /sys/kernel/debug/virtio_gemini/*/ || exit; \
+         (until test -e /enough; do \
+          (for block in {}; do echo trim $block > command; cat command; done) > /trimmed 2>&1; \
+          done; echo all >> /trimmed) < /dev/null > /dev/null 2>&1 &",
         blocks.join(" ")
     ))?;
     let told = |lab: &Lab| lab.vm.guest.read_file("/trimmed").unwrap_or_default();
     follow(lab, seen).with_context(|| told(lab))?;
+    process::wait_for("pages are trimmed", RESYNC_TIMEOUT, || {
+        Ok((trimmed(lab)? - before >= u64::from(FATAL)).then_some(()))
+    })
+    .with_context(|| told(lab))?;
+    lab.vm.guest.shell("touch /enough")?;
     process::wait_for("the blocks are trimmed", RESYNC_TIMEOUT, || {
         Ok(told(lab).ends_with("all\n").then_some(()))
     })?;
-    let pages = lab.vm.guest.driver_number("trimmed_pages")? - before;
-    ensure!(pages >= u64::from(FATAL), "{pages} pages were trimmed");
+    wait_answered(lab)?;
     if let Err(error) = lab.vm.guest.verify("sparse") {
         eprintln!("{point}: {error:#}");
         seen.losses += 1;
@@ -187,6 +198,7 @@ fn die_at(lab: &mut Lab, seen: &mut Seen, request: &str, point: &str) -> anyhow:
         lab.vm.guest.driver_command(&format!("{request} {block} 1 nowait"))?;
     }
     follow(lab, seen)?;
+    wait_answered(lab)?;
     if request == "prepare" {
         // The other two may have dropped these; nothing drops on ctrlq.
         for block in &blocks {
