@@ -37,9 +37,6 @@ use crate::MIB;
 /// The processor of the paper's test-bed.
 const PROFILE: &str = "broadwell";
 
-/// Virtual processors of a guest.
-const CPUS: u32 = 2;
-
 /// Commit of the sources; the script sets it, where there is one.
 const COMMIT: &str = "GEMINI_COMMIT";
 
@@ -74,6 +71,11 @@ pub struct PaperArgs {
     /// Guest memory [default: 1024; with --quick 768]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(640..=1 << 20))]
     guest_mib: Option<u64>,
+    /// Virtual processors of a guest. With one no program moves to another processor, whose
+    /// TLB has nothing of it
+    #[arg(long, value_name = "N", default_value_t = 2,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
     /// Data of every program [default: each has its own]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(4..=1 << 20))]
     workload_mib: Option<u64>,
@@ -153,7 +155,7 @@ impl PaperArgs {
             operations: size.operations,
             profile: (accel == Accel::Tcg).then(|| self.profile.clone()),
             accel: accel.name().to_owned(),
-            cpus: CPUS,
+            cpus: self.cpus,
             quick: self.quick,
             settle_seconds: self.settle.unwrap_or(if self.quick { 20 } else { 60 }),
             host_blocks_percent: self.host_blocks,
