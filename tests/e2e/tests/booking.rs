@@ -28,11 +28,13 @@ fn wait_ready(lab: &Lab, blocks: u64) -> anyhow::Result<()> {
     .with_context(|| format!("{last} blocks are ready"))
 }
 
-/// A guest of which the host has spent nothing on huge pages yet, and no block is held.
+/// A guest of which the host has spent nothing on huge pages yet, and no block is held. Its driver
+/// looks often: what it does, and what it lets be, takes passes.
 fn start_without_stock(bench: &Bench, name: &str) -> anyhow::Result<Lab> {
     let mut lab = Lab::start(bench, name, "gemini", |_| {})?;
     set_stock(&lab, 0)?;
     lab.vm.guest.set_driver("stock_active", 0)?;
+    lab.vm.guest.set_driver("census_period_ms", 200)?;
     lab.wait_settled(STOCK)?;
     process::wait_for("the stock is given back", STOCK, || {
         let number = |name| lab.vm.guest.driver_number(name);
@@ -72,7 +74,7 @@ fn spend(lab: &Lab, left: u64, stocked: u64) -> anyhow::Result<(u64, u64)> {
     Ok((spent, grown))
 }
 
-/// While nothing changes the census rests for eight seconds; booking looks more often.
+/// While nothing changes the census rests for eight periods; booking looks more often.
 fn wait_passes(lab: &Lab, passes: u64) -> anyhow::Result<()> {
     let number = || lab.vm.guest.driver_number("census_passes");
     let wanted = number()? + passes;
