@@ -1,6 +1,7 @@
 //! TLB misses of a guest, counted by the processor on the VMM's threads that run it.
 
 use super::sys::check;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -68,9 +69,23 @@ impl TlbCounters {
     }
 }
 
-/// The threads of a process that run a guest's processors, by the names that QEMU gives them.
+/// The threads of a process that run a guest's processors. Where a thread ends while the kernel
+/// lists them (`proc_task_readdir` in its fs/proc/base.c), the list may end there, or lack one
+/// that came later: so they are listed until that brings no more.
 fn vcpu_threads(pid: i32) -> io::Result<Vec<i32>> {
-    let mut threads = Vec::new();
+    let mut threads = listed_vcpus(pid)?;
+    loop {
+        let known = threads.len();
+        threads.extend(listed_vcpus(pid)?);
+        if threads.len() == known {
+            return Ok(threads.into_iter().collect());
+        }
+    }
+}
+
+/// Those that one list has, by the names that QEMU gives them.
+fn listed_vcpus(pid: i32) -> io::Result<BTreeSet<i32>> {
+    let mut threads = BTreeSet::new();
     for entry in fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task"))? {
         let entry = entry?;
         // A thread may have ended meanwhile.
@@ -191,11 +206,13 @@ mod tests {
             }
         };
         fault(16_384);
-        assert_eq!(counters.total().unwrap(), 0, "another thread's");
+        // It may have a few of its own on the way to its sleep.
+        let count = counters.total().unwrap();
+        assert!(count < 16, "{count} of another thread's");
         go.send(()).unwrap();
         told.recv().unwrap();
         let count = counters.total().unwrap();
-        assert!((1..=17_000).contains(&count), "{count}");
+        assert!((16..=17_000).contains(&count), "{count}");
         go.send(()).unwrap();
         vcpu.join().unwrap();
     }
