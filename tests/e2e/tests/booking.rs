@@ -44,9 +44,9 @@ fn start_without_stock(bench: &Bench, name: &str) -> anyhow::Result<Lab> {
 }
 
 /// Has a program use a stock that is made while `left`, of base pages, is in use: so most of it is
-/// made where the host has nothing. Twice the stock at most, if the program is slow: as much is made
-/// again while it takes the first, and what is left then has been spent, too. Returns how many blocks the driver says that were, and by how
-/// many the host's memory has grown.
+/// made where the host has nothing. Twice the stock at most, if the program is slow: as much is
+/// made again while it takes the first, and has been spent, too. Returns how many blocks the driver
+/// says that were, and by how many the host's memory has grown.
 fn spend(lab: &Lab, left: u64, stocked: u64) -> anyhow::Result<(u64, u64)> {
     lab.vm.guest.fill("left", left * BLOCK, 7, PageSize::Base)?;
     let before = lab.memory.resident_bytes()?;
@@ -196,6 +196,7 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
 /// much again. It gets back what it has spent, and no more.
 #[test]
 fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow::Result<()> {
+    // Twice as much may be spent, and what is left, an eighth of it in use, has to repay it.
     const STOCKED: u64 = 24;
     const LEFT: u64 = 64;
     let bench = Bench::from_env()?;
@@ -236,6 +237,7 @@ fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow:
 /// A program of which a little stays in every block leaves no block free: the pages between go.
 #[test]
 fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::Result<()> {
+    // Twice as much may be spent, and what is left, an eighth of it in use, has to repay it.
     const STOCKED: u64 = 24;
     const LEFT: u64 = 64;
     const PAGE: u64 = 4096;
