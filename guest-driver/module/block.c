@@ -138,6 +138,12 @@ static void set_dirty(struct gemini_map *map, u64 block,
 	mark(map, block, GEMINI_MARK_DIRTY);
 }
 
+static bool unused(u8 guest)
+{
+	return guest == VIRTIO_GEMINI_GUEST_FREE ||
+	       guest == VIRTIO_GEMINI_GUEST_BOOKED;
+}
+
 /**
  * gemini_map_set_guest() - another guest state, or more pages in use, or fewer
  * @map: the map, with its lock
@@ -156,18 +162,20 @@ bool gemini_map_set_guest(struct gemini_map *map, u64 block,
 	if (used == GEMINI_USED_KEEP)
 		used = entry->guest == state ? entry->used : 0;
 	if (entry->guest == state) {
+		if (state == VIRTIO_GEMINI_GUEST_BASE &&
+		    used > 1U << (map->order - 1))
+			entry->flags &= ~GEMINI_BLOCK_SPENT;
 		if (!entry->used == !used &&
 		    abs((int)entry->used - used) < GEMINI_USED_STEP)
 			return false;
 	} else {
 		map->count[entry->guest][entry->host]--;
 		map->count[state][entry->host]++;
-		entry->guest = state;
-		if (state != VIRTIO_GEMINI_GUEST_FREE &&
-		    state != VIRTIO_GEMINI_GUEST_BOOKED)
+		if (!unused(entry->guest) || !unused(state))
 			entry->flags &= ~(GEMINI_BLOCK_PASSED |
 					  GEMINI_BLOCK_SPENT |
 					  GEMINI_BLOCK_MADE);
+		entry->guest = state;
 	}
 	entry->used = used;
 	set_dirty(map, block, entry);

@@ -32,7 +32,9 @@
 #define GEMINI_BLOCK_PASSED	BIT(4)
 /*
  * Was held in vain: not worth being held for its own sake until it was used.
- * Of a huge page: could not be moved; see gemini_map_forgive_moves().
+ * Of a huge page: could not be moved; see gemini_map_forgive_moves().  Of one in
+ * base pages: was trimmed, and the host has nothing under its free pages until
+ * more than half of it was used.
  */
 #define GEMINI_BLOCK_SPENT	BIT(5)
 /* Held, and the host was asked to make it huge, or is not to be asked. */

@@ -354,6 +354,10 @@ int gemini_command(struct gemini *gemini, char *line, struct seq_buf *result)
 			flush_work(&gemini->report.work);
 		return ret;
 	}
+	if (!strcmp(word, "forgive")) {
+		gemini_map_forgive(&gemini->map);
+		return 0;
+	}
 	if (!strcmp(word, "reset")) {
 		mod_delayed_work(gemini->wq, &gemini->reset_work, 0);
 		flush_delayed_work(&gemini->reset_work);

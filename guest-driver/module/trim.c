@@ -182,9 +182,12 @@ static int take(struct gemini *gemini, struct taken *taken, u64 pfn, u32 count)
 
 static u16 used_if_sparse(struct gemini *gemini, const struct gemini_block *entry)
 {
+	/* Where the host has a huge page there is something to be had again. */
+	u8 not = GEMINI_BLOCK_PASSED |
+		 (gemini_host_huge(entry->host) ? 0 : GEMINI_BLOCK_SPENT);
 	bool sparse = entry->guest == VIRTIO_GEMINI_GUEST_BASE &&
 		      entry->host == gemini->trim.host &&
-		      !(entry->flags & GEMINI_BLOCK_PASSED) &&
+		      !(entry->flags & not) &&
 		      entry->used <= 1U << (gemini->block_order - 1);
 
 	return sparse ? entry->used : 0;
@@ -262,8 +265,12 @@ static int take_round(struct gemini *gemini, struct gemini_trim_job *job,
 			continue;
 		}
 		job[left] = job[i];
-		if (!ret)
+		if (!ret) {
+			/* A trim that is broken off does not begin anew. */
+			gemini_map_flag(&gemini->map, job[i].block,
+					GEMINI_BLOCK_SPENT, 0);
 			job[left].next = at + pages;
+		}
 		left++;
 		cond_resched();
 	}

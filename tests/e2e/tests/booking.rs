@@ -28,50 +28,47 @@ fn wait_ready(lab: &Lab, blocks: u64) -> anyhow::Result<()> {
     .with_context(|| format!("{last} blocks are ready"))
 }
 
-/// A guest of which the host has spent nothing on huge pages yet, and no block is held. Its driver
-/// looks often: what it does, and what it lets be, takes passes.
+/// A guest that holds no block. Its driver looks often: what it does, and what it lets be, takes
+/// passes.
 fn start_without_stock(bench: &Bench, name: &str) -> anyhow::Result<Lab> {
     let mut lab = Lab::start(bench, name, "gemini", |_| {})?;
     set_stock(&lab, 0)?;
     lab.vm.guest.set_driver("stock_active", 0)?;
     lab.vm.guest.set_driver("census_period_ms", 200)?;
     lab.wait_settled(STOCK)?;
-    process::wait_for("the stock is given back", STOCK, || {
-        let number = |name| lab.vm.guest.driver_number(name);
-        Ok((number("held")? == 0 && number("spent")? == 0).then_some(()))
-    })?;
+    wait_none_held(&lab)?;
     Ok(lab)
 }
 
-/// Has a program use a stock that is made while `left`, of base pages, is in use: so most of it is
-/// made where the host has nothing. Twice the stock at most, if the program is slow: as much is
-/// made again while it takes the first, and has been spent, too. Returns how many blocks the driver
-/// says that were, and by how many the host's memory has grown.
-fn spend(lab: &Lab, left: u64, stocked: u64) -> anyhow::Result<(u64, u64)> {
-    lab.vm.guest.fill("left", left * BLOCK, 7, PageSize::Base)?;
-    let before = lab.memory.resident_bytes()?;
-    let look = || -> anyhow::Result<(u64, u64)> {
-        let spent = lab.vm.guest.driver_number("spent")?;
-        let grown = lab.memory.resident_bytes()?.saturating_sub(before) / BLOCK;
-        ensure!(spent <= grown + 8, "{spent} blocks spent, but the guest has grown by {grown}");
-        Ok((spent, grown))
-    };
-    set_stock(lab, stocked)?;
-    wait_ready(lab, stocked)?;
-    let at_first = look()?;
-    // A program that is slow to use it has more made meanwhile.
-    lab.vm.guest.fill("a", stocked * BLOCK, 9, PageSize::Huge)?;
-    set_stock(lab, 0)?;
+fn wait_none_held(lab: &Lab) -> anyhow::Result<()> {
     process::wait_for("the stock is given back", STOCK, || {
         Ok((lab.vm.guest.driver_number("held")? == 0).then_some(()))
-    })?;
-    let (spent, grown) = look()?;
-    eprintln!(
-        "blocks spent and grown by: {at_first:?} for the stock, {:?} at last",
-        (spent, grown)
-    );
-    ensure!(spent >= stocked / 4, "the host has spent {spent} blocks alone");
-    Ok((spent, grown))
+    })
+}
+
+/// Has a program use a stock of which at least `fresh` blocks are made where the host has nothing:
+/// what is free and backed would be used first, so there are as many more, and `left`, of base
+/// pages, is in use meanwhile. As much as the stock is made once more if the program is slow to take
+/// the first. Returns how many blocks the driver says the host has spent by now; some may have been
+/// for the boot.
+fn spend(lab: &Lab, left: u64, fresh: u64) -> anyhow::Result<u64> {
+    lab.vm.guest.fill("left", left * BLOCK, 7, PageSize::Base)?;
+    let backed = lab.view()?.free(HostState::Base).len() + lab.view()?.free(HostState::Huge).len();
+    let stocked = fresh + backed as u64;
+    let spent_before = lab.vm.guest.driver_number("spent")?;
+    let before = lab.memory.resident_bytes()?;
+    set_stock(lab, stocked)?;
+    wait_ready(lab, stocked)?;
+    lab.vm.guest.fill("a", stocked * BLOCK, 9, PageSize::Huge)?;
+    set_stock(lab, 0)?;
+    wait_none_held(lab)?;
+    let spent = lab.vm.guest.driver_number("spent")?;
+    let grown = lab.memory.resident_bytes()?.saturating_sub(before) / BLOCK;
+    let now = spent.saturating_sub(spent_before);
+    eprintln!("stock of {stocked} ({backed} backed): {now} blocks spent, grown by {grown}");
+    ensure!(now <= grown + 8, "{now} blocks spent, but the guest has grown by {grown}");
+    ensure!(now >= fresh / 2, "the host has spent {now} blocks alone");
+    Ok(spent)
 }
 
 /// While nothing changes the census rests for eight periods; booking looks more often.
@@ -196,26 +193,15 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
 /// much again. It gets back what it has spent, and no more.
 #[test]
 fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow::Result<()> {
-    // Twice as much may be spent, and what is left, an eighth of it in use, has to repay it.
-    const STOCKED: u64 = 24;
-    const LEFT: u64 = 64;
+    // An eighth of what is left is in use again soon.
+    const FRESH: u64 = 24;
+    const LEFT: u64 = 96;
     let bench = Bench::from_env()?;
     let lab = start_without_stock(&bench, "stock-repaid")?;
     let log = lab.vm.guest.log_position()?;
     let number = |name: &str| lab.vm.guest.driver_number(name);
 
-    // What has cost the host nothing beyond it stays, however long it is free.
-    let given = number("given_back")?;
-    lab.vm.guest.fill("left", LEFT * BLOCK, 7, PageSize::Base)?;
-    lab.vm.guest.free("left")?;
-    let free = lab.view()?.free(HostState::Base).len() as u64;
-    ensure!(free >= LEFT - 8, "of {LEFT} blocks only {free} are free");
-    wait_passes(&lab, 5)?;
-    ensure!(number("given_back")? == given, "the host got what it had not spent");
-    let now = lab.view()?.free(HostState::Base).len() as u64;
-    ensure!(now + 4 >= free, "of {free} free blocks {now} are left, for none spent");
-
-    let (spent, grown) = spend(&lab, LEFT, STOCKED)?;
+    let spent = spend(&lab, LEFT, FRESH)?;
     lab.vm.guest.free("left")?;
     let before = lab.memory.resident_bytes()?;
     let free = lab.view()?.free(HostState::Base).len() as u64;
@@ -223,12 +209,18 @@ fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow:
         Ok((number("spent")? == 0).then_some(()))
     })?;
     let less = before.saturating_sub(lab.memory.resident_bytes()?);
-    let now = lab.view()?.free(HostState::Base).len() as u64;
-    eprintln!(
-        "{spent} blocks spent (grown by {grown}), {free} left free: {less} bytes back, {now} stay"
-    );
+    let stay = lab.view()?.free(HostState::Base).len() as u64;
+    eprintln!("{spent} blocks spent, {free} left free: {less} bytes back, {stay} stay");
     ensure!(less / BLOCK + 4 >= spent, "the host has {less} bytes back of {spent} blocks");
-    ensure!(now + spent + 4 >= free, "of {free} free blocks {now} are left, for {spent} spent");
+    ensure!(stay + spent + 4 >= free, "of {free} free blocks {stay} stay, for {spent} spent");
+
+    // What has cost the host nothing beyond it stays, however long it is free.
+    ensure!(stay >= 8, "too few are left to tell");
+    let given = number("given_back")?;
+    wait_passes(&lab, 5)?;
+    ensure!(number("given_back")? == given, "the host got what it had not spent");
+    let now = lab.view()?.free(HostState::Base).len() as u64;
+    ensure!(now + 4 >= stay, "of {stay} free blocks {now} are left, for none spent");
     lab.vm.guest.verify("a")?;
     ensure!(lab.vm.guest.complaints(log)?.is_empty());
     lab.daemon.stop()
@@ -237,31 +229,18 @@ fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow:
 /// A program of which a little stays in every block leaves no block free: the pages between go.
 #[test]
 fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::Result<()> {
-    // Twice as much may be spent, and what is left, an eighth of it in use, has to repay it.
-    const STOCKED: u64 = 24;
-    const LEFT: u64 = 64;
+    // An eighth of what is left stays in use.
+    const FRESH: u64 = 24;
+    const LEFT: u64 = 96;
     const PAGE: u64 = 4096;
+    // After so many blocks' worth has gone, all of them are considered anew.
+    const FORGIVE: u64 = 8;
     let bench = Bench::from_env()?;
     let lab = start_without_stock(&bench, "sparse-repaid")?;
     let log = lab.vm.guest.log_position()?;
     let number = |name: &str| lab.vm.guest.driver_number(name);
-    let is_left_alone = || -> anyhow::Result<()> {
-        let (trimmed, before) = (number("trimmed_pages")?, lab.memory.resident_bytes()?);
-        wait_passes(&lab, 8)?;
-        ensure!(number("trimmed_pages")? == trimmed, "the host got what it had not spent");
-        let now = lab.memory.resident_bytes()?;
-        ensure!(now + 2 * BLOCK >= before, "the host had {before} bytes, and has {now}");
-        Ok(())
-    };
 
-    // What has cost the host nothing beyond it stays.
-    lab.vm.guest.fill("left", LEFT * BLOCK, 8, PageSize::Base)?;
-    lab.vm.guest.break_pages("left", Break::DropScattered, 1)?;
-    is_left_alone()?;
-    lab.vm.guest.verify("left")?;
-    lab.vm.guest.free("left")?;
-
-    let (spent, _) = spend(&lab, LEFT, STOCKED)?;
+    let spent = spend(&lab, LEFT, FRESH)?;
     let (trimmed, given) = (number("trimmed_pages")?, number("given_back")?);
     let in_use = lab.view()?.in_state(BlockState::Base, HostState::Base);
     let memory_in_use = || -> anyhow::Result<u64> {
@@ -270,7 +249,14 @@ fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::R
     let before = memory_in_use()?;
     let absent = in_use.len() as u64 * BLOCK - before;
     lab.vm.guest.break_pages("left", Break::DropScattered, 1)?;
+    let mut forgiven = 0;
     process::wait_for("the host has back what it spent", STOCK, || {
+        // What was trimmed has nothing more to give, whenever it is considered again.
+        let gone = (number("trimmed_pages")? - trimmed) * PAGE / BLOCK;
+        if gone >= forgiven + FORGIVE {
+            lab.vm.guest.driver_command("forgive")?;
+            forgiven = gone;
+        }
         Ok((number("spent")? == 0).then_some(()))
     })?;
     let less = before.saturating_sub(memory_in_use()?);
@@ -286,7 +272,15 @@ fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::R
     // Nobody knows which pages the host has; and the guest needs a little meanwhile.
     ensure!(less + absent + 2 * MIB >= trimmed, "the host has {less} bytes back of {trimmed}");
     ensure!(less >= trimmed / 2, "most of what was trimmed was not there");
-    is_left_alone()?;
+
+    // What has cost the host nothing beyond it stays: the blocks that were not trimmed.
+    let untrimmed = LEFT * BLOCK / 8 * 7 - trimmed.min(LEFT * BLOCK / 8 * 7);
+    ensure!(untrimmed >= 4 * BLOCK, "too little is left to tell: {trimmed} bytes trimmed");
+    let (trimmed, before) = (number("trimmed_pages")?, lab.memory.resident_bytes()?);
+    wait_passes(&lab, 8)?;
+    ensure!(number("trimmed_pages")? == trimmed, "the host got what it had not spent");
+    let now = lab.memory.resident_bytes()?;
+    ensure!(now + 2 * BLOCK >= before, "the host had {before} bytes, and has {now}");
     lab.vm.guest.verify("left")?;
     lab.vm.guest.verify("a")?;
 
