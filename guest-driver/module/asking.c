@@ -10,7 +10,7 @@
 #include "booking.h"
 
 /* After the host refused: from, and up to. */
-#define REFUSED_MIN		(HZ / 2)
+#define REFUSED_MIN		(HZ / 20)
 #define REFUSED_MAX		(60 * HZ)
 /* A balloon that has not grown for so long has its size. */
 #define BALLOON_QUIET		(5 * HZ)
@@ -50,7 +50,7 @@ bool gemini_asking_helps(struct gemini *gemini)
 }
 
 static int submit(struct gemini *gemini, u16 type,
-		  const struct gemini_range *ranges, u32 count)
+		  const struct gemini_range *ranges, u32 count, u64 absent)
 {
 	struct gemini_request *request;
 	int ret;
@@ -58,6 +58,7 @@ static int submit(struct gemini *gemini, u16 type,
 	request = gemini_request_new(gemini, type, ranges, count);
 	if (IS_ERR(request))
 		return PTR_ERR(request);
+	request->absent = absent;
 	ret = gemini_request_submit(request);
 	if (!ret) {
 		/* Its answer tells whether to ask again. */
@@ -68,19 +69,48 @@ static int submit(struct gemini *gemini, u16 type,
 	return ret;
 }
 
-/* The host said no, or did it in part: later again. */
+/* Is a block huge now?  If not it may be asked for again, but not at once. */
+static bool done(struct gemini *gemini, u64 block)
+{
+	struct gemini_block *entry;
+	bool huge = false;
+	u8 flags;
+
+	spin_lock(&gemini->map.lock);
+	entry = gemini_map_find(&gemini->map, block);
+	if (entry) {
+		huge = gemini_host_huge(entry->host);
+		flags = entry->flags & ~GEMINI_BLOCK_ASKED;
+		if (!huge && !(flags & GEMINI_BLOCK_HELD))
+			flags |= GEMINI_BLOCK_PASSED;
+		gemini_map_change(&gemini->map, block, entry, entry->host,
+				  flags, jiffies);
+	}
+	spin_unlock(&gemini->map.lock);
+	return huge;
+}
+
+/*
+ * The host said no, or did it in part: then it was for the blocks that it did
+ * not do, which the guest uses, say.  A host that did none is asked later again.
+ */
 static void refused(struct gemini *gemini, struct gemini_request *request)
 {
 	struct virtio_gemini_range *range = gemini_request_ranges(request);
 	struct gemini_booking *booking = &gemini->booking;
+	u64 huge = 0;
 	u64 block;
 	u32 i, j;
 
 	for (i = 0; i < request->nr_ranges; i++) {
 		block = le64_to_cpu(range[i].first);
 		for (j = 0; j < le32_to_cpu(range[i].count); j++)
-			gemini_map_flag(&gemini->map, block + j, 0,
-					GEMINI_BLOCK_ASKED);
+			huge += done(gemini, block + j);
+	}
+	gemini_giving_spent(gemini, min(huge, request->absent));
+	if (huge) {
+		booking->asked_delay = 0;
+		return;
 	}
 	booking->asked_delay = clamp(booking->asked_delay * 2,
 				     (unsigned long)REFUSED_MIN,
@@ -106,10 +136,12 @@ unsigned int gemini_asking_answers(struct gemini *gemini)
 			continue;
 		}
 		list_del(&request->asked);
-		if (request->error)
+		if (request->error) {
 			refused(gemini, request);
-		else
+		} else {
+			gemini_giving_spent(gemini, request->absent);
 			booking->asked_delay = 0;
+		}
 		gemini_request_put(request);
 	}
 	return open;
@@ -169,14 +201,14 @@ bool gemini_asking_held(struct gemini *gemini, int nid)
 	for (i = 0; i < count; i++)
 		ranges[i] = (struct gemini_range) { blocks[i], 1 };
 	ret = submit(gemini, renew ? VIRTIO_GEMINI_REQ_RENEW :
-				     VIRTIO_GEMINI_REQ_PREPARE, ranges, count);
+				     VIRTIO_GEMINI_REQ_PREPARE, ranges, count,
+		     absent);
 	if (ret) {
 		for (i = 0; i < count; i++)
 			gemini_map_flag(&gemini->map, blocks[i], 0,
 					GEMINI_BLOCK_ASKED);
 		return false;
 	}
-	gemini_giving_spent(gemini, absent);
 	if (renew)
 		booking->renewed += count;
 	else
@@ -236,12 +268,11 @@ bool gemini_asking_free(struct gemini *gemini,
 				found->best[i].block, 1
 			};
 	if (!count || !balloons_rest(gemini) ||
-	    submit(gemini, VIRTIO_GEMINI_REQ_PREPARE, ranges, count))
+	    submit(gemini, VIRTIO_GEMINI_REQ_PREPARE, ranges, count, count))
 		return false;
 	for (i = 0; i < count; i++)
 		gemini_map_flag(&gemini->map, ranges[i].first,
 				GEMINI_BLOCK_MADE, 0);
-	gemini_giving_spent(gemini, count);
 	gemini->booking.prepared += count;
 	return true;
 }

@@ -42,6 +42,9 @@
 /* What could not be had, or what the host left undone, gets another chance. */
 #define FORGIVE			(30 * HZ)
 
+/* The host is asked for half of the stock at a time, but not for fewer. */
+#define BATCH_MIN		8ULL
+
 /* What the stock does not need any more, and nobody took. */
 #define UNUSED			(2 * HZ)
 /* What is to be given back to the host goes there in this time, or not at all. */
@@ -354,38 +357,57 @@ static bool book_for_stock(struct gemini *gemini, int nid,
 	return progress;
 }
 
+static unsigned int count_of(const struct gemini_candidates *found, u32 cost)
+{
+	unsigned int count = 0;
+	unsigned int i;
+
+	for (i = 0; i < found->count; i++)
+		count += found->best[i].cost == cost;
+	return count;
+}
+
 /* Books on a node what is to be had; returns whether it got on with it. */
 static bool fill(struct gemini *gemini, int nid,
 		 struct gemini_candidates *found, unsigned int open)
 {
 	bool ask = gemini_asking_allowed(gemini);
-	bool small = false, absent = false;
+	bool renew = gemini_asking_renew(gemini);
 	bool zeroed = zeroed_at_booking();
-	bool progress;
-	unsigned int i;
-	u64 need;
+	unsigned int small, absent;
+	bool progress = false;
+	u64 need, had, batch;
+	bool prepare;
 
 	gemini_candidates_find(gemini, nid, gemini_asking_helps(gemini), found);
-	for (i = 0; i < found->count; i++) {
-		small |= found->best[i].cost == GEMINI_COST_FREE_SMALL;
-		absent |= found->best[i].cost == GEMINI_COST_FREE_ABSENT;
-	}
+	small = count_of(found, GEMINI_COST_FREE_SMALL);
+	absent = count_of(found, GEMINI_COST_FREE_ABSENT);
+	had = count_of(found, GEMINI_COST_FREE) +
+	      count_of(found, GEMINI_COST_SPENT) + (renew ? small : 0);
+	prepare = ask && absent && zeroed && gemini_asking_prepare(gemini);
+	batch = max(target_of(gemini, nid) / 2, BATCH_MIN);
+
+	/* The host makes some huge while others, which it has, are booked. */
+	need = min(need_on(gemini, nid), spare(gemini, nid));
+	if (prepare && !open && need > had)
+		progress = gemini_asking_free(gemini, found,
+					      min(need - had, batch));
 
 	/*
 	 * Whatever a plain allocation takes is written to.  Where it may not be
 	 * what is looked for, only that is taken.
 	 */
-	progress = book_free(gemini, nid, found, !((small || absent) && zeroed));
+	progress |= book_free(gemini, nid, found, !((small || absent) && zeroed));
 	progress |= book_for_stock(gemini, nid, found, GEMINI_COST_SPENT);
 	need = min(need_on(gemini, nid), spare(gemini, nid));
-	if (ask && need && absent && zeroed && gemini_asking_prepare(gemini)) {
+	if (prepare && need) {
 		/* Without a copy, and without more memory of the host's. */
-		if (small && gemini_asking_renew(gemini) &&
-		    book_small(gemini, found, need))
+		if (small && renew && book_small(gemini, found, need))
 			return true;
 		/* One such request at a time: the map has to follow. */
 		if (!progress && !open)
-			progress = gemini_asking_free(gemini, found, need);
+			progress = gemini_asking_free(gemini, found,
+						      min(need, batch));
 		return progress;
 	}
 	if (ask && need && (small || absent))

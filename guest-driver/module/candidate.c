@@ -33,21 +33,35 @@ static u32 cost_of(struct gemini *gemini, const struct gemini_block *entry,
 	return GEMINI_COST_NONE;
 }
 
-/* Keeps the cheapest, in order. */
-static void consider(struct gemini_candidates *found,
-		     struct gemini_candidate new)
+/*
+ * Is @a the better one?  Of blocks that cost the host memory, the last: while it
+ * makes them huge they stay free, and the allocator hands out what nobody has
+ * touched since the boot from the first one on.
+ */
+static bool better(const struct gemini_candidate *a,
+		   const struct gemini_candidate *b)
+{
+	if (a->cost != b->cost)
+		return a->cost < b->cost;
+	return a->cost == GEMINI_COST_FREE_ABSENT && a->block > b->block;
+}
+
+/* Keeps the best, in order; returns false if this is none of them. */
+static bool consider(struct gemini_candidates *found,
+		     const struct gemini_candidate *new)
 {
 	unsigned int i = found->count;
 
-	if (i == GEMINI_CANDIDATES && found->best[i - 1].cost <= new.cost)
-		return;
+	if (i == GEMINI_CANDIDATES && !better(new, &found->best[i - 1]))
+		return false;
 	if (i < GEMINI_CANDIDATES)
 		found->count++;
 	else
 		i--;
-	for (; i && found->best[i - 1].cost > new.cost; i--)
+	for (; i && better(new, &found->best[i - 1]); i--)
 		found->best[i] = found->best[i - 1];
-	found->best[i] = new;
+	found->best[i] = *new;
+	return true;
 }
 
 /**
@@ -80,11 +94,11 @@ void gemini_candidates_find(struct gemini *gemini, int nid, bool ask,
 				.host = run.block.host,
 			};
 
-			if (found->count == GEMINI_CANDIDATES &&
-			    found->best[GEMINI_CANDIDATES - 1].cost <= cost)
+			if (cost == GEMINI_COST_FREE_ABSENT)
+				new.block = from - 1 - i;
+			if (gemini_booking_node(gemini, new.block) == nid &&
+			    !consider(found, &new))
 				break;
-			if (gemini_booking_node(gemini, new.block) == nid)
-				consider(found, new);
 		}
 	}
 	booking->next = run.count ? from : 0;

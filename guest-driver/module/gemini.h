@@ -659,6 +659,7 @@ struct gemini_range {
  * @type: VIRTIO_GEMINI_REQ_*
  * @nr_ranges: number of ranges
  * @blocks: number of blocks in them
+ * @absent: of those that are to be made huge, the host had nothing under so many
  * @out: what the device reads
  * @in: where the device writes
  * @in_size: size of @in
@@ -675,6 +676,7 @@ struct gemini_request {
 	u16 type;
 	u32 nr_ranges;
 	u64 blocks;
+	u64 absent;
 	struct virtio_gemini_req *out;
 	struct virtio_gemini_resp *in;
 	size_t in_size;
