@@ -201,8 +201,8 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
 #[test]
 fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow::Result<()> {
     // An eighth of what is left is in use again soon.
-    const FRESH: u64 = 24;
-    const LEFT: u64 = 96;
+    const FRESH: u64 = 12;
+    const LEFT: u64 = 64;
     let bench = Bench::from_env()?;
     let lab = start_without_stock(&bench, "stock-repaid")?;
     let log = lab.vm.guest.log_position()?;
@@ -237,8 +237,8 @@ fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow:
 #[test]
 fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::Result<()> {
     // An eighth of what is left stays in use.
-    const FRESH: u64 = 24;
-    const LEFT: u64 = 96;
+    const FRESH: u64 = 12;
+    const LEFT: u64 = 64;
     const PAGE: u64 = 4096;
     // After so many blocks' worth has gone, all of them are considered anew.
     const FORGIVE: u64 = 8;
