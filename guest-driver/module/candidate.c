@@ -46,14 +46,19 @@ static bool better(const struct gemini_candidate *a,
 	return a->cost == GEMINI_COST_FREE_ABSENT && a->block > b->block;
 }
 
-/* Keeps the best, in order; returns false if this is none of them. */
-static bool consider(struct gemini_candidates *found,
+static bool fits(const struct gemini_candidates *found,
+		 const struct gemini_candidate *new)
+{
+	return found->count < GEMINI_CANDIDATES ||
+	       better(new, &found->best[GEMINI_CANDIDATES - 1]);
+}
+
+/* Keeps the best, in order; this one fits. */
+static void consider(struct gemini_candidates *found,
 		     const struct gemini_candidate *new)
 {
 	unsigned int i = found->count;
 
-	if (i == GEMINI_CANDIDATES && !better(new, &found->best[i - 1]))
-		return false;
 	if (i < GEMINI_CANDIDATES)
 		found->count++;
 	else
@@ -61,7 +66,6 @@ static bool consider(struct gemini_candidates *found,
 	for (; i && better(new, &found->best[i - 1]); i--)
 		found->best[i] = found->best[i - 1];
 	found->best[i] = *new;
-	return true;
 }
 
 /**
@@ -96,9 +100,11 @@ void gemini_candidates_find(struct gemini *gemini, int nid, bool ask,
 
 			if (cost == GEMINI_COST_FREE_ABSENT)
 				new.block = from - 1 - i;
-			if (gemini_booking_node(gemini, new.block) == nid &&
-			    !consider(found, &new))
+			/* If it does not, none that follows in this run does. */
+			if (!fits(found, &new))
 				break;
+			if (gemini_booking_node(gemini, new.block) == nid)
+				consider(found, &new);
 		}
 	}
 	booking->next = run.count ? from : 0;

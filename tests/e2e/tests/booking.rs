@@ -57,16 +57,21 @@ fn spend(lab: &Lab, left: u64, fresh: u64) -> anyhow::Result<u64> {
     let stocked = fresh + backed as u64;
     let spent_before = lab.vm.guest.driver_number("spent")?;
     let before = lab.memory.resident_bytes()?;
+    let look = || -> anyhow::Result<(u64, u64)> {
+        let spent = lab.vm.guest.driver_number("spent")?;
+        let grown = lab.memory.resident_bytes()?.saturating_sub(before) / BLOCK;
+        let now = spent.saturating_sub(spent_before);
+        ensure!(now <= grown + 8, "{now} blocks spent, but the guest has grown by {grown}");
+        eprintln!("stock of {stocked} ({backed} backed): {now} spent, grown by {grown}");
+        Ok((spent, now))
+    };
     set_stock(lab, stocked)?;
     wait_ready(lab, stocked)?;
+    look()?;
     lab.vm.guest.fill("a", stocked * BLOCK, 9, PageSize::Huge)?;
     set_stock(lab, 0)?;
     wait_none_held(lab)?;
-    let spent = lab.vm.guest.driver_number("spent")?;
-    let grown = lab.memory.resident_bytes()?.saturating_sub(before) / BLOCK;
-    let now = spent.saturating_sub(spent_before);
-    eprintln!("stock of {stocked} ({backed} backed): {now} blocks spent, grown by {grown}");
-    ensure!(now <= grown + 8, "{now} blocks spent, but the guest has grown by {grown}");
+    let (spent, now) = look()?;
     ensure!(now >= fresh / 2, "the host has spent {now} blocks alone");
     Ok(spent)
 }
@@ -202,7 +207,7 @@ fn an_old_stock_goes_to_the_host_as_a_young_one_does() -> anyhow::Result<()> {
 fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow::Result<()> {
     // An eighth of what is left is in use again soon.
     const FRESH: u64 = 12;
-    const LEFT: u64 = 64;
+    const LEFT: u64 = 80;
     let bench = Bench::from_env()?;
     let lab = start_without_stock(&bench, "stock-repaid")?;
     let log = lab.vm.guest.log_position()?;
@@ -238,7 +243,7 @@ fn what_the_host_spent_on_the_stock_is_repaid_from_free_base_blocks() -> anyhow:
 fn what_the_host_spent_is_repaid_from_free_pages_of_sparse_blocks() -> anyhow::Result<()> {
     // An eighth of what is left stays in use.
     const FRESH: u64 = 12;
-    const LEFT: u64 = 64;
+    const LEFT: u64 = 80;
     const PAGE: u64 = 4096;
     // After so many blocks' worth has gone, all of them are considered anew.
     const FORGIVE: u64 = 8;
